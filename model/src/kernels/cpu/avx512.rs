@@ -1,0 +1,174 @@
+//! AVX-512 with BF16 instructions: AMD from Zen 4, Intel from Cooper Lake and Sapphire Rapids.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::memory::Line;
+use super::isa::{Isa, LANES};
+
+/// Proof that the processor has AVX-512 F, BW, DQ, VL and BF16.
+#[derive(Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    pub fn detect() -> Option<Self> {
+        let present = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bf16");
+        present.then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn with_features<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
+// SAFETY, for every block below: `self` proves that the processor has the instructions, and
+// references to whole arrays and lines are valid to read or write in full.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Isa for Avx512 {
+    type V = __m512;
+    type Pairs = __m512bh;
+
+    const NAME: &'static str = "avx512";
+    const NAME_BF16: &'static str = "avx512bf16";
+    // 24 accumulators, two to four weights, one broadcast: 32 registers.
+    const TILE_ROWS: usize = 12;
+
+    #[inline(always)]
+    fn enter<R>(self, f: impl FnOnce() -> R) -> R {
+        unsafe { with_features(f) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> __m512 {
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, v: __m512, out: &mut [f32; LANES]) {
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn load_line(self, line: &Line) -> __m512 {
+        unsafe { _mm512_load_ps(line.0.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn exponent(self, v: __m512) -> __m512 {
+        unsafe {
+            let shifted = _mm512_slli_epi32::<23>(_mm512_castps_si512(v));
+            _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(0x3f80_0000)))
+        }
+    }
+
+    #[inline(always)]
+    fn keep(self, lanes: Range<usize>, v: __m512, other: __m512) -> __m512 {
+        let mask = ((1u32 << lanes.end) - 1) & !((1u32 << lanes.start) - 1);
+        unsafe { _mm512_mask_mov_ps(other, mask as u16, v) }
+    }
+
+    #[inline(always)]
+    fn widen(self, line: &Line) -> [__m512; 2] {
+        unsafe {
+            let pairs = _mm512_load_si512(line.0.as_ptr().cast());
+            let first = _mm512_slli_epi32::<16>(pairs);
+            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(first), _mm512_castsi512_ps(second)]
+        }
+    }
+
+    #[inline(always)]
+    fn load_pairs(self, line: &Line) -> __m512bh {
+        unsafe { std::mem::transmute(_mm512_load_si512(line.0.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: __m512, pairs: __m512bh, x: u32) -> __m512 {
+        unsafe {
+            let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(x as i32));
+            _mm512_dpbf16_ps(acc, pairs, x)
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, line: *const Line) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two fused multiply-adds in f32, as the instruction is defined, in this order.
+    fn two_steps(acc: f32, w: [f32; 2], x: [f32; 2]) -> f32 {
+        x[0].mul_add(w[0], x[1].mul_add(w[1], acc))
+    }
+
+    /// The class promises the same bits on every machine, so all of them must agree on this.
+    #[test]
+    fn the_bf16_product_is_the_two_rounded_steps_of_its_definition() {
+        let Some(isa) = Avx512::detect() else { return };
+        let mut state = 1_u64;
+        let mut next = |bits: u32| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> (64 - bits)) as u32
+        };
+        for _ in 0..100_000 {
+            // Signs, 8 bits of fraction and exponents close enough for roundings to show.
+            let mut value =
+                || f32::from_bits(((next(1) << 31) | ((120 + next(4)) << 23)) | next(7) << 16);
+            let (w, x, acc) = ([value(), value()], [value(), value()], value() * 1.000_123);
+            let pair = |v: [f32; 2]| v[0].to_bits() >> 16 | v[1].to_bits();
+            let line = Line([pair(w); 16]);
+            let mut out = [0.0; LANES];
+            isa.store(isa.dot(isa.splat(acc), isa.load_pairs(&line), pair(x)), &mut out);
+            assert_eq!(out, [two_steps(acc, w, x); LANES], "{acc} + {w:?} * {x:?}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Gated feed-forward of several experts in one call.
+//!
+//! Three parallel loops, over all groups at once, so that experts with few rows still fill the
+//! threads: gather rows into tiles; gate, up and activation panel by panel, each panel's result
+//! going straight into the tile form that `down` reads; down, to the destination rows. In decoding
+//! the intermediate values stay in the second-level cache, in prefill in the third.
+//!
+//! A task is one panel of one group, whatever the number of threads and groups, so who computes a
+//! value never shows in it.
+
+use super::super::matrix::PANEL;
+use super::super::pool::Scatter;
+use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
+use super::Cpu;
+use super::elementwise::silu;
+use super::isa::{Isa, LANES};
+use super::matmul::multiply;
+use super::tile::{Block, Tiles, pack_tile};
+
+/// Rows that go through together: bounds the intermediate values, which are rows times inner.
+const PASS_ROWS: usize = 512;
+
+/// Rows of one group.
+type Part<'a> = (&'a GatedFfn, &'a [(u32, u32)]);
+
+/// A part that is computed in the current pass.
+struct Section<'a> {
+    ffn: &'a GatedFfn,
+    rows: &'a [(u32, u32)],
+    input: Tiles,
+    inner: Tiles,
+    /// First word of the input tiles among those of the pass.
+    input_at: usize,
+    /// The same for the inner tiles.
+    inner_at: usize,
+}
+
+/// See [`super::super::Kernels::gated_ffn`].
+pub fn gated_ffn<I: Isa>(cpu: &Cpu<I>, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
+    check(x, groups, y);
+    let mut pass: Vec<Part<'_>> = Vec::with_capacity(groups.len());
+    let mut room = PASS_ROWS;
+    for group in groups {
+        let mut rows = group.rows;
+        while !rows.is_empty() {
+            let (now, later) = rows.split_at(rows.len().min(room));
+            pass.push((group.ffn, now));
+            rows = later;
+            room -= now.len();
+            if room == 0 {
+                run_pass(cpu, x, &pass, y);
+                pass.clear();
+                room = PASS_ROWS;
+            }
+        }
+    }
+    run_pass(cpu, x, &pass, y);
+}
+
+/// Shapes agree, rows exist, and no destination is named twice, which the threads rely on.
+fn check(x: &[f32], groups: &[FfnGroup<'_>], y: &[f32]) {
+    let Some(first) = groups.first() else { return };
+    let hidden = first.ffn.gate.in_features();
+    let (x_rows, y_rows) = (x.len() / hidden, y.len() / hidden);
+    assert_eq!((x.len(), y.len()), (x_rows * hidden, y_rows * hidden), "rows of {hidden} values");
+    let mut written = vec![false; y_rows];
+    for FfnGroup { ffn, rows } in groups {
+        let inner = ffn.down.in_features();
+        let shape = |m: &Matrix| (m.out_features(), m.in_features());
+        assert_eq!(shape(&ffn.gate), (inner, hidden), "gate");
+        assert_eq!(shape(&ffn.up), (inner, hidden), "up");
+        assert_eq!(shape(&ffn.down), (hidden, inner), "down");
+        assert_eq!(ffn.gate.layout(), ffn.up.layout(), "gate and up are packed alike");
+        for (from, to) in *rows {
+            assert!((*from as usize) < x_rows, "source row {from} of {x_rows}");
+            let written = &mut written[*to as usize];
+            assert!(!std::mem::replace(written, true), "destination row {to} is named twice");
+        }
+    }
+}
+
+fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &[f32], parts: &[Part<'_>], y: &mut [f32]) {
+    let (mut input_at, mut inner_at) = (0, 0);
+    let mut sections = Vec::with_capacity(parts.len());
+    for &(ffn, rows) in parts {
+        let tiles =
+            |m: &Matrix| Tiles::new(rows.len(), I::TILE_ROWS, m.layout().words(m.in_features()));
+        let (input, inner) = (tiles(&ffn.gate), tiles(&ffn.down));
+        sections.push(Section { ffn, rows, input, inner, input_at, inner_at });
+        input_at += input.total();
+        inner_at += inner.total();
+    }
+    let mut input = cpu.words.take(input_at);
+    let mut inner = cpu.words.take(inner_at);
+
+    let out = Scatter::new(&mut input);
+    for_each(cpu, &sections, |s| s.input.count(), |s, t| s.gather(cpu.isa, x, t, &out));
+    let out = Scatter::new(&mut inner);
+    for_each(cpu, &sections, |s| s.ffn.gate.panels(), |s, p| s.expand(cpu.isa, &input, p, &out));
+    let out = Scatter::new(y);
+    for_each(cpu, &sections, |s| s.ffn.down.panels(), |s, p| s.contract(cpu.isa, &inner, p, &out));
+}
+
+/// Runs `task` for every section and each of its `count` parts, as one parallel loop.
+fn for_each<'a, I: Isa>(
+    cpu: &Cpu<I>,
+    sections: &[Section<'a>],
+    count: impl Fn(&Section<'a>) -> usize,
+    task: impl Fn(&Section<'a>, usize) + Sync,
+) {
+    let parts = |(s, section)| (0..count(section)).map(move |part| (s, part));
+    let tasks: Vec<(usize, usize)> = sections.iter().enumerate().flat_map(parts).collect();
+    cpu.run(true, tasks.len(), |i| task(&sections[tasks[i].0], tasks[i].1));
+}
+
+impl Section<'_> {
+    /// Packs tile `t` of the source rows.
+    fn gather<I: Isa>(&self, isa: I, x: &[f32], t: usize, out: &Scatter<'_, u32>) {
+        let ((first, count), (at, len)) = (self.input.tile(t), self.input.span(t));
+        let (layout, hidden) = (self.ffn.gate.layout(), self.ffn.gate.in_features());
+        let rows = &self.rows[first..first + count];
+        // SAFETY: tiles do not overlap, and each is given to one task.
+        let out = unsafe { out.slice(self.input_at + at, len) };
+        pack_tile(isa, layout, count, |r| &x[rows[r].0 as usize * hidden..][..hidden], out);
+    }
+
+    /// Panel `p` of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
+    fn expand<I: Isa>(&self, isa: I, input: &[u32], p: usize, out: &Scatter<'_, u32>) {
+        let GatedFfn { gate, up, down, activation } = self.ffn;
+        let (mut block, mut ups) = (Block::ZERO, Block::ZERO);
+        let columns = gate.panel_outputs(p);
+        for t in 0..self.input.count() {
+            let ((_, count), (at, len)) = (self.input.tile(t), self.input.span(t));
+            let x = &input[self.input_at + at..][..len];
+            multiply(isa, gate.layout(), count, gate.panel(p), x, &mut block);
+            multiply(isa, up.layout(), count, up.panel(p), x, &mut ups);
+            join(isa, *activation, count, &mut block, &ups);
+            // A tile is stored input by input, so a panel's part of it is contiguous.
+            let at = self.inner_at + self.inner.span(t).0 + count * down.layout().words(p * PANEL);
+            let len = count * down.layout().words(columns.len());
+            // SAFETY: no two tasks have a tile and a panel in common.
+            let out = unsafe { out.slice(at, len) };
+            pack_tile(isa, down.layout(), count, |r| &block.0[r][..columns.len()], out);
+        }
+    }
+
+    /// Panel `p` of `down(inner)`, for all tiles, to the destination rows.
+    fn contract<I: Isa>(&self, isa: I, inner: &[u32], p: usize, y: &Scatter<'_, f32>) {
+        let down = &self.ffn.down;
+        let columns = down.panel_outputs(p);
+        let mut block = Block::ZERO;
+        for t in 0..self.inner.count() {
+            let ((first, count), (at, len)) = (self.inner.tile(t), self.inner.span(t));
+            let x = &inner[self.inner_at + at..][..len];
+            multiply(isa, down.layout(), count, down.panel(p), x, &mut block);
+            for (values, (_, to)) in block.0.iter().zip(&self.rows[first..first + count]) {
+                let at = *to as usize * down.out_features() + columns.start;
+                // SAFETY: destination rows are distinct, and no two tasks of a section have a
+                // column in common.
+                unsafe { y.slice(at, columns.len()) }.copy_from_slice(&values[..columns.len()]);
+            }
+        }
+    }
+}
+
+/// `gate = activation(gate, up)` in the first `rows` rows.
+fn join<I: Isa>(isa: I, activation: Activation, rows: usize, gate: &mut Block, up: &Block) {
+    isa.enter(
+        #[inline(always)]
+        || {
+            for (gate, up) in gate.0.iter_mut().zip(&up.0).take(rows) {
+                let lanes = gate.as_chunks_mut::<LANES>().0.iter_mut().zip(up.as_chunks().0);
+                for (gate, up) in lanes {
+                    let joined = match activation {
+                        Activation::SwiGlu => isa.mul(silu(isa, isa.load(gate)), isa.load(up)),
+                    };
+                    isa.store(joined, gate);
+                }
+            }
+        },
+    );
+}

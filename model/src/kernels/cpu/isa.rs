@@ -1,0 +1,111 @@
+//! What the kernels ask of a processor: 16 lanes of f32 and a handful of operations on them.
+//!
+//! Each kernel is written once over [`Isa`] and compiled for every instruction set. A value of a
+//! type that implements it is proof that the processor has the instructions, so the operations
+//! themselves are safe to call. They only become single instructions where everything is inlined
+//! into [`Isa::enter`]; hence `#[inline(always)]` on every function between the two.
+//!
+//! Results may differ between instruction sets (fused or separate multiply and add), which is why
+//! the kernel class names the instruction set. They never differ between machines of one class:
+//! every operation is one that IEEE 754 or the instruction's definition fixes to the bit.
+
+use std::ops::Range;
+
+use super::super::memory::Line;
+
+/// Lanes of a vector.
+pub const LANES: usize = 16;
+
+/// An instruction set, present on this processor.
+pub trait Isa: Copy + Send + Sync + 'static {
+    /// 16 f32 values.
+    type V: Copy;
+    /// 16 pairs of bf16 values, ready for [`Isa::dot`].
+    type Pairs: Copy;
+
+    /// Name within the kernel class.
+    const NAME: &'static str;
+    /// Name within the kernel class where bf16 is multiplied.
+    const NAME_BF16: &'static str;
+    /// Rows that one pass over a panel serves: as many as leave accumulators in registers.
+    const TILE_ROWS: usize;
+
+    /// Calls `f` where the compiler may use the instruction set.
+    fn enter<R>(self, f: impl FnOnce() -> R) -> R;
+
+    /// The same value in every lane.
+    fn splat(self, x: f32) -> Self::V;
+    /// Reads 16 values.
+    fn load(self, x: &[f32; LANES]) -> Self::V;
+    /// Writes 16 values.
+    fn store(self, v: Self::V, out: &mut [f32; LANES]);
+    /// Reads a line as f32 values.
+    fn load_line(self, line: &Line) -> Self::V;
+    /// `a + b`
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once or twice depending on the instruction set.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a > b ? a : b`, so `b` where either is not a number.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a < b ? a : b`, so `b` where either is not a number.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Bits of each lane shifted left by 23, plus the bits of 1.0, wrapping: 2^n when the low bits
+    /// of the lane hold the integer n in -127..=127 (0 for -127).
+    fn exponent(self, v: Self::V) -> Self::V;
+    /// `v` in the lanes of `lanes`, `other` elsewhere.
+    fn keep(self, lanes: Range<usize>, v: Self::V, other: Self::V) -> Self::V;
+    /// Widens pairs of bf16 to the first and the second values, exactly.
+    fn widen(self, line: &Line) -> [Self::V; 2];
+    /// Reads a line of bf16 pairs.
+    fn load_pairs(self, line: &Line) -> Self::Pairs;
+    /// Adds, in each lane, the products of two bf16 pairs; `x` is the pair for all lanes.
+    fn dot(self, acc: Self::V, pairs: Self::Pairs, x: u32) -> Self::V;
+    /// Asks for a line that is read soon. Any address will do.
+    fn prefetch(self, line: *const Line);
+}
+
+/// Sum of the lanes in a fixed order: halves onto halves.
+#[inline(always)]
+pub fn sum<I: Isa>(isa: I, v: I::V) -> f32 {
+    reduce(isa, v, |a, b| a + b)
+}
+
+/// Greatest lane; NaN may be passed over.
+#[inline(always)]
+pub fn greatest<I: Isa>(isa: I, v: I::V) -> f32 {
+    reduce(isa, v, |a, b| if a > b { a } else { b })
+}
+
+#[inline(always)]
+fn reduce<I: Isa>(isa: I, v: I::V, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    isa.store(v, &mut lanes);
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = join(lanes[i], lanes[i + half]);
+        }
+    }
+    lanes[0]
+}
+
+/// Reads up to 16 values, zeros beyond them.
+#[inline(always)]
+pub fn load_part<I: Isa>(isa: I, x: &[f32]) -> I::V {
+    let mut lanes = [0.0; LANES];
+    lanes[..x.len()].copy_from_slice(x);
+    isa.load(&lanes)
+}
+
+/// Writes the first values of `v` to fill `out`, at most 16.
+#[inline(always)]
+pub fn store_part<I: Isa>(isa: I, v: I::V, out: &mut [f32]) {
+    let mut lanes = [0.0; LANES];
+    isa.store(v, &mut lanes);
+    out.copy_from_slice(&lanes[..out.len()]);
+}

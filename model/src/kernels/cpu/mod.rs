@@ -1,0 +1,220 @@
+//! Kernels for processors: one source, compiled for every instruction set of [`isa`].
+
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod elementwise;
+mod ffn;
+mod isa;
+mod matmul;
+mod portable;
+mod scratch;
+mod tile;
+
+use std::sync::Arc;
+
+use entente_proto::frame::Dtype;
+use entente_proto::ids::KernelClass;
+
+use self::isa::{Isa, LANES};
+use self::scratch::Scratch;
+use super::matrix::Layout;
+use super::pool::Pool;
+use super::{
+    AttentionRow, AttentionShape, FfnGroup, Kernels, KvLayer, Matrix, MatrixSource, SourceDtype,
+    UnsupportedCpu, WeightFormat,
+};
+
+/// Raised whenever a change gives other bits.
+const VERSION: u32 = 1;
+
+/// Values below which waking a thread costs more than it brings, in kernels that do little with
+/// each value.
+const PARALLEL_MIN: usize = 1 << 15;
+
+/// Kernels of one instruction set and weight format.
+pub(super) struct Cpu<I> {
+    isa: I,
+    format: WeightFormat,
+    class: KernelClass,
+    pool: Pool,
+    /// Packed activations.
+    words: Scratch<u32>,
+    /// Attention scores of one task.
+    scores: Scratch<[f32; LANES]>,
+}
+
+impl<I: Isa> Cpu<I> {
+    fn new(isa: I, format: WeightFormat, threads: usize) -> Self {
+        let (words, scores) = (Scratch::new(), Scratch::new());
+        Self { isa, format, class: class::<I>(format), pool: Pool::new(threads), words, scores }
+    }
+
+    /// A parallel loop, on this thread alone unless `parallel`.
+    fn run(&self, parallel: bool, tasks: usize, task: impl Fn(usize) + Sync) {
+        if parallel { self.pool.run(tasks, task) } else { (0..tasks).for_each(task) }
+    }
+
+    /// A parallel loop over chunks, on this thread alone unless `parallel`.
+    fn for_chunks(
+        &self,
+        parallel: bool,
+        data: &mut [f32],
+        chunk_len: usize,
+        task: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        if parallel {
+            self.pool.for_chunks(data, chunk_len, task);
+        } else {
+            data.chunks_mut(chunk_len).enumerate().for_each(|(i, chunk)| task(i, chunk));
+        }
+    }
+}
+
+impl<I: Isa> Kernels for Cpu<I> {
+    fn class(&self) -> &KernelClass {
+        &self.class
+    }
+
+    fn row_dtype(&self) -> Dtype {
+        match self.format {
+            WeightFormat::F32 => Dtype::F32,
+            WeightFormat::Bf16 => Dtype::Bf16,
+        }
+    }
+
+    fn pack(&self, source: MatrixSource<'_>) -> Matrix {
+        match self.format {
+            WeightFormat::F32 => self.pack_f32(source),
+            WeightFormat::Bf16 => Matrix::pack(source, Layout::Bf16, &self.pool),
+        }
+    }
+
+    fn pack_f32(&self, source: MatrixSource<'_>) -> Matrix {
+        // bf16 weights stay as they are: widening them while multiplying is exact, and half the
+        // bytes come from memory.
+        let layout = match source.dtype {
+            SourceDtype::Bf16 => Layout::Bf16Widened,
+            SourceDtype::F32 | SourceDtype::F16 => Layout::F32,
+        };
+        Matrix::pack(source, layout, &self.pool)
+    }
+
+    fn matmul(&self, x: &[f32], w: &Matrix, y: &mut [f32]) {
+        matmul::matmul(self, x, w, y);
+    }
+
+    fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
+        ffn::gated_ffn(self, x, groups, y);
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+        let len = weight.len();
+        assert_eq!((x.len() % len, y.len()), (0, x.len()), "rows of {len} values");
+        self.for_chunks(x.len() >= PARALLEL_MIN, y, len, |r, y| {
+            elementwise::rms_norm_row(self.isa, &x[r * len..][..len], weight, eps, y);
+        });
+    }
+
+    fn rope(&self, x: &mut [f32], heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]) {
+        let (row_len, half) = (heads * head_dim, head_dim / 2);
+        let rows = x.len() / row_len;
+        assert_eq!((x.len() % row_len, head_dim % 2), (0, 0), "rows of heads of pairs");
+        assert_eq!((cos.len(), sin.len()), (rows * half, rows * half), "angles of {rows} rows");
+        self.for_chunks(x.len() >= PARALLEL_MIN, x, row_len, |r, row| {
+            let (cos, sin) = (&cos[r * half..][..half], &sin[r * half..][..half]);
+            elementwise::rope_row(self.isa, row, head_dim, cos, sin);
+        });
+    }
+
+    fn write_kv(&self, cache: &mut KvLayer, slots: &[usize], k: &[f32], v: &[f32]) {
+        if slots.is_empty() {
+            return;
+        }
+        let len = k.len() / slots.len();
+        assert_eq!((k.len(), v.len()), (slots.len() * len, k.len()), "keys and values");
+        for ((slot, k), v) in slots.iter().zip(k.chunks_exact(len)).zip(v.chunks_exact(len)) {
+            cache.write(*slot, k, v);
+        }
+    }
+
+    fn attention(
+        &self,
+        shape: &AttentionShape,
+        q: &[f32],
+        rows: &[AttentionRow<'_>],
+        cache: &KvLayer,
+        out: &mut [f32],
+    ) {
+        attention::attention(self, shape, q, rows, cache, out);
+    }
+}
+
+fn class<I: Isa>(format: WeightFormat) -> KernelClass {
+    KernelClass(match format {
+        WeightFormat::F32 => format!("f32/{}/{VERSION}", I::NAME),
+        WeightFormat::Bf16 => format!("bf16/{}/{VERSION}", I::NAME_BF16),
+    })
+}
+
+/// Makes the kernels of a class.
+type Make = fn(WeightFormat, usize) -> Arc<dyn Kernels>;
+
+/// The classes of a format that this processor can run, best first; never empty.
+fn classes(format: WeightFormat) -> Vec<(KernelClass, Make)> {
+    let mut classes: Vec<(KernelClass, Make)> = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        use self::avx2::Avx2;
+        use self::avx512::Avx512;
+        if Avx512::detect().is_some() {
+            let make: Make = |f, threads| make(Avx512::detect().expect("seen above"), f, threads);
+            classes.push((class::<Avx512>(format), make));
+        }
+        if Avx2::detect().is_some() {
+            let make: Make = |f, threads| make(Avx2::detect().expect("seen above"), f, threads);
+            classes.push((class::<Avx2>(format), make));
+        }
+    }
+    let portable: Make = |f, threads| make(portable::Portable, f, threads);
+    classes.push((class::<portable::Portable>(format), portable));
+    classes
+}
+
+fn make<I: Isa>(isa: I, format: WeightFormat, threads: usize) -> Arc<dyn Kernels> {
+    Arc::new(Cpu::new(isa, format, threads))
+}
+
+/// See [`super::select`].
+pub(super) fn best(
+    format: WeightFormat,
+    threads: usize,
+) -> Result<Arc<dyn Kernels>, UnsupportedCpu> {
+    // Portable kernels run anywhere, so there is a first one.
+    Ok(classes(format)[0].1(format, threads))
+}
+
+/// See [`super::select_class`].
+pub(super) fn of_class(
+    wanted: &KernelClass,
+    threads: usize,
+) -> Result<Arc<dyn Kernels>, UnsupportedCpu> {
+    let mut available = Vec::new();
+    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+        for (class, make) in classes(format) {
+            if class == *wanted {
+                return Ok(make(format, threads));
+            }
+            available.push(class.0);
+        }
+    }
+    Err(UnsupportedCpu { class: wanted.clone(), available: available.join(", ") })
+}
+
+/// All classes of a format that this processor can run, best first.
+#[cfg(test)]
+pub(super) fn every_class(format: WeightFormat) -> Vec<KernelClass> {
+    classes(format).into_iter().map(|(class, _)| class).collect()
+}

@@ -1,0 +1,115 @@
+//! Plain Rust, for any processor: arrays that the compiler vectorises as far as the target's
+//! baseline goes. Multiply and add are rounded separately, so that a machine without a fused
+//! instruction gives the same bits at the same pace.
+
+use std::array::from_fn;
+use std::ops::Range;
+
+use super::super::memory::Line;
+use super::isa::{Isa, LANES};
+
+/// No proof needed.
+#[derive(Clone, Copy)]
+pub struct Portable;
+
+impl Isa for Portable {
+    type V = [f32; LANES];
+    type Pairs = [[f32; LANES]; 2];
+
+    const NAME: &'static str = "portable";
+    const NAME_BF16: &'static str = "portable";
+    // One row's 32 accumulators are half of the 16 registers of 4 lanes that baselines have.
+    const TILE_ROWS: usize = 1;
+
+    #[inline(always)]
+    fn enter<R>(self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::V {
+        *x
+    }
+
+    #[inline(always)]
+    fn store(self, v: Self::V, out: &mut [f32; LANES]) {
+        *out = v;
+    }
+
+    #[inline(always)]
+    fn load_line(self, line: &Line) -> Self::V {
+        line.0.map(f32::from_bits)
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        from_fn(|i| a[i] - b[i])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        from_fn(|i| a[i] / b[i])
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        from_fn(|i| a[i] * b[i] + c[i])
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    fn exponent(self, v: Self::V) -> Self::V {
+        v.map(|v| f32::from_bits((v.to_bits() << 23).wrapping_add(0x3f80_0000)))
+    }
+
+    #[inline(always)]
+    fn keep(self, lanes: Range<usize>, v: Self::V, other: Self::V) -> Self::V {
+        from_fn(|i| if lanes.contains(&i) { v[i] } else { other[i] })
+    }
+
+    #[inline(always)]
+    fn widen(self, line: &Line) -> [Self::V; 2] {
+        let first = line.0.map(|pair| f32::from_bits(pair << 16));
+        let second = line.0.map(|pair| f32::from_bits(pair & 0xffff_0000));
+        [first, second]
+    }
+
+    #[inline(always)]
+    fn load_pairs(self, line: &Line) -> Self::Pairs {
+        self.widen(line)
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: Self::V, pairs: Self::Pairs, x: u32) -> Self::V {
+        let first = self.splat(f32::from_bits(x << 16));
+        let second = self.splat(f32::from_bits(x & 0xffff_0000));
+        self.fma(pairs[1], second, self.fma(pairs[0], first, acc))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _line: *const Line) {}
+}

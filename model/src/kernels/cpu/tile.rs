@@ -1,0 +1,177 @@
+//! Activations on their way into a multiplication.
+//!
+//! Rows are cut into **tiles** of up to [`Isa::TILE_ROWS`] rows, stored input by input,
+//! `[in][rows of the tile]`, already in the form that is multiplied: f32 values, or pairs of bf16
+//! values, rounded here. What a word holds depends on its row alone.
+
+use super::super::matrix::{Layout, PANEL};
+use super::isa::Isa;
+
+/// Most rows of a tile, over all instruction sets.
+const TILE_ROWS_MAX: usize = 12;
+
+/// Words of each row that are brought into tile order at a time: they stay in registers or close.
+const CHUNK_WORDS: usize = 16;
+
+/// Evaluates an expression with the number of rows of a tile as a constant.
+macro_rules! for_rows {
+    ($isa:ty, $rows:expr, $R:ident => $body:expr) => {
+        for_rows!(@ $isa, $rows, $R => $body; 1 2 3 4 5 6 7 8 9 10 11 12)
+    };
+    (@ $isa:ty, $rows:expr, $R:ident => $body:expr; $($n:literal)+) => {
+        match $rows {
+            $($n if $n <= <$isa>::TILE_ROWS => {
+                const $R: usize = $n;
+                $body
+            })+
+            rows => unreachable!("a tile of {rows} rows"),
+        }
+    };
+}
+pub(super) use for_rows;
+
+/// The product of one tile with one panel.
+#[repr(align(64))]
+pub struct Block(pub [[f32; PANEL]; TILE_ROWS_MAX]);
+
+impl Block {
+    pub const ZERO: Self = Self([[0.0; PANEL]; TILE_ROWS_MAX]);
+}
+
+/// How rows are cut into tiles of almost equal size, and how much room they take packed.
+#[derive(Clone, Copy)]
+pub struct Tiles {
+    rows: usize,
+    tile_rows: usize,
+    words: usize,
+}
+
+impl Tiles {
+    /// `rows` rows of `words` words, at most `tile_rows_max` in a tile.
+    pub fn new(rows: usize, tile_rows_max: usize, words: usize) -> Self {
+        let tiles = rows.div_ceil(tile_rows_max).max(1);
+        Self { rows, tile_rows: rows.div_ceil(tiles), words }
+    }
+
+    pub fn count(&self) -> usize {
+        self.rows.div_ceil(self.tile_rows.max(1))
+    }
+
+    /// First row and number of rows of tile `i`.
+    pub fn tile(&self, i: usize) -> (usize, usize) {
+        let first = i * self.tile_rows;
+        (first, self.tile_rows.min(self.rows - first))
+    }
+
+    /// First word and number of words of tile `i`.
+    pub fn span(&self, i: usize) -> (usize, usize) {
+        let (first, rows) = self.tile(i);
+        (first * self.words, rows * self.words)
+    }
+
+    /// Words of all tiles.
+    pub fn total(&self) -> usize {
+        self.rows * self.words
+    }
+}
+
+/// Writes `rows` rows into `out` in the form that `layout` multiplies: word `k` of row `r` goes to
+/// `k * rows + r`. The last word of a row is filled up with zero.
+pub fn pack_tile<'a, I: Isa>(
+    isa: I,
+    layout: Layout,
+    rows: usize,
+    row: impl Fn(usize) -> &'a [f32],
+    out: &mut [u32],
+) {
+    for_rows!(I, rows, R => isa.enter(
+        #[inline(always)]
+        || match layout {
+            Layout::F32 | Layout::Bf16Widened => pack::<R, CHUNK_WORDS>(row, f32_words, out),
+            Layout::Bf16 => pack::<R, { 2 * CHUNK_WORDS }>(row, bf16_words, out),
+        },
+    ));
+}
+
+/// Packs `R` rows, `N` values of each at a time.
+#[inline(always)]
+fn pack<'a, const R: usize, const N: usize>(
+    row: impl Fn(usize) -> &'a [f32],
+    words_of: impl Fn(&[f32; N]) -> [u32; CHUNK_WORDS],
+    out: &mut [u32],
+) {
+    for (chunk, out) in out.chunks_mut(CHUNK_WORDS * R).enumerate() {
+        let words: [[u32; CHUNK_WORDS]; R] = std::array::from_fn(|r| {
+            let values = &row(r)[chunk * N..];
+            match values.first_chunk() {
+                Some(values) => words_of(values),
+                None => {
+                    let mut padded = [0.0; N];
+                    padded[..values.len()].copy_from_slice(values);
+                    words_of(&padded)
+                }
+            }
+        });
+        for (k, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
+            for r in 0..R {
+                out[r] = words[r][k];
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn f32_words(values: &[f32; CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
+    values.map(f32::to_bits)
+}
+
+#[inline(always)]
+fn bf16_words(values: &[f32; 2 * CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
+    std::array::from_fn(|i| {
+        round_to_bf16(values[2 * i]) >> 16 | round_to_bf16(values[2 * i + 1]) & 0xffff_0000
+    })
+}
+
+/// Rounds to the nearest bf16, ties to even, in the upper half of the result. The same as
+/// `half::bf16::from_f32`, in a form without branches that is compiled to vector instructions.
+#[inline(always)]
+fn round_to_bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    // Rounding could turn a NaN into an infinity; a quiet NaN stays one.
+    if x.is_nan() { bits | 0x0040_0000 } else { rounded }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn rounding_equals_that_of_frames() {
+        // Every exponent, and fractions around every kind of tie.
+        for upper in 0..=u16::MAX {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(upper) << 16 | lower);
+                let want = u32::from(bf16::from_f32(x).to_bits());
+                assert_eq!(round_to_bf16(x) >> 16, want, "{:#x}", x.to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_cover_the_rows_one_after_another() {
+        for rows in 0..200 {
+            let tiles = Tiles::new(rows, TILE_ROWS_MAX, Layout::Bf16.words(7));
+            let mut next = 0;
+            for t in 0..tiles.count() {
+                let (first, count) = tiles.tile(t);
+                assert!(first == next && (1..=TILE_ROWS_MAX).contains(&count), "{rows} rows");
+                assert_eq!(tiles.span(t), (first * 4, count * 4));
+                next += count;
+            }
+            assert_eq!((next, tiles.total()), (rows, rows * 4));
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The arithmetic: what a row goes through, written so that its value never depends on company.
+//!
+//! Invariant, above speed: every kernel is **batch-invariant**. The value of a row depends on that
+//! row and the weights alone, not on how many other rows are in the call, how many threads run or
+//! how the call was split. Each output is accumulated over the inner dimension in one fixed order,
+//! and attention walks the cache in one fixed order of absolute positions. Two processes with the
+//! same [`KernelClass`] give the same bits.
+//!
+//! [`Kernels`] is the seam: `cpu` holds the packed, vectorised implementation for what the
+//! processor offers; `reference` is the slow and obvious one that every fast path is tested
+//! against. Later a GPU is one more implementation.
+//!
+//! What this module does not know: checkpoints, families, tokens, networks.
+
+// The one module of the workspace that may: vector instructions and slices shared by threads.
+#![allow(unsafe_code)]
+
+mod cpu;
+mod kv;
+mod matrix;
+mod memory;
+mod pool;
+#[cfg(any(test, feature = "reference"))]
+pub mod reference;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use entente_proto::frame::Dtype;
+use entente_proto::ids::KernelClass;
+
+pub use kv::KvLayer;
+pub use matrix::{FfnGroup, GatedFfn, Matrix};
+
+/// How weights are kept in memory and multiplied. Part of the kernel class.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightFormat {
+    /// Reference grade: weights as in the checkpoint (bf16 widened on the fly), f32 activations.
+    F32,
+    /// bf16 weights and activations, f32 accumulation.
+    Bf16,
+}
+
+/// Element type of a tensor in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceDtype {
+    /// binary32.
+    F32,
+    /// binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// A row-major matrix `[out, in]` as the checkpoint stores it, little-endian, any alignment.
+#[derive(Debug, Clone, Copy)]
+pub struct MatrixSource<'a> {
+    /// Output features (rows of the stored matrix).
+    pub out_features: usize,
+    /// Input features (columns of the stored matrix).
+    pub in_features: usize,
+    /// Element type.
+    pub dtype: SourceDtype,
+    /// `out_features x in_features` elements.
+    pub bytes: &'a [u8],
+}
+
+/// How the two halves of a gated feed-forward are joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu(gate) * up`, as Mistral, Mixtral, Qwen and DeepSeek do.
+    SwiGlu,
+}
+
+/// Shape of the attention of one layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Values of one head.
+    pub head_dim: usize,
+    /// Key `j` is visible to query `i` iff `0 <= i - j < window`; all earlier keys when absent.
+    pub window: Option<usize>,
+    /// Multiplies the scores, usually `head_dim^-0.5`.
+    pub scale: f32,
+}
+
+/// Positions of one sequence that share a block of the cache. Equal to the width of an AVX-512
+/// register in f32, so that one register holds one score for each slot of a block.
+pub const BLOCK_LEN: usize = 16;
+
+/// Where one row's keys are: the row is at `position`, and position `p` of its sequence is in slot
+/// `p % BLOCK_LEN` of block `blocks[p / BLOCK_LEN]`.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionRow<'a> {
+    /// Blocks of the row's sequence, in order of position; covers `position`.
+    pub blocks: &'a [u32],
+    /// The row's own position, whose key and value have been written.
+    pub position: usize,
+}
+
+/// Kernels of one class, with the threads they run on. Activations are row-major f32; a class that
+/// multiplies in bf16 rounds its inputs itself, which changes nothing for values that a frame has
+/// rounded already.
+///
+/// Lengths that contradict each other are mistakes of the caller and panic: what comes from files
+/// and peers has been checked against the architecture long before. A call that comes while
+/// another one occupies the threads does its work on the calling thread.
+pub trait Kernels: Send + Sync {
+    /// Which bits these kernels give.
+    fn class(&self) -> &KernelClass;
+
+    /// How rows are rounded at the source and written on the wire.
+    fn row_dtype(&self) -> Dtype;
+
+    /// Brings a weight matrix into this class's layout. `source.bytes` must have the length that
+    /// the shape calls for, which the loader has checked.
+    fn pack(&self, source: MatrixSource<'_>) -> Matrix;
+
+    /// Like [`Kernels::pack`] for a matrix whose products are wanted in f32 in every class. The
+    /// gate is one: rounding its inputs must not decide which experts are chosen.
+    fn pack_f32(&self, source: MatrixSource<'_>) -> Matrix;
+
+    /// `y[r, o] = sum over i of x[r, i] * w[o, i]`, multiplied as `w` was packed for.
+    /// `x` is `[rows, in]`, `y` is `[rows, out]`.
+    fn matmul(&self, x: &[f32], w: &Matrix, y: &mut [f32]);
+
+    /// Gated feed-forward, `down(activation(gate(x), up(x)))`, of several experts in one call; a
+    /// dense layer is one group with all rows. `x` is `[rows, hidden]`, `y` is
+    /// `[assignments, hidden]`; each destination row may be named once, others keep their values.
+    fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]);
+
+    /// Root mean square normalisation of each row (Zhang and Sennrich 2019):
+    /// `y = x / sqrt(mean(x^2) + eps) * weight`. `x` and `y` are `[rows, weight.len()]`.
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
+
+    /// Rotates each head of each row in place, half-split pairing: value `i` turns with value
+    /// `i + head_dim / 2`. `x` is `[rows, heads * head_dim]`, `cos` and `sin` are
+    /// `[rows, head_dim / 2]`.
+    fn rope(&self, x: &mut [f32], heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]);
+
+    /// Writes keys and values, both `[rows, kv_heads * head_dim]`, into the cache. Row `r` goes to
+    /// slot `slots[r]`, which is `block * BLOCK_LEN + offset`.
+    fn write_kv(&self, cache: &mut KvLayer, slots: &[usize], k: &[f32], v: &[f32]);
+
+    /// Grouped-query attention of each row over its own keys. `q` and `out` are
+    /// `[rows, heads * head_dim]`. Blocks outside the window are not touched.
+    fn attention(
+        &self,
+        shape: &AttentionShape,
+        q: &[f32],
+        rows: &[AttentionRow<'_>],
+        cache: &KvLayer,
+        out: &mut [f32],
+    );
+}
+
+/// The processor lacks what a kernel class needs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("kernel class {class} cannot run on this processor, which offers: {available}")]
+pub struct UnsupportedCpu {
+    /// The class asked for.
+    pub class: KernelClass,
+    /// Classes that can run here.
+    pub available: String,
+}
+
+/// The fastest kernels for `format` on this processor, running on `threads` threads (at least 1;
+/// the calling thread is one of them). A cluster that insists on one class compares
+/// [`Kernels::class`] or uses [`select_class`].
+///
+/// # Errors
+/// When no class of the format runs here. The formats there are have portable kernels too.
+pub fn select(format: WeightFormat, threads: usize) -> Result<Arc<dyn Kernels>, UnsupportedCpu> {
+    cpu::best(format, threads)
+}
+
+/// Kernels of exactly this class, for reproducing what another machine computes.
+///
+/// # Errors
+/// When this build does not know the class or the processor lacks its instructions.
+pub fn select_class(
+    class: &KernelClass,
+    threads: usize,
+) -> Result<Arc<dyn Kernels>, UnsupportedCpu> {
+    cpu::of_class(class, threads)
+}

@@ -1,0 +1,503 @@
+//! Every kernel class of this processor against the reference, and each against itself: the bits of
+//! a row may not depend on its company, the number of threads, or how the work was cut.
+
+use half::bf16;
+
+use super::*;
+
+/// Numbers that look random, the same ones for the same seed.
+struct Rng(u64);
+
+impl Rng {
+    fn new(seed: u64) -> Self {
+        println!("seed {seed}");
+        Self(seed)
+    }
+
+    /// splitmix64 (Steele, Lea and Flood 2014).
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// `n` values between -1 and 1.
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Calls `check` with the kernels of every class, on one thread and on two.
+fn for_every_class(formats: &[WeightFormat], check: impl Fn(WeightFormat, [&dyn Kernels; 2])) {
+    for &format in formats {
+        for class in cpu::every_class(format) {
+            println!("class {class}");
+            let [one, two] = [1, 2].map(|threads| select_class(&class, threads).unwrap());
+            check(format, [&*one, &*two]);
+        }
+    }
+}
+
+const FORMATS: [WeightFormat; 2] = [WeightFormat::F32, WeightFormat::Bf16];
+
+fn rounded(values: &[f32]) -> Vec<f32> {
+    values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect()
+}
+
+/// What the kernels of a format see of an input.
+fn seen(format: WeightFormat, values: &[f32]) -> Vec<f32> {
+    match format {
+        WeightFormat::F32 => values.to_vec(),
+        WeightFormat::Bf16 => rounded(values),
+    }
+}
+
+fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn bf16_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
+}
+
+fn source(bytes: &[u8], dtype: SourceDtype, out: usize, inputs: usize) -> MatrixSource<'_> {
+    MatrixSource { out_features: out, in_features: inputs, dtype, bytes }
+}
+
+#[track_caller]
+fn assert_close(have: &[f32], want: &[f32], tolerance: f32) {
+    assert_eq!(have.len(), want.len());
+    let scale = want.iter().fold(1.0_f32, |max, v| max.max(v.abs()));
+    for (i, (have, want)) in have.iter().zip(want).enumerate() {
+        let error = (have - want).abs();
+        assert!(error <= tolerance * scale, "value {i} is {have}, not {want} (scale {scale})");
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Row counts at which tiles, threads and passes begin to differ.
+fn row_counts() -> impl Iterator<Item = usize> {
+    (1..=64).chain([100, 128, 257, 300])
+}
+
+#[test]
+fn matmul_agrees_with_the_reference() {
+    let mut rng = Rng::new(1);
+    for (inputs, outputs) in [(1, 1), (7, 33), (64, 112), (112, 64), (33, 8), (1024, 40)] {
+        let (x, w) = (rng.values(13 * inputs), rng.values(outputs * inputs));
+        let sources = [
+            (SourceDtype::F32, f32_bytes(&w), w.clone()),
+            (SourceDtype::Bf16, bf16_bytes(&w), rounded(&w)),
+            (
+                SourceDtype::F16,
+                w.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+                w.iter().map(|v| half::f16::from_f32(*v).to_f32()).collect(),
+            ),
+        ];
+        for (dtype, bytes, w) in &sources {
+            for_every_class(&FORMATS, |format, [one, _]| {
+                let packed = one.pack(source(bytes, *dtype, outputs, inputs));
+                let mut y = vec![f32::NAN; 13 * outputs];
+                one.matmul(&x, &packed, &mut y);
+                let (x, w) = (seen(format, &x), seen(format, w));
+                assert_close(&y, &reference::matmul(&x, &w, inputs).unwrap(), 1e-5);
+            });
+        }
+    }
+}
+
+#[test]
+fn a_matrix_packed_for_f32_never_has_its_inputs_rounded() {
+    let mut rng = Rng::new(2);
+    let (x, w) = (rng.values(5 * 96), rng.values(8 * 96));
+    for (dtype, bytes, w) in [
+        (SourceDtype::F32, f32_bytes(&w), w.clone()),
+        (SourceDtype::Bf16, bf16_bytes(&w), rounded(&w)),
+    ] {
+        let want = reference::matmul(&x, &w, 96).unwrap();
+        for_every_class(&FORMATS, |_, [one, _]| {
+            let mut y = vec![0.0; want.len()];
+            one.matmul(&x, &one.pack_f32(source(&bytes, dtype, 8, 96)), &mut y);
+            assert_close(&y, &want, 1e-6);
+        });
+    }
+}
+
+#[test]
+fn matmul_gives_each_row_the_same_bits_in_any_company() {
+    let mut rng = Rng::new(3);
+    for (inputs, outputs, dtype) in [
+        (7, 33, SourceDtype::F32),
+        (70, 112, SourceDtype::Bf16),
+        (257, 545, SourceDtype::Bf16),
+        (128, 1056, SourceDtype::F32),
+    ] {
+        let (x, w) = (rng.values(300 * inputs), rng.values(outputs * inputs));
+        let bytes = if dtype == SourceDtype::F32 { f32_bytes(&w) } else { bf16_bytes(&w) };
+        for_every_class(&FORMATS, |_, both| {
+            let w = both[0].pack(source(&bytes, dtype, outputs, inputs));
+            let mut alone = vec![0.0; 300 * outputs];
+            for (x, y) in x.chunks_exact(inputs).zip(alone.chunks_exact_mut(outputs)) {
+                both[0].matmul(x, &w, y);
+            }
+            for rows in row_counts() {
+                // Another part of the rows each time, so that rows change their tile.
+                let first = (rows * 7) % (301 - rows);
+                let want = bits(&alone[first * outputs..(first + rows) * outputs]);
+                for kernels in both {
+                    let mut y = vec![f32::NAN; rows * outputs];
+                    kernels.matmul(&x[first * inputs..(first + rows) * inputs], &w, &mut y);
+                    assert!(bits(&y) == want, "{rows} rows from {first}");
+                }
+            }
+        });
+    }
+}
+
+/// Weights of a feed-forward, as the kernels see them and as bytes.
+struct Ffn {
+    hidden: usize,
+    inner: usize,
+    weights: [Vec<f32>; 3],
+}
+
+impl Ffn {
+    fn new(rng: &mut Rng, hidden: usize, inner: usize) -> Self {
+        let weights = [(); 3].map(|()| rounded(&rng.values(hidden * inner)));
+        Self { hidden, inner, weights }
+    }
+
+    fn pack(&self, kernels: &dyn Kernels) -> GatedFfn {
+        let pack = |i: usize, out, inputs| {
+            let bytes = bf16_bytes(&self.weights[i]);
+            kernels.pack(source(&bytes, SourceDtype::Bf16, out, inputs))
+        };
+        GatedFfn {
+            gate: pack(0, self.inner, self.hidden),
+            up: pack(1, self.inner, self.hidden),
+            down: pack(2, self.hidden, self.inner),
+            activation: Activation::SwiGlu,
+        }
+    }
+}
+
+#[test]
+fn gated_ffn_agrees_with_the_reference() {
+    let mut rng = Rng::new(4);
+    for (hidden, inner) in [(7, 33), (64, 112), (33, 7), (256, 96)] {
+        let (ffn, x) = (Ffn::new(&mut rng, hidden, inner), rng.values(17 * hidden));
+        let rows: Vec<(u32, u32)> = (0..17).map(|r| (r, r)).collect();
+        for_every_class(&FORMATS, |format, [one, _]| {
+            let packed = ffn.pack(one);
+            let mut y = vec![f32::NAN; x.len()];
+            one.gated_ffn(&x, &[FfnGroup { ffn: &packed, rows: &rows }], &mut y);
+            let [gate, up, down] = &ffn.weights;
+            // A value near the middle of two bf16 may be rounded to the other one.
+            let (round, tolerance): (fn(f32) -> f32, f32) = match format {
+                WeightFormat::F32 => (|v| v, 1e-5),
+                WeightFormat::Bf16 => (|v| bf16::from_f32(v).to_f32(), 2e-3),
+            };
+            let x = seen(format, &x);
+            let want = reference::gated_ffn(&x, [gate, up, down], hidden, round).unwrap();
+            assert_close(&y, &want, tolerance);
+        });
+    }
+}
+
+/// The expected row of every (source row, expert), each computed alone.
+fn ffn_alone(
+    kernels: &dyn Kernels,
+    x: &[f32],
+    experts: &[GatedFfn],
+    hidden: usize,
+) -> Vec<Vec<f32>> {
+    let alone = |ffn| {
+        let mut all = Vec::with_capacity(x.len());
+        for x in x.chunks_exact(hidden) {
+            let mut y = vec![0.0; hidden];
+            kernels.gated_ffn(x, &[FfnGroup { ffn, rows: &[(0, 0)] }], &mut y);
+            all.extend(y);
+        }
+        all
+    };
+    experts.iter().map(alone).collect()
+}
+
+#[test]
+fn gated_ffn_gives_each_row_the_same_bits_in_any_company_and_grouping() {
+    let mut rng = Rng::new(5);
+    let (hidden, inner, experts) = (64, 112, 3);
+    let ffns = [(); 3].map(|()| Ffn::new(&mut rng, hidden, inner));
+    let x = rng.values(300 * hidden);
+    // The last two are more (row, expert) pairs than go through in one pass.
+    let counts: Vec<usize> = row_counts().collect();
+    let seeds: Vec<u64> = counts.iter().map(|_| rng.next()).collect();
+    for_every_class(&FORMATS, |_, both| {
+        let packed = ffns.each_ref().map(|ffn| ffn.pack(both[0]));
+        let alone = ffn_alone(both[0], &x, &packed, hidden);
+        for (rows, seed) in counts.iter().zip(&seeds) {
+            let mut rng = Rng(*seed);
+            // Every row goes through two experts; destinations in no particular order.
+            let mut to: Vec<u32> = (0..2 * *rows as u32).collect();
+            rng.shuffle(&mut to);
+            let mut pairs: Vec<(usize, (u32, u32))> = (0..2 * rows)
+                .map(|i| ((i / 2 + i % 2) % experts, ((i / 2) as u32, to[i])))
+                .collect();
+            rng.shuffle(&mut pairs);
+            // Two groups an expert, cut anywhere.
+            let cut = rng.below(pairs.len());
+            let lists: Vec<(usize, Vec<(u32, u32)>)> = (0..2 * experts)
+                .map(|g| {
+                    let half = if g < experts { &pairs[..cut] } else { &pairs[cut..] };
+                    let own = half.iter().filter(|(expert, _)| *expert == g % experts);
+                    (g % experts, own.map(|(_, row)| *row).collect())
+                })
+                .collect();
+            let groups: Vec<FfnGroup<'_>> =
+                lists.iter().map(|(e, rows)| FfnGroup { ffn: &packed[*e], rows }).collect();
+            for kernels in both {
+                let mut y = vec![f32::NAN; 2 * rows * hidden];
+                kernels.gated_ffn(&x, &groups, &mut y);
+                for (expert, (from, to)) in &pairs {
+                    let have = &y[*to as usize * hidden..][..hidden];
+                    let want = &alone[*expert][*from as usize * hidden..][..hidden];
+                    assert!(bits(have) == bits(want), "{rows} rows, seed {seed}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn gated_ffn_leaves_other_rows_alone_and_refuses_to_write_one_twice() {
+    let ffn = Ffn::new(&mut Rng::new(6), 8, 8);
+    let kernels = select(WeightFormat::F32, 2).unwrap();
+    let packed = ffn.pack(&*kernels);
+    let mut y = vec![7.0; 3 * 8];
+    kernels.gated_ffn(&[0.5; 8], &[FfnGroup { ffn: &packed, rows: &[(0, 1)] }], &mut y);
+    assert_eq!([&y[..8], &y[16..]].concat(), [7.0; 16]);
+    assert_ne!(y[8..16], [7.0; 8]);
+    kernels.gated_ffn(&[0.5; 8], &[], &mut y);
+
+    let twice = [(0, 1), (0, 1)];
+    let groups = [FfnGroup { ffn: &packed, rows: &twice }];
+    let refused = std::panic::AssertUnwindSafe(|| kernels.gated_ffn(&[0.5; 8], &groups, &mut y));
+    assert!(std::panic::catch_unwind(refused).is_err());
+}
+
+/// A prompt and how its positions are laid out in a cache that it shares with others.
+struct Prompt {
+    shape: AttentionShape,
+    len: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    blocks: Vec<u32>,
+}
+
+const CACHE_BLOCKS: usize = 24;
+
+impl Prompt {
+    fn new(rng: &mut Rng, shape: AttentionShape, len: usize) -> Self {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let mut blocks: Vec<u32> = (0..CACHE_BLOCKS as u32).collect();
+        rng.shuffle(&mut blocks);
+        blocks.truncate(len.div_ceil(BLOCK_LEN));
+        let q = rng.values(len * heads * head_dim);
+        let [k, v] = [(); 2].map(|()| rng.values(len * kv_heads * head_dim));
+        Self { shape, len, q, k, v, blocks }
+    }
+
+    /// A cache in which every slot holds what attention must not look at.
+    fn cache(&self, kernels: &dyn Kernels) -> KvLayer {
+        let AttentionShape { kv_heads, head_dim, .. } = self.shape;
+        let mut cache = KvLayer::new(kv_heads, head_dim, CACHE_BLOCKS);
+        let slots: Vec<usize> = (0..CACHE_BLOCKS * BLOCK_LEN).collect();
+        let poison = vec![f32::NAN; slots.len() * kv_heads * head_dim];
+        kernels.write_kv(&mut cache, &slots, &poison, &poison);
+        cache
+    }
+
+    /// The blocks as the row at `position` may see them: others do not exist.
+    fn visible_blocks(&self, position: usize) -> Vec<u32> {
+        let first = self.shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let visible = first / BLOCK_LEN..=position / BLOCK_LEN;
+        let blocks = self.blocks.iter().enumerate();
+        blocks.map(|(i, b)| if visible.contains(&i) { *b } else { u32::MAX }).collect()
+    }
+
+    /// Prefill in chunks of the given lengths.
+    fn run(&self, kernels: &dyn Kernels, chunks: &[usize]) -> Vec<f32> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let mut cache = self.cache(kernels);
+        let mut out = vec![f32::NAN; self.q.len()];
+        let mut start = 0;
+        for len in chunks {
+            let end = start + len;
+            let slot = |p: usize| self.blocks[p / BLOCK_LEN] as usize * BLOCK_LEN + p % BLOCK_LEN;
+            let slots: Vec<usize> = (start..end).map(slot).collect();
+            let kv = start * kv_heads * head_dim..end * kv_heads * head_dim;
+            kernels.write_kv(&mut cache, &slots, &self.k[kv.clone()], &self.v[kv]);
+            let blocks: Vec<Vec<u32>> = (start..end).map(|p| self.visible_blocks(p)).collect();
+            let rows: Vec<AttentionRow<'_>> = (start..end)
+                .zip(&blocks)
+                .map(|(position, blocks)| AttentionRow { blocks, position })
+                .collect();
+            let q = start * heads * head_dim..end * heads * head_dim;
+            let out = &mut out[q.clone()];
+            kernels.attention(&self.shape, &self.q[q], &rows, &cache, out);
+            start = end;
+        }
+        assert_eq!(start, self.len);
+        out
+    }
+}
+
+fn attention_shapes() -> Vec<AttentionShape> {
+    let mut shapes = Vec::new();
+    for (heads, kv_heads, head_dim) in
+        [(4, 2, 16), (3, 3, 32), (8, 1, 128), (6, 2, 24), (7, 1, 80), (2, 1, 6)]
+    {
+        for window in [None, Some(1), Some(5), Some(16), Some(33), Some(1000)] {
+            let scale = (head_dim as f32).powf(-0.5);
+            shapes.push(AttentionShape { heads, kv_heads, head_dim, window, scale });
+        }
+    }
+    shapes
+}
+
+#[test]
+fn attention_agrees_with_the_reference_and_looks_at_nothing_else() {
+    let mut rng = Rng::new(7);
+    for shape in attention_shapes() {
+        let prompt = Prompt::new(&mut rng, shape, 75);
+        let want = reference::attention(&shape, &prompt.q, &prompt.k, &prompt.v).unwrap();
+        for_every_class(&[WeightFormat::F32], |_, [one, _]| {
+            assert_close(&prompt.run(one, &[75]), &want, 1e-5);
+        });
+    }
+}
+
+#[test]
+fn attention_gives_each_row_the_same_bits_in_any_chunking() {
+    let mut rng = Rng::new(8);
+    for shape in attention_shapes() {
+        let prompt = Prompt::new(&mut rng, shape, 300);
+        let mut chunkings = vec![vec![300], vec![1, 299], vec![16; 18], vec![64; 4]];
+        chunkings[2].push(12);
+        chunkings[3].push(44);
+        let mut random = Vec::new();
+        while random.iter().sum::<usize>() < 300 {
+            random.push((1 + rng.below(64)).min(300 - random.iter().sum::<usize>()));
+        }
+        chunkings.push(random);
+        for_every_class(&[WeightFormat::F32], |_, both| {
+            let alone = bits(&prompt.run(both[0], &[1; 300]));
+            for chunks in &chunkings {
+                for kernels in both {
+                    assert!(bits(&prompt.run(kernels, chunks)) == alone, "{shape:?} {chunks:?}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn attention_of_sequences_side_by_side_equals_each_alone() {
+    let mut rng = Rng::new(9);
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16, window: None, scale: 0.25 };
+    let [mut a, mut b] = [(); 2].map(|()| Prompt::new(&mut rng, shape, 40));
+    (a.blocks, b.blocks) = (vec![3, 0, 5], vec![1, 4, 2]);
+    for_every_class(&FORMATS, |_, both| {
+        let alone = [&a, &b].map(|p| bits(&p.run(both[0], &[40])[39 * 64..]));
+        for kernels in both {
+            let mut cache = a.cache(kernels);
+            for p in [&a, &b] {
+                let slot = |i: usize| p.blocks[i / BLOCK_LEN] as usize * BLOCK_LEN + i % BLOCK_LEN;
+                let slots: Vec<usize> = (0..40).map(slot).collect();
+                kernels.write_kv(&mut cache, &slots, &p.k, &p.v);
+            }
+            let rows = [&b, &a].map(|p| AttentionRow { blocks: &p.blocks, position: 39 });
+            let q = [&b.q[39 * 64..], &a.q[39 * 64..]].concat();
+            let mut out = vec![0.0; 128];
+            kernels.attention(&shape, &q, &rows, &cache, &mut out);
+            assert_eq!([bits(&out[64..]), bits(&out[..64])], alone);
+        }
+    });
+}
+
+#[test]
+fn rms_norm_agrees_with_the_reference_and_is_the_same_in_any_company() {
+    let mut rng = Rng::new(10);
+    for len in [1, 7, 16, 64, 100, 2048] {
+        let (x, weight) = (rng.values(33 * len), rng.values(len));
+        let want = reference::rms_norm(&x, &weight, 1e-5).unwrap();
+        for_every_class(&[WeightFormat::F32], |_, both| {
+            let mut alone = vec![0.0; x.len()];
+            for (x, y) in x.chunks_exact(len).zip(alone.chunks_exact_mut(len)) {
+                both[0].rms_norm(x, &weight, 1e-5, y);
+            }
+            assert_close(&alone, &want, 1e-6);
+            for kernels in both {
+                let mut y = vec![0.0; x.len()];
+                kernels.rms_norm(&x, &weight, 1e-5, &mut y);
+                assert_eq!(bits(&y), bits(&alone));
+            }
+        });
+    }
+}
+
+#[test]
+fn rope_agrees_with_the_reference_and_is_the_same_in_any_company() {
+    let mut rng = Rng::new(11);
+    for (heads, head_dim) in [(4, 16), (1, 6), (3, 80), (16, 128)] {
+        let (row_len, half) = (heads * head_dim, head_dim / 2);
+        let x = rng.values(21 * row_len);
+        let angles = rng.values(21 * half);
+        let cos: Vec<f32> = angles.iter().map(|a| (a * 9.0).cos()).collect();
+        let sin: Vec<f32> = angles.iter().map(|a| (a * 9.0).sin()).collect();
+        let want = reference::rope(&x, heads, head_dim, &cos, &sin).unwrap();
+        for_every_class(&[WeightFormat::F32], |_, both| {
+            let mut alone = x.clone();
+            for (r, row) in alone.chunks_exact_mut(row_len).enumerate() {
+                let angles = r * half..(r + 1) * half;
+                both[0].rope(row, heads, head_dim, &cos[angles.clone()], &sin[angles]);
+            }
+            assert_close(&alone, &want, 1e-6);
+            for kernels in both {
+                let mut all = x.clone();
+                kernels.rope(&mut all, heads, head_dim, &cos, &sin);
+                assert_eq!(bits(&all), bits(&alone));
+            }
+        });
+    }
+}
+
+#[test]
+fn a_class_can_be_asked_for_by_the_name_it_gives() {
+    for format in FORMATS {
+        let best = select(format, 1).unwrap();
+        let classes = cpu::every_class(format);
+        assert_eq!(classes.first(), Some(best.class()));
+        for class in classes {
+            assert_eq!(select_class(&class, 1).unwrap().class(), &class);
+        }
+    }
+    let unknown = KernelClass("f32/abacus/1".to_owned());
+    let error = select_class(&unknown, 1).err().unwrap().to_string();
+    assert!(error.contains("f32/abacus/1") && error.contains("bf16/portable/1"), "{error}");
+}

@@ -1,0 +1,9 @@
+//! Checkpoint folders through the public door: real ones, converted ones and spoiled ones.
+
+// The lint's own exception for tests does not reach their helper functions.
+#![allow(clippy::unwrap_used)]
+
+mod folder;
+mod loading;
+mod refused;
+mod text;
