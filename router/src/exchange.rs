@@ -1,0 +1,427 @@
+//! One exchange: the rows of one layer on their way through their experts, as a state machine.
+//!
+//! Events in (an answer, a broken link, time), commands out (send this frame to that node). Each
+//! (row, expert) pair is a **slot**. A slot is *missing*, *in flight* in exactly one frame, or
+//! *answered*; whatever goes wrong with a frame makes its unanswered slots missing again, and
+//! missing slots are planned on the replicas that are left. Nothing else is ever sent again.
+//!
+//! ```text
+//!              plan                    valid answer
+//!   missing ─────────► in flight ───────────────────► answered
+//!      ▲                   │
+//!      └───────────────────┘  link down, not sent, refused, answer of a wrong length
+//! ```
+//!
+//! How a replica is chosen: permitted by the row's policy, live, and not out of favour; of those
+//! the one with the fewest slots of this exchange, then the lowest id. A node falls out of favour
+//! in two ways:
+//! - it *rests* for a while after something that may pass (busy, not sent, link broken);
+//! - it is *excluded under its fence* after something that will not (draining, stale fence, expert
+//!   not held, nonsense). A restarted node has another fence and is asked again.
+//!
+//! When nobody is left, the exchange waits until its deadline for a node to come up, then fails.
+//! It never makes do with less than every slot.
+
+mod frames;
+mod standing;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use entente_proto::frame::{Answer, Dispatch, Dtype, Refusal};
+use entente_proto::ids::{ExchangeId, Fence, LayerId, NodeId, RegionSet};
+
+use crate::gate::Choice;
+use crate::view::ClusterView;
+use standing::Standing;
+
+/// What one exchange has to get computed.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The layer.
+    pub layer: LayerId,
+    /// Values of a row.
+    pub hidden: usize,
+    /// How rows are written, there and back.
+    pub dtype: Dtype,
+    /// All rows, `[rows, hidden]`, encoded once: a retry sends these same bytes.
+    pub rows: Bytes,
+    /// The experts of each row, `[rows, top_k]`, those of a row in ascending order.
+    pub choices: Vec<Choice>,
+    /// Experts of a row.
+    pub top_k: usize,
+    /// The different sets of regions that may see rows.
+    pub policies: Vec<RegionSet>,
+    /// Which of `policies` holds for each row.
+    pub policy_of_row: Vec<u16>,
+    /// When the exchange fails, in microseconds on the caller's clock.
+    pub deadline_us: u64,
+}
+
+impl Job {
+    fn row_bytes(&self) -> usize {
+        self.hidden * self.dtype.size()
+    }
+
+    /// What makes the job impossible to carry out, if anything does.
+    fn flaw(&self) -> Option<&'static str> {
+        let rows = self.policy_of_row.len();
+        let flaws = [
+            (self.hidden == 0 || self.top_k == 0, "hidden and top_k must not be 0"),
+            (self.rows.len() != rows * self.row_bytes(), "rows have another length"),
+            (self.choices.len() != rows * self.top_k, "choices have another length"),
+            (
+                self.policy_of_row.iter().any(|p| usize::from(*p) >= self.policies.len()),
+                "a row has no policy",
+            ),
+        ];
+        flaws.into_iter().find(|(bad, _)| *bad).map(|(_, what)| what)
+    }
+}
+
+/// Something that the owner of an exchange must do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Send the frame to the node. If that is not possible at once, tell [`Exchange::on_not_sent`].
+    Send {
+        /// The node.
+        node: NodeId,
+        /// The frame.
+        frame: Dispatch,
+    },
+}
+
+/// How far an exchange is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Status {
+    /// Answers are outstanding.
+    Waiting {
+        /// When [`Exchange::on_tick`] must be called, if nothing happens before.
+        until_us: u64,
+    },
+    /// Every slot is answered; [`Exchange::combine`] may be called.
+    Done,
+    /// The exchange is over without a result.
+    Failed(Failure),
+}
+
+/// Why an exchange failed. Names no expert: expert choices reveal text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// A bug of the caller.
+    #[error("layer {layer}: impossible exchange: {what}")]
+    Impossible {
+        /// The layer.
+        layer: LayerId,
+        /// What is wrong with the job.
+        what: &'static str,
+    },
+    /// A row's policy keeps it out of the only region whose nodes may be used.
+    #[error("layer {layer}: the policy of a row does not allow region {home}")]
+    NotPermitted {
+        /// The layer.
+        layer: LayerId,
+        /// The coordinator's own region.
+        home: entente_proto::ids::Region,
+    },
+    /// Nobody is left who may and can compute some of the rows.
+    #[error("layer {layer}: no permitted replica is left for some rows (last: {last})")]
+    NoReplica {
+        /// The layer.
+        layer: LayerId,
+        /// What happened to the last frame that came to nothing.
+        last: &'static str,
+    },
+    /// A node did not answer in time.
+    #[error("layer {layer}: deadline passed while waiting for node {node}")]
+    Deadline {
+        /// The layer.
+        layer: LayerId,
+        /// A node that owes an answer.
+        node: NodeId,
+    },
+}
+
+/// Hands out the names of frames. Each exchange gets a block of its own, so that an answer tells by
+/// its number which exchange it belongs to, and no number comes twice while a coordinator lives.
+#[derive(Debug, Default)]
+pub struct ExchangeIds {
+    blocks: u64,
+}
+
+/// Frames that one exchange may send, retries included: the width of a block of names.
+const FRAMES_MAX: u64 = 1 << 16;
+
+impl ExchangeIds {
+    /// Starts at the first block.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn block(&mut self) -> u64 {
+        self.blocks += 1;
+        self.blocks * FRAMES_MAX
+    }
+}
+
+/// A frame that was sent and not answered.
+#[derive(Debug)]
+struct InFlight {
+    node: NodeId,
+    fence: Fence,
+    /// Bytes that a valid answer has.
+    answer_len: usize,
+    /// The slots of the frame's assignments, in order.
+    slots: Vec<u32>,
+}
+
+/// Where one (row, expert) pair stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    Missing,
+    InFlight,
+    /// In `answers[answer]`, as the row `position`.
+    Answered {
+        answer: u32,
+        position: u32,
+    },
+}
+
+/// The state machine of one exchange. One task owns it.
+#[derive(Debug)]
+pub struct Exchange {
+    job: Job,
+    /// The first name of this exchange's block.
+    block: u64,
+    frames_sent: u64,
+    in_flight: BTreeMap<ExchangeId, InFlight>,
+    /// One for each choice of the job.
+    slots: Vec<Slot>,
+    unanswered: usize,
+    answers: Vec<Bytes>,
+    standing: Standing,
+    /// When a resting node may be asked for what is missing.
+    wake_us: Option<u64>,
+    /// What happened to the last frame that came to nothing.
+    last_trouble: &'static str,
+    failure: Option<Failure>,
+}
+
+impl Exchange {
+    /// Starts an exchange: the commands send every row on its way, as far as nodes are live.
+    pub fn start(
+        job: Job,
+        view: &ClusterView,
+        ids: &mut ExchangeIds,
+        now_us: u64,
+    ) -> (Self, Vec<Command>) {
+        let layer = job.layer;
+        let shut_out = |policy: &RegionSet| !policy.contains(&view.home);
+        let failure = match job.flaw() {
+            Some(what) => Some(Failure::Impossible { layer, what }),
+            None if job.policies.iter().any(shut_out) => {
+                Some(Failure::NotPermitted { layer, home: view.home })
+            }
+            None => None,
+        };
+        let mut exchange = Self {
+            block: ids.block(),
+            frames_sent: 0,
+            in_flight: BTreeMap::new(),
+            slots: vec![Slot::Missing; job.choices.len()],
+            unanswered: job.choices.len(),
+            answers: Vec::new(),
+            standing: Standing::default(),
+            wake_us: None,
+            last_trouble: "none is live",
+            failure,
+            job,
+        };
+        let commands = exchange.plan(view, now_us);
+        (exchange, commands)
+    }
+
+    /// Whether the name is one of this exchange's frames.
+    pub fn owns(&self, id: ExchangeId) -> bool {
+        id.0 / FRAMES_MAX == self.block / FRAMES_MAX
+    }
+
+    /// How far the exchange is.
+    pub fn status(&self) -> Status {
+        if let Some(failure) = &self.failure {
+            return Status::Failed(failure.clone());
+        }
+        if self.unanswered == 0 {
+            return Status::Done;
+        }
+        let wake_us = self.wake_us.unwrap_or(u64::MAX);
+        Status::Waiting { until_us: wake_us.min(self.job.deadline_us) }
+    }
+
+    /// Takes an answer of `node`. What was not asked for (an unknown name, another node, another
+    /// fence) is dropped; what is refused or malformed makes its slots missing again.
+    pub fn on_answer(
+        &mut self,
+        view: &ClusterView,
+        node: NodeId,
+        answer: Answer,
+        now_us: u64,
+    ) -> Vec<Command> {
+        let Some(sent) = self.in_flight.get(&answer.exchange) else { return Vec::new() };
+        let fence = sent.fence;
+        if sent.node != node || answer.fence.is_some_and(|theirs| theirs != fence) {
+            return Vec::new();
+        }
+        match answer.result {
+            Ok(_) if answer.fence.is_none() => return Vec::new(),
+            Ok(rows) if rows.len() == sent.answer_len => {
+                self.keep(answer.exchange, rows);
+                return Vec::new();
+            }
+            Ok(_) => {
+                self.last_trouble = "an answer had a wrong length";
+                self.standing.exclude(node, fence);
+            }
+            Err(refusal) => {
+                self.last_trouble = name(&refusal);
+                match refusal {
+                    Refusal::Busy | Refusal::Expired => self.standing.rest(node, now_us),
+                    Refusal::Draining
+                    | Refusal::StaleFence(_)
+                    | Refusal::NotHeld(_)
+                    | Refusal::RegionRefused(_)
+                    | Refusal::Invalid(_) => self.standing.exclude(node, fence),
+                }
+            }
+        }
+        self.give_up(answer.exchange);
+        self.plan(view, now_us)
+    }
+
+    /// Takes note that the link to `node` broke: nothing in flight to it will be answered. The view
+    /// must know already.
+    pub fn on_link_down(&mut self, view: &ClusterView, node: NodeId, now_us: u64) -> Vec<Command> {
+        let lost: Vec<ExchangeId> = self
+            .in_flight
+            .iter()
+            .filter(|(_, sent)| sent.node == node)
+            .map(|(id, _)| *id)
+            .collect();
+        if lost.is_empty() {
+            return Vec::new();
+        }
+        self.last_trouble = "a link broke";
+        self.standing.rest(node, now_us);
+        lost.into_iter().for_each(|id| self.give_up(id));
+        self.plan(view, now_us)
+    }
+
+    /// Takes note that a frame could not be handed to its link.
+    pub fn on_not_sent(&mut self, view: &ClusterView, id: ExchangeId, now_us: u64) -> Vec<Command> {
+        let Some(sent) = self.in_flight.get(&id) else { return Vec::new() };
+        self.last_trouble = "a link was down or full";
+        self.standing.rest(sent.node, now_us);
+        self.give_up(id);
+        self.plan(view, now_us)
+    }
+
+    /// Takes note that nodes came up or that epochs moved.
+    pub fn on_view_changed(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
+        self.plan(view, now_us)
+    }
+
+    /// Takes note of the time; due when [`Status::Waiting`] says so, harmless at any other time.
+    pub fn on_tick(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
+        self.plan(view, now_us)
+    }
+
+    /// Adds the experts' outputs to `out` (`[rows, hidden]`): for each row, in ascending order of
+    /// experts, `out += weight * output` in f32, multiplied and added in two steps.
+    ///
+    /// # Panics
+    /// If the exchange is not [`Status::Done`], or `out` has another length: a sum that lacks a
+    /// part is a wrong token.
+    pub fn combine(&self, out: &mut [f32]) {
+        assert!(self.status() == Status::Done, "combined before every row was answered");
+        assert_eq!(out.len(), self.job.policy_of_row.len() * self.job.hidden, "length of the sums");
+        let row_bytes = self.job.row_bytes();
+        let mut output = vec![0.0; self.job.hidden];
+        for (i, (slot, choice)) in self.slots.iter().zip(&self.job.choices).enumerate() {
+            let &Slot::Answered { answer, position } = slot else { continue };
+            let start = position as usize * row_bytes;
+            let row = &self.answers[answer as usize][start..start + row_bytes];
+            self.job.dtype.decode(row, &mut output);
+            let sums = &mut out[i / self.job.top_k * self.job.hidden..][..self.job.hidden];
+            for (sum, value) in sums.iter_mut().zip(&output) {
+                *sum += choice.weight * value;
+            }
+        }
+    }
+
+    /// Keeps the rows of a valid answer. The first one for a slot counts.
+    fn keep(&mut self, id: ExchangeId, rows: Bytes) {
+        let Some(sent) = self.in_flight.remove(&id) else { return };
+        let answer = self.answers.len() as u32;
+        for (position, slot) in sent.slots.into_iter().enumerate() {
+            let slot = &mut self.slots[slot as usize];
+            if *slot == Slot::InFlight {
+                *slot = Slot::Answered { answer, position: position as u32 };
+                self.unanswered -= 1;
+            }
+        }
+        self.answers.push(rows);
+    }
+
+    /// Makes the slots of a frame missing again.
+    fn give_up(&mut self, id: ExchangeId) {
+        let Some(sent) = self.in_flight.remove(&id) else { return };
+        for slot in sent.slots {
+            if self.slots[slot as usize] == Slot::InFlight {
+                self.slots[slot as usize] = Slot::Missing;
+            }
+        }
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.failure = Some(failure);
+        self.in_flight.clear();
+    }
+
+    /// Sends what is missing to whoever may and can compute it now.
+    fn plan(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
+        if self.unanswered == 0 || self.failure.is_some() {
+            return Vec::new();
+        }
+        let any_missing = self.slots.contains(&Slot::Missing);
+        let out_of_frames = any_missing && self.frames_sent >= FRAMES_MAX / 2;
+        if now_us >= self.job.deadline_us || out_of_frames {
+            let layer = self.job.layer;
+            let owing = self.in_flight.values().next().map(|sent| sent.node);
+            self.fail(match owing {
+                Some(node) if !any_missing => Failure::Deadline { layer, node },
+                _ => Failure::NoReplica { layer, last: self.last_trouble },
+            });
+            return Vec::new();
+        }
+        let groups = self.assign(view, now_us);
+        let commands = self.frames(view, groups, now_us);
+        let still_missing = any_missing && self.slots.contains(&Slot::Missing);
+        self.wake_us = still_missing.then(|| self.standing.next_return_us(now_us)).flatten();
+        commands
+    }
+}
+
+/// A refusal in words that are ours: a node's own text may say anything.
+fn name(refusal: &Refusal) -> &'static str {
+    match refusal {
+        Refusal::Busy => "a node was busy",
+        Refusal::Draining => "a node was draining",
+        Refusal::StaleFence(_) => "a node has another fence",
+        Refusal::NotHeld(_) => "a node does not hold what is placed on it",
+        Refusal::RegionRefused(_) => "a node refused rows of a region",
+        Refusal::Invalid(_) => "a node called a frame invalid",
+        Refusal::Expired => "a frame waited too long at a node",
+    }
+}

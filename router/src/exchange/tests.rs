@@ -1,0 +1,490 @@
+//! The exchange against simulated nodes that are slow, busy, broken, restarted and lying.
+
+use std::sync::Arc;
+
+use entente_proto::ids::{
+    ExpertId, Incarnation, KernelClass, MembershipEpoch, ModelDigest, PlacementEpoch, Region,
+};
+use entente_proto::placement::{ModelShape, Placement, PlacementNode};
+
+use super::*;
+use crate::placement;
+use crate::view::NodeView;
+
+const LAYER: LayerId = LayerId(2);
+const DEADLINE_US: u64 = 1_000_000;
+
+fn region(code: &str) -> Region {
+    code.parse().unwrap()
+}
+
+/// SplitMix64: all that a test needs of randomness.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    fn value(&mut self) -> f32 {
+        self.below(2_000_001) as f32 / 1e6 - 1.0
+    }
+}
+
+/// A view of live nodes `0..fr` in fr (home) and `100..100 + se` in se.
+fn view(fr: u32, se: u32, experts: u16, replicas: u16) -> ClusterView {
+    let nodes: Vec<PlacementNode> = (0..fr)
+        .map(|id| (id, "fr"))
+        .chain((100..100 + se).map(|id| (id, "se")))
+        .map(|(id, code)| PlacementNode {
+            id: NodeId(id),
+            region: region(code),
+            memory_bytes: None,
+        })
+        .collect();
+    let shape = ModelShape { layers: vec![(LAYER, experts)], expert_bytes: 1 };
+    let placement = placement::plan(&nodes, &shape, replicas).unwrap();
+    let live = |node: &PlacementNode| {
+        let name = format!("{}-expert-{}", node.region, node.id).parse().unwrap();
+        (node.id, NodeView { name, region: node.region, live: Some(Incarnation(1)) })
+    };
+    ClusterView {
+        home: region("fr"),
+        membership_epoch: MembershipEpoch(1),
+        placement_epoch: PlacementEpoch(1),
+        model_digest: ModelDigest([1; 32]),
+        kernel_class: KernelClass("f32/test/1".to_owned()),
+        nodes: nodes.iter().map(live).collect(),
+        placement: Arc::new(placement),
+    }
+}
+
+/// A job of random rows through random experts.
+fn job(random: &mut Random, rows: usize, experts: usize, top_k: usize, dtype: Dtype) -> Job {
+    let hidden = 3;
+    let values: Vec<f32> = (0..rows * hidden).map(|_| random.value()).collect();
+    let mut bytes = Vec::new();
+    dtype.encode(&values, &mut bytes);
+    let mut choices = Vec::new();
+    for _ in 0..rows {
+        let mut pool: Vec<usize> = (0..experts).collect();
+        let mut chosen: Vec<usize> =
+            (0..top_k).map(|_| pool.swap_remove(random.below(pool.len()))).collect();
+        chosen.sort_unstable();
+        choices.extend(
+            chosen
+                .into_iter()
+                .map(|expert| Choice { expert: ExpertId(expert as u16), weight: random.value() }),
+        );
+    }
+    Job {
+        layer: LAYER,
+        hidden,
+        dtype,
+        rows: bytes.into(),
+        choices,
+        top_k,
+        policies: vec![[region("fr")].into(), [region("fr"), region("se")].into()],
+        policy_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
+        deadline_us: DEADLINE_US,
+    }
+}
+
+/// What the simulated experts compute: any function will do that tells experts and rows apart.
+fn expert(id: ExpertId, row: &[f32]) -> Vec<f32> {
+    let factor = 1.0 + f32::from(id.0);
+    row.iter().enumerate().map(|(i, x)| (x * factor).sin() * factor + i as f32).collect()
+}
+
+/// The answer of a healthy node.
+fn compute(frame: &Dispatch) -> Answer {
+    let size = frame.hidden * frame.dtype.size();
+    let mut row = vec![0.0; frame.hidden];
+    let mut rows = Vec::new();
+    for assignment in &frame.assignments {
+        let start = usize::from(assignment.row) * size;
+        frame.dtype.decode(&frame.rows[start..start + size], &mut row);
+        frame.dtype.encode(&expert(assignment.expert, &row), &mut rows);
+    }
+    Answer { exchange: frame.exchange, fence: Some(frame.fence), result: Ok(rows.into()) }
+}
+
+fn refuse(frame: &Dispatch, refusal: Refusal) -> Answer {
+    Answer { exchange: frame.exchange, fence: Some(frame.fence), result: Err(refusal) }
+}
+
+/// The sums, computed without nodes, frames or retries.
+fn expected(job: &Job) -> Vec<u32> {
+    let rows = job.policy_of_row.len();
+    let mut values = vec![0.0; rows * job.hidden];
+    job.dtype.decode(&job.rows, &mut values);
+    let mut sums = vec![0.0_f32; rows * job.hidden];
+    for (i, choice) in job.choices.iter().enumerate() {
+        let at = i / job.top_k * job.hidden;
+        let mut encoded = Vec::new();
+        job.dtype.encode(&expert(choice.expert, &values[at..at + job.hidden]), &mut encoded);
+        let mut output = vec![0.0; job.hidden];
+        job.dtype.decode(&encoded, &mut output);
+        for (sum, value) in sums[at..].iter_mut().zip(&output) {
+            *sum += choice.weight * value;
+        }
+    }
+    sums.iter().map(|v| v.to_bits()).collect()
+}
+
+fn combined(exchange: &Exchange) -> Vec<u32> {
+    let mut sums = vec![0.0; exchange.job.policy_of_row.len() * exchange.job.hidden];
+    exchange.combine(&mut sums);
+    sums.iter().map(|v| v.to_bits()).collect()
+}
+
+fn sends(commands: Vec<Command>) -> Vec<(NodeId, Dispatch)> {
+    commands.into_iter().map(|Command::Send { node, frame }| (node, frame)).collect()
+}
+
+/// One exchange among nodes that misbehave as a seed says, for some time; then they are healthy.
+struct Storm {
+    random: Random,
+    view: ClusterView,
+    exchange: Exchange,
+    /// Frames on their way to nodes or back.
+    travelling: Vec<(NodeId, Dispatch)>,
+    now_us: u64,
+}
+
+impl Storm {
+    fn start(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let experts = 2 + random.below(9);
+        let nodes = 1 + random.below(5) as u32;
+        let replicas = 1 + random.below(nodes.min(3) as usize) as u16;
+        let view = view(nodes, nodes, experts as u16, replicas);
+        let rows = 1 + random.below(40);
+        let top_k = 1 + random.below(experts.min(4));
+        let dtype = if random.one_in(2) { Dtype::F32 } else { Dtype::Bf16 };
+        let job = job(&mut random, rows, experts, top_k, dtype);
+        let (exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+        Self { random, view, exchange, travelling: sends(commands), now_us: 0 }
+    }
+
+    fn send(&mut self, commands: Vec<Command>) {
+        self.travelling.extend(sends(commands));
+    }
+
+    /// One event of a stormy day.
+    fn misbehave(&mut self) {
+        if self.travelling.is_empty() || self.random.one_in(4) {
+            return self.pass_time();
+        }
+        let at = self.random.below(self.travelling.len());
+        let (node, frame) = self.travelling.swap_remove(at);
+        if self.view.fence(node) != Some(frame.fence) {
+            return; // The link that carried it is gone.
+        }
+        let kind = self.random.below(12);
+        let commands = match kind {
+            0 => return self.restart(node),
+            1 => self.exchange.on_not_sent(&self.view, frame.exchange, self.now_us),
+            2..7 => {
+                let refusal = match kind {
+                    2 => Refusal::Busy,
+                    3 => Refusal::Expired,
+                    4 => Refusal::Draining,
+                    5 => Refusal::StaleFence(Box::new(frame.fence)),
+                    _ => Refusal::Invalid("no".to_owned()),
+                };
+                self.answer(node, refuse(&frame, refusal))
+            }
+            7 => {
+                let mut answer = compute(&frame);
+                answer.result = answer.result.map(|rows| rows.slice(1..));
+                self.answer(node, answer)
+            }
+            8 => {
+                self.lie(node, &frame);
+                self.travelling.push((node, frame));
+                return;
+            }
+            _ => self.answer(node, compute(&frame)),
+        };
+        self.send(commands);
+    }
+
+    fn answer(&mut self, node: NodeId, answer: Answer) -> Vec<Command> {
+        self.exchange.on_answer(&self.view, node, answer, self.now_us)
+    }
+
+    /// Answers that must not count: right in form, wrong in name, node or fence.
+    fn lie(&mut self, node: NodeId, frame: &Dispatch) {
+        let before = format!("{:?}", self.exchange);
+        let lie =
+            Answer { result: Ok(Bytes::from(vec![0x40; frame.answer_len()])), ..compute(frame) };
+        let mut older = frame.fence;
+        older.incarnation.0 -= 1;
+        let lies = [
+            (NodeId(node.0 + 1), lie.clone()),
+            (node, Answer { exchange: ExchangeId(lie.exchange.0 - FRAMES_MAX), ..lie.clone() }),
+            (node, Answer { exchange: ExchangeId(lie.exchange.0 + 1000), ..lie.clone() }),
+            (node, Answer { fence: Some(older), ..lie.clone() }),
+            (node, Answer { fence: None, ..lie }),
+        ];
+        for (node, lie) in lies {
+            assert_eq!(self.answer(node, lie), []);
+        }
+        assert_eq!(format!("{:?}", self.exchange), before, "a lie left a trace");
+    }
+
+    /// The node dies and comes back as another incarnation.
+    fn restart(&mut self, node: NodeId) {
+        let was = self.view.fence(node).unwrap().incarnation;
+        self.view.node_down(node);
+        let commands = self.exchange.on_link_down(&self.view, node, self.now_us);
+        self.send(commands);
+        self.view.nodes.get_mut(&node).unwrap().live = Some(Incarnation(was.0 + 1));
+        let commands = self.exchange.on_view_changed(&self.view, self.now_us);
+        self.send(commands);
+    }
+
+    fn pass_time(&mut self) {
+        self.now_us += 500;
+        let commands = self.exchange.on_tick(&self.view, self.now_us);
+        self.send(commands);
+    }
+
+    /// Everybody restarts and is healthy from here on.
+    fn calm(&mut self) {
+        let nodes: Vec<NodeId> = self.view.nodes.keys().copied().collect();
+        nodes.into_iter().for_each(|node| self.restart(node));
+        for _ in 0..1_000 {
+            let Status::Waiting { until_us } = self.exchange.status() else { return };
+            let frames = std::mem::take(&mut self.travelling);
+            if frames.is_empty() {
+                self.now_us = self.now_us.max(until_us);
+                let commands = self.exchange.on_tick(&self.view, self.now_us);
+                self.send(commands);
+            }
+            for (node, frame) in frames {
+                if self.view.fence(node) == Some(frame.fence) {
+                    let commands = self.answer(node, compute(&frame));
+                    self.send(commands);
+                }
+            }
+        }
+    }
+
+    /// What must hold at every moment.
+    fn check(&self, seed: u64) {
+        let mut in_flight = vec![0; self.exchange.slots.len()];
+        for sent in self.exchange.in_flight.values() {
+            sent.slots.iter().for_each(|slot| in_flight[*slot as usize] += 1);
+        }
+        for (slot, frames) in self.exchange.slots.iter().zip(&in_flight) {
+            assert_eq!(*frames, usize::from(*slot == Slot::InFlight), "seed {seed}: {slot:?}");
+        }
+        for (node, frame) in &self.travelling {
+            let here = self.view.nodes[node].region;
+            assert_eq!(here, self.view.home, "seed {seed}: rows left the home region");
+            assert!(frame.allowed_regions.contains(&here), "seed {seed}: forbidden rows");
+            let wire = entente_proto::wire::Dispatch::from(frame.clone());
+            assert_eq!(Dispatch::try_from(wire).as_ref(), Ok(frame), "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn the_bits_of_the_sum_do_not_depend_on_placement_order_failures_or_retries() {
+    for seed in 0..3_000 {
+        let mut storm = Storm::start(seed);
+        let expected = expected(&storm.exchange.job);
+        for _ in 0..storm.random.below(120) {
+            storm.misbehave();
+            storm.check(seed);
+        }
+        storm.calm();
+        assert_eq!(storm.exchange.status(), Status::Done, "seed {seed}");
+        assert_eq!(combined(&storm.exchange), expected, "seed {seed}");
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_frames() {
+    let trace = |seed| {
+        let mut storm = Storm::start(seed);
+        (0..60).for_each(|_| storm.misbehave());
+        format!("{:?} {:?}", storm.travelling, storm.exchange)
+    };
+    for seed in 0..20 {
+        assert_eq!(trace(seed), trace(seed), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_row_goes_to_a_node_once_and_work_is_even() {
+    let mut random = Random(1);
+    let view = view(2, 0, 8, 2);
+    let mut job = job(&mut random, 32, 8, 4, Dtype::F32);
+    job.policy_of_row.fill(0);
+    let (_, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let frames = sends(commands);
+    assert_eq!(frames.len(), 2);
+    for (_, frame) in frames {
+        assert_eq!((frame.row_count(), frame.assignments.len()), (32, 64));
+    }
+}
+
+#[test]
+fn only_what_a_lost_node_owes_is_sent_again() {
+    let mut random = Random(2);
+    let mut view = view(3, 0, 8, 2);
+    let job = job(&mut random, 16, 8, 2, Dtype::Bf16);
+    let expected = expected(&job);
+    let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let (lost, kept): (Vec<_>, Vec<_>) =
+        sends(commands).into_iter().partition(|(node, _)| *node == NodeId(1));
+    view.node_down(NodeId(1));
+    let again = sends(exchange.on_link_down(&view, NodeId(1), 10));
+    let slots = |frames: &[(NodeId, Dispatch)]| -> usize {
+        frames.iter().map(|(_, frame)| frame.assignments.len()).sum()
+    };
+    assert_eq!(slots(&again), slots(&lost));
+    for (node, frame) in kept.into_iter().chain(again) {
+        assert_ne!(node, NodeId(1));
+        exchange.on_answer(&view, node, compute(&frame), 20);
+    }
+    assert_eq!(combined(&exchange), expected);
+}
+
+#[test]
+fn a_busy_node_is_asked_again_after_a_pause_when_nobody_else_can() {
+    let mut random = Random(3);
+    let view = view(1, 0, 4, 1);
+    let mut job = job(&mut random, 1, 4, 2, Dtype::F32);
+    job.policy_of_row.fill(0);
+    let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let (node, frame) = sends(commands).remove(0);
+    assert_eq!(exchange.on_answer(&view, node, refuse(&frame, Refusal::Busy), 100), []);
+    let Status::Waiting { until_us } = exchange.status() else { panic!("must wait") };
+    assert_eq!(exchange.on_tick(&view, until_us - 1), []);
+    let again = sends(exchange.on_tick(&view, until_us));
+    assert_eq!(again[0].1.rows, frame.rows, "a retry sends the same bytes");
+}
+
+#[test]
+fn without_a_replica_the_exchange_waits_for_one_and_then_fails_without_naming_experts() {
+    let mut random = Random(4);
+    let mut view = view(1, 1, 4, 1);
+    view.node_down(NodeId(0));
+    let job = job(&mut random, 4, 4, 2, Dtype::F32);
+    let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    assert_eq!(commands, [], "the nodes of the other region are not asked");
+    assert_eq!(exchange.status(), Status::Waiting { until_us: DEADLINE_US });
+    view.nodes.get_mut(&NodeId(0)).unwrap().live = Some(Incarnation(1));
+    assert_ne!(exchange.on_view_changed(&view, 10), []);
+    view.node_down(NodeId(0));
+    exchange.on_link_down(&view, NodeId(0), 20);
+    exchange.on_tick(&view, DEADLINE_US);
+    let Status::Failed(failure) = exchange.status() else { panic!("must fail") };
+    assert_eq!(
+        failure.to_string(),
+        "layer 2: no permitted replica is left for some rows (last: a link broke)"
+    );
+}
+
+#[test]
+fn a_silent_node_fails_the_exchange_at_the_deadline_only() {
+    let view = view(1, 0, 4, 1);
+    let job = job(&mut Random(5), 4, 4, 2, Dtype::F32);
+    let (mut exchange, _) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    exchange.on_tick(&view, DEADLINE_US - 1);
+    assert_eq!(exchange.status(), Status::Waiting { until_us: DEADLINE_US });
+    exchange.on_tick(&view, DEADLINE_US);
+    let owing = Failure::Deadline { layer: LAYER, node: NodeId(0) };
+    assert_eq!(exchange.status(), Status::Failed(owing));
+}
+
+#[test]
+fn rows_that_may_not_stay_at_home_are_refused_before_anything_is_sent() {
+    let view = view(1, 1, 4, 1);
+    let mut job = job(&mut Random(6), 4, 4, 2, Dtype::F32);
+    job.policies[1] = [region("se")].into();
+    let (exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    assert_eq!(commands, []);
+    let failure = Failure::NotPermitted { layer: LAYER, home: region("fr") };
+    assert_eq!(exchange.status(), Status::Failed(failure));
+}
+
+#[test]
+fn an_exchange_too_big_for_one_frame_is_split() {
+    use entente_proto::frame::{HIDDEN_MAX, ROWS_MAX};
+    let view = view(1, 0, 4, 1);
+    let mut random = Random(7);
+    let mut many = job(&mut random, ROWS_MAX + 1, 4, 2, Dtype::Bf16);
+    many.policy_of_row.fill(0);
+    let mut wide = job(&mut random, 130, 4, 2, Dtype::F32);
+    wide.policy_of_row.fill(0);
+    wide.hidden = HIDDEN_MAX;
+    wide.rows = vec![0; 130 * HIDDEN_MAX * 4].into();
+    // 256 KiB a row: 128 rows of answer fit into a frame, 260 are to come.
+    for (job, frames) in [(many, 2), (wide, 3)] {
+        let expected = expected(&job);
+        let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+        let sent = sends(commands);
+        assert_eq!(sent.len(), frames);
+        for (node, frame) in sent {
+            let wire = entente_proto::wire::Dispatch::from(frame.clone());
+            assert!(Dispatch::try_from(wire).as_ref() == Ok(&frame), "out of bounds");
+            exchange.on_answer(&view, node, compute(&frame), 1);
+        }
+        assert!(combined(&exchange) == expected);
+    }
+}
+
+#[test]
+fn an_impossible_job_fails_instead_of_panicking() {
+    let view = view(1, 0, 4, 1);
+    type Spoil = fn(&mut Job);
+    let cases: [Spoil; 4] = [
+        |j| j.rows = j.rows.slice(1..),
+        |j| j.choices.truncate(1),
+        |j| j.policy_of_row[0] = 9,
+        |j| j.hidden = 0,
+    ];
+    for spoil in cases {
+        let mut job = job(&mut Random(8), 4, 4, 2, Dtype::F32);
+        spoil(&mut job);
+        let (exchange, _) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+        assert!(matches!(exchange.status(), Status::Failed(Failure::Impossible { .. })));
+    }
+}
+
+#[test]
+fn a_name_tells_which_exchange_it_belongs_to() {
+    let view = view(1, 0, 4, 1);
+    let mut ids = ExchangeIds::new();
+    let mut start = || {
+        let job = job(&mut Random(9), 4, 4, 2, Dtype::F32);
+        let (exchange, commands) = Exchange::start(job, &view, &mut ids, 0);
+        (exchange, sends(commands)[0].1.exchange)
+    };
+    let ((first, id), (second, _)) = (start(), start());
+    assert!(first.owns(id) && !second.owns(id));
+}
+
+#[test]
+fn the_placement_of_the_test_view_is_complete() {
+    let view = view(3, 2, 8, 2);
+    assert_ne!(*view.placement, Placement::new());
+    assert_eq!(view.missing(&[region("fr")].into()), None);
+}
