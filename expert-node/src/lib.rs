@@ -1,0 +1,98 @@
+//! The expert node: holds some experts of a model and runs rows through them, nothing else.
+//!
+//! It is stateless. It knows no request, no token and no order of layers; a frame in, a frame out.
+//! So it can be killed at any moment and whatever it owed can be asked of another replica.
+//!
+//! ```text
+//!   coordinators ══ streams ══► service ── core::admit ──► worker's queue ──► one compute thread
+//!                                  ▲                                            │ all waiting frames
+//!                                  └──────── answers, in the order computed ◄───┘ of a layer at once
+//! ```
+//!
+//! - [`Config`]: the TOML file; [`found`]: the cluster and the placement that follow from it;
+//! - `store`: the experts placed here, and no other byte of the checkpoint;
+//! - [`core`]: whether a frame may be computed, a pure function;
+//! - `worker`: the queue and the thread that computes;
+//! - [`serve`] and [`inproc`]: the two doors, network and same process, to one [`NodeHandle`].
+//!
+//! Invariants:
+//! - nothing is computed that was not admitted: region, fence, shape and experts are checked first;
+//! - every frame gets exactly one answer, and nobody is made to wait by a coordinator that does not
+//!   read its answers;
+//! - queues are bounded in frames and in bytes; past the bound the answer is BUSY;
+//! - the value of a row does not depend on the frames that it is computed with;
+//! - a frame that makes the kernels panic costs that frame, not the node.
+//!
+//! What this crate does not know: attention, tokens, requests, other nodes, why it holds what it
+//! holds.
+
+mod cluster;
+mod config;
+pub mod core;
+pub mod inproc;
+mod limits;
+mod node;
+mod run;
+mod service;
+mod store;
+mod worker;
+
+use std::io;
+use std::path::PathBuf;
+
+use entente_membership::state::Refused;
+use entente_model::ModelError;
+use entente_model::kernels::UnsupportedCpu;
+use entente_proto::ids::NodeName;
+use entente_router::placement::PlacementRefused;
+
+pub use cluster::found;
+pub use config::{Config, ConfigError};
+pub use node::{ExpertNode, NodeHandle, Reply};
+pub use run::{Ready, run};
+pub use service::serve;
+
+/// Why an expert node cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The model folder is not usable.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The processor lacks what the weight format's kernels need.
+    #[error(transparent)]
+    Cpu(#[from] UnsupportedCpu),
+    /// The roster does not make a cluster.
+    #[error("cluster: {0}")]
+    Cluster(#[from] Refused),
+    /// The model's experts cannot be placed on the nodes.
+    #[error("placement: {0}")]
+    Placement(#[from] PlacementRefused),
+    /// The node is not one of the cluster's.
+    #[error("node {0} is not in the cluster")]
+    NotAMember(NodeName),
+    /// The node cannot listen.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The compute thread cannot be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+    /// The network service broke.
+    #[error("exchange service: {0}")]
+    Service(#[from] tonic::transport::Error),
+    /// Loading was cut short.
+    #[error("loading {} stopped: {reason}", model.display())]
+    Loading {
+        /// The model folder.
+        model: PathBuf,
+        /// What happened.
+        reason: String,
+    },
+}

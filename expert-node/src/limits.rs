@@ -1,0 +1,30 @@
+//! Every bound of this crate in one place.
+
+use std::time::Duration;
+
+use entente_proto::frame::ROWS_BYTES_MAX;
+
+/// Frames that are queued or computed; more are answered BUSY.
+pub const QUEUE_LEN_MAX: usize = 1_024;
+/// Bytes of rows, sent and to be answered, that are queued or computed; more are answered BUSY. One
+/// frame of any size is always taken.
+pub const QUEUE_BYTES_MAX: usize = 8 * ROWS_BYTES_MAX;
+/// Bytes of answer rows that are computed in one call of the kernels.
+pub const BATCH_BYTES_MAX: usize = ROWS_BYTES_MAX;
+/// Frames of one stream that are taken and whose answers the peer has not read. Past it the stream
+/// is not read, so that a peer which does not read holds up nobody but itself.
+pub const STREAM_FRAMES_MAX: usize = 128;
+/// Streams on one connection; a coordinator needs one, and one for asking who is there.
+pub const STREAMS_MAX: u32 = 16;
+/// HTTP/2 window of one stream: a frame of 1 MiB must not wait for the peer's permission.
+pub const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+/// HTTP/2 window of a connection.
+pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Largest piece in which HTTP/2 carries a message.
+pub const HTTP2_FRAME_BYTES_MAX: u32 = 1 << 20;
+/// Silence after which a peer is asked for a sign of life, and how long it may take to give one.
+pub const KEEPALIVE: Duration = Duration::from_secs(10);
+/// How long frames in the queue may take once the node is told to stop.
+pub const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How long streams may take to end after that.
+pub const CLOSE_MAX: Duration = Duration::from_secs(1);

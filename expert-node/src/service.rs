@@ -1,0 +1,134 @@
+//! The network door: the gRPC service that turns messages into frames and answers into messages.
+//!
+//! Each stream is read by one task. Before it reads a frame it reserves the place of the answer in
+//! the stream's outgoing channel; so an answer never waits for room, the compute thread never
+//! blocks on a peer, and a peer that does not read its answers stops being read.
+
+use std::future::Future;
+
+use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
+use entente_proto::ids::ExchangeId;
+use entente_proto::wire;
+use entente_proto::wire::exchange_server::{Exchange, ExchangeServer};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::Error;
+use crate::limits::{
+    CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, HTTP2_FRAME_BYTES_MAX, KEEPALIVE,
+    STREAM_FRAMES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
+};
+use crate::node::NodeHandle;
+
+type Outgoing = Result<wire::Combine, Status>;
+
+struct Service {
+    node: NodeHandle,
+    /// Turns true when streams must end.
+    closing: watch::Receiver<bool>,
+}
+
+#[tonic::async_trait]
+impl Exchange for Service {
+    type StreamStream = ReceiverStream<Outgoing>;
+
+    async fn describe(
+        &self,
+        _: Request<wire::DescribeRequest>,
+    ) -> Result<Response<wire::NodeInfo>, Status> {
+        Ok(Response::new(self.node.info().into()))
+    }
+
+    async fn stream(
+        &self,
+        request: Request<Streaming<wire::Dispatch>>,
+    ) -> Result<Response<Self::StreamStream>, Status> {
+        let (answers, outgoing) = mpsc::channel(STREAM_FRAMES_MAX);
+        let node = self.node.clone();
+        let mut closing = self.closing.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = read_frames(node, request.into_inner(), answers) => {}
+                _ = closing.wait_for(|closing| *closing) => {}
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+}
+
+/// Reads one stream until either side ends it.
+async fn read_frames(
+    node: NodeHandle,
+    mut frames: Streaming<wire::Dispatch>,
+    answers: mpsc::Sender<Outgoing>,
+) {
+    while let Ok(place) = answers.clone().reserve_owned().await {
+        let message = match frames.message().await {
+            Ok(Some(message)) => message,
+            Ok(None) => return,
+            Err(status) => {
+                tracing::debug!(%status, "a stream broke");
+                return;
+            }
+        };
+        let exchange = ExchangeId(message.exchange_id);
+        let reply = move |answer: Answer| {
+            place.send(Ok(answer.into()));
+        };
+        match Dispatch::try_from(message) {
+            Ok(frame) => node.submit(frame, Box::new(reply)),
+            Err(error) => {
+                let result = Err(Refusal::Invalid(error.to_string()));
+                reply(Answer { exchange, fence: None, result });
+            }
+        }
+    }
+}
+
+/// Serves the node on `listener` until `shutdown` resolves. Then new frames are refused as
+/// DRAINING, what is queued is computed and answered, and streams are ended; all of that within a
+/// few seconds, whatever peers do.
+pub async fn serve(
+    node: NodeHandle,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let (close, closing) = watch::channel(false);
+    let mut closed = closing.clone();
+    let service = ExchangeServer::new(Service { node: node.clone(), closing })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let drained = async {
+        shutdown.await;
+        node.drain();
+        if timeout(DRAIN_MAX, node.idle()).await.is_err() {
+            tracing::warn!("stopping with frames that were not computed in time");
+        }
+        close.send_replace(true);
+    };
+    let server = Server::builder()
+        .max_concurrent_streams(STREAMS_MAX)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES_MAX)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .serve_with_incoming_shutdown(
+            service,
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            drained,
+        );
+    let overdue = async {
+        let _ = closed.wait_for(|closed| *closed).await;
+        sleep(CLOSE_MAX).await;
+    };
+    tokio::select! {
+        served = server => Ok(served?),
+        () = overdue => Ok(()),
+    }
+}

@@ -1,0 +1,224 @@
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use entente_model::kernels::{
+    Activation, AttentionRow, AttentionShape, GatedFfn, KvLayer, Matrix, MatrixSource, SourceDtype,
+    WeightFormat, select,
+};
+use entente_proto::frame::{Assignment, Dtype};
+use entente_proto::ids::{
+    ExchangeId, Fence, Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest,
+    PlacementEpoch,
+};
+
+use super::*;
+
+const HIDDEN: usize = 4;
+/// A row that starts with this makes the kernels panic.
+const POISON: f32 = 666.0;
+
+/// Real kernels that count calls, can be held up, and panic at a poisonous row.
+struct Fragile {
+    real: Arc<dyn Kernels>,
+    calls: AtomicUsize,
+    held_up: Mutex<()>,
+}
+
+impl Kernels for Fragile {
+    fn class(&self) -> &KernelClass {
+        self.real.class()
+    }
+
+    fn row_dtype(&self) -> Dtype {
+        self.real.row_dtype()
+    }
+
+    fn pack(&self, source: MatrixSource<'_>) -> Matrix {
+        self.real.pack(source)
+    }
+
+    fn pack_f32(&self, source: MatrixSource<'_>) -> Matrix {
+        self.real.pack_f32(source)
+    }
+
+    fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        drop(self.held_up.lock());
+        assert!(!x.chunks(HIDDEN).any(|row| row[0] == POISON), "poison, as the test wants it");
+        self.real.gated_ffn(x, groups, y);
+    }
+
+    fn matmul(&self, _: &[f32], _: &Matrix, _: &mut [f32]) {
+        unreachable!("expert nodes do not call it");
+    }
+
+    fn rms_norm(&self, _: &[f32], _: &[f32], _: f32, _: &mut [f32]) {
+        unreachable!("expert nodes do not call it");
+    }
+
+    fn rope(&self, _: &mut [f32], _: usize, _: usize, _: &[f32], _: &[f32]) {
+        unreachable!("expert nodes do not call it");
+    }
+
+    fn write_kv(&self, _: &mut KvLayer, _: &[usize], _: &[f32], _: &[f32]) {
+        unreachable!("expert nodes do not call it");
+    }
+
+    fn attention(
+        &self,
+        _: &AttentionShape,
+        _: &[f32],
+        _: &[AttentionRow<'_>],
+        _: &KvLayer,
+        _: &mut [f32],
+    ) {
+        unreachable!("expert nodes do not call it");
+    }
+}
+
+/// Two experts in each of two layers, with weights that differ.
+fn start() -> (Queue, Arc<Fragile>) {
+    let real = select(WeightFormat::F32, 1).unwrap();
+    let matrix = |seed: usize| {
+        let weight = |i| ((i * 7 + seed * 13) % 11) as f32 / 11.0 - 0.4;
+        let bytes: Vec<u8> =
+            (0..HIDDEN * HIDDEN).map(weight).flat_map(|v: f32| v.to_le_bytes()).collect();
+        let (out_features, in_features, dtype) = (HIDDEN, HIDDEN, SourceDtype::F32);
+        real.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes })
+    };
+    let expert = |seed| GatedFfn {
+        gate: matrix(seed),
+        up: matrix(seed + 1),
+        down: matrix(seed + 2),
+        activation: Activation::SwiGlu,
+    };
+    let keys = [(0, 0), (0, 1), (1, 0), (1, 1)];
+    let store = ExpertStore::of(
+        keys.iter()
+            .enumerate()
+            .map(|(seed, (layer, id))| ((LayerId(*layer), ExpertId(*id)), expert(seed)))
+            .collect(),
+    );
+    let fragile = Arc::new(Fragile { real, calls: AtomicUsize::new(0), held_up: Mutex::new(()) });
+    (Queue::start(fragile.clone(), store).unwrap(), fragile)
+}
+
+/// A frame of two rows, both through both experts of the layer.
+fn frame(exchange: u64, layer: u16, first_value: f32) -> Dispatch {
+    let values: Vec<f32> = (0..2 * HIDDEN).map(|i| first_value + i as f32 * 0.1).collect();
+    let mut rows = Vec::new();
+    Dtype::F32.encode(&values, &mut rows);
+    let pairs = [(0, 0), (0, 1), (1, 1), (1, 0)];
+    Dispatch {
+        exchange: ExchangeId(exchange),
+        fence: Fence {
+            membership_epoch: MembershipEpoch(1),
+            placement_epoch: PlacementEpoch(1),
+            incarnation: Incarnation(1),
+            model_digest: ModelDigest([1; 32]),
+        },
+        layer: LayerId(layer),
+        allowed_regions: ["fr".parse().unwrap()].into(),
+        deadline_ms: 1_000,
+        dtype: Dtype::F32,
+        hidden: HIDDEN,
+        assignments: pairs.map(|(row, e)| Assignment { row, expert: ExpertId(e) }).to_vec(),
+        rows: rows.into(),
+    }
+}
+
+fn work(frame: Dispatch, answers: &Sender<Answer>) -> Work {
+    let answers = answers.clone();
+    let reply = Box::new(move |answer| answers.send(answer).unwrap());
+    Work { frame, due: Instant::now() + Duration::from_secs(60), reply }
+}
+
+/// The answer to a frame that is computed on its own.
+fn alone(queue: &Queue, frame: Dispatch) -> Answer {
+    let (answers, received) = channel();
+    assert!(queue.push(work(frame, &answers)).is_ok());
+    received.recv_timeout(Duration::from_secs(10)).unwrap()
+}
+
+/// Runs `act` while the compute thread is stuck in a frame of its own.
+fn while_held_up(queue: &Queue, fragile: &Fragile, act: impl FnOnce()) {
+    let before = fragile.calls.load(Ordering::SeqCst);
+    let hold = fragile.held_up.lock().unwrap();
+    let (answers, received) = channel();
+    assert!(queue.push(work(frame(0, 0, 9.0), &answers)).is_ok());
+    while fragile.calls.load(Ordering::SeqCst) == before {
+        std::thread::yield_now();
+    }
+    act();
+    drop(hold);
+    assert!(received.recv_timeout(Duration::from_secs(10)).unwrap().result.is_ok());
+}
+
+#[test]
+fn waiting_frames_of_a_layer_are_computed_together_with_the_same_bits_as_alone() {
+    let (queue, fragile) = start();
+    let frames: Vec<Dispatch> =
+        (1..=6).map(|i| frame(i, (i % 2) as u16, i as f32 * 0.01)).collect();
+    let expected: Vec<Answer> = frames.iter().map(|f| alone(&queue, f.clone())).collect();
+    let (answers, received) = channel();
+    let before = fragile.calls.load(Ordering::SeqCst);
+    while_held_up(&queue, &fragile, || {
+        for frame in frames {
+            assert!(queue.push(work(frame, &answers)).is_ok());
+        }
+    });
+    let mut got: Vec<Answer> =
+        (0..6).map(|_| received.recv_timeout(Duration::from_secs(10)).unwrap()).collect();
+    got.sort_by_key(|answer| answer.exchange);
+    assert_eq!(got, expected);
+    // One call for the frame that held the thread up, and one for each layer.
+    assert_eq!(fragile.calls.load(Ordering::SeqCst) - before, 3);
+}
+
+#[test]
+fn a_frame_that_makes_the_kernels_panic_is_refused_and_no_other() {
+    let (queue, fragile) = start();
+    let expected = alone(&queue, frame(1, 0, 0.5));
+    let (answers, received) = channel();
+    while_held_up(&queue, &fragile, || {
+        for (id, value) in [(1, 0.5), (2, POISON)] {
+            assert!(queue.push(work(frame(id, 0, value), &answers)).is_ok());
+        }
+    });
+    let first = received.recv_timeout(Duration::from_secs(10)).unwrap();
+    let second = received.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(first, expected);
+    assert!(matches!(second.result, Err(Refusal::Invalid(_))), "{second:?}");
+    assert_eq!(alone(&queue, frame(1, 0, 0.5)), expected, "the node lives on");
+}
+
+#[test]
+fn a_frame_whose_deadline_passed_in_the_queue_is_not_computed() {
+    let (queue, fragile) = start();
+    let (answers, received) = channel();
+    let before = fragile.calls.load(Ordering::SeqCst);
+    while_held_up(&queue, &fragile, || {
+        let late = Work { due: Instant::now(), ..work(frame(1, 1, 0.5), &answers) };
+        assert!(queue.push(late).is_ok());
+    });
+    let answer = received.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(answer.result, Err(Refusal::Expired));
+    assert_eq!(fragile.calls.load(Ordering::SeqCst) - before, 1);
+}
+
+#[test]
+fn a_full_queue_gives_the_work_back_and_empties_again() {
+    let (queue, fragile) = start();
+    let (answers, received) = channel();
+    while_held_up(&queue, &fragile, || {
+        let taken = (0..2 * QUEUE_LEN_MAX as u64)
+            .take_while(|id| queue.push(work(frame(*id, 0, 0.5), &answers)).is_ok());
+        assert_eq!(taken.count(), QUEUE_LEN_MAX - 1, "one place is the frame in computation");
+    });
+    for _ in 0..QUEUE_LEN_MAX - 1 {
+        assert!(received.recv_timeout(Duration::from_secs(10)).unwrap().result.is_ok());
+    }
+    assert_eq!(*queue.load.borrow(), Load::default());
+}
