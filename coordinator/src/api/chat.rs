@@ -1,0 +1,210 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::{IntoResponse, Response};
+use entente_model::{ChatMessage, TemplateError};
+use serde_json::{Value, json};
+
+use super::choice::{Answer, Usage, finish_reason};
+use super::request::{Chat, Common, MESSAGES_MAX};
+use super::stream::{self, Format};
+use super::{Api, ApiError};
+use crate::engine::sampler::ScoredToken;
+use crate::engine::{Event, Request};
+
+/// Answers a chat request.
+pub async fn create(
+    State(api): State<Arc<Api>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let body = super::json(body)?;
+    let common: Common = super::read(&body)?;
+    let chat: Chat = super::read(&body)?;
+    api.admit(common.model.as_ref())?;
+    let prompt = render(&api, &chat)?;
+    let rest = api.check_prompt(&prompt)?;
+    let max_tokens = chat.max_tokens(rest)?;
+    api.check_fit(prompt.len(), max_tokens)?;
+    let (logprobs, n) = (chat.top_logprobs()?, common.n()?);
+    let (sampling, stop) =
+        (common.sampling(&api.generation)?, common.stop(max_tokens, &api.generation)?);
+    let mut pending = api.submit(n, || Request {
+        prompt: prompt.clone(),
+        sampling: sampling.clone(),
+        stop: stop.clone(),
+        logprobs,
+        prompt_logprobs: None,
+    })?;
+    let writer = Writer {
+        id: format!("chatcmpl-{}", uuid::Uuid::new_v4()),
+        created_s: super::now_s(),
+        return_token_ids: common.return_token_ids,
+        include_usage: common.include_usage(),
+        usage: Usage { prompt_tokens: prompt.len(), completion_tokens: 0 },
+        begun: vec![false; pending.len()],
+        prompt,
+        api,
+    };
+    if common.stream {
+        return stream::respond(pending, writer).await;
+    }
+    let mut answers = Vec::with_capacity(pending.len());
+    for pending in &mut pending {
+        answers.push(pending.collect().await?);
+    }
+    Ok(Json(writer.whole(answers)).into_response())
+}
+
+/// The conversation as tokens.
+fn render(api: &Api, chat: &Chat) -> Result<Vec<u32>, ApiError> {
+    let count = chat.messages.len();
+    if !(1..=MESSAGES_MAX).contains(&count) {
+        let message = format!("{count} messages, allowed is 1 to {MESSAGES_MAX}");
+        return Err(ApiError::invalid("messages", message));
+    }
+    let messages = chat
+        .messages
+        .iter()
+        .map(|m| Ok(ChatMessage { role: m.role.clone(), content: m.content.text()? }))
+        .collect::<Result<Vec<_>, ApiError>>()?;
+    let conversation = entente_model::Chat {
+        messages: &messages,
+        add_generation_prompt: true,
+        now_s: super::now_s(),
+    };
+    let prompt = api.template.render(&conversation, &api.tokenizer).map_err(refuse)?;
+    prompt.encode(&api.tokenizer).map_err(|error| ApiError::invalid("messages", error.to_string()))
+}
+
+/// A conversation that the template does not take is the client's mistake, in the template's words.
+fn refuse(error: TemplateError) -> ApiError {
+    ApiError::invalid("messages", error.to_string())
+}
+
+struct Writer {
+    api: Arc<Api>,
+    id: String,
+    created_s: u64,
+    return_token_ids: bool,
+    include_usage: bool,
+    usage: Usage,
+    prompt: Vec<u32>,
+    begun: Vec<bool>,
+}
+
+impl Writer {
+    fn object(&self, kind: &str, choices: Vec<Value>, usage: Option<Usage>) -> Value {
+        let mut object = json!({
+            "id": self.id,
+            "object": kind,
+            "created": self.created_s,
+            "model": self.api.model_name,
+            "choices": choices,
+        });
+        if let Some(usage) = usage {
+            object["usage"] = usage.json();
+        }
+        object
+    }
+
+    fn whole(self, answers: Vec<Answer>) -> Value {
+        let completion_tokens = answers.iter().map(|answer| answer.token_ids.len()).sum();
+        let usage = Usage { completion_tokens, ..self.usage };
+        let choices = answers.into_iter().enumerate().map(|(i, a)| self.choice(i, a)).collect();
+        self.object("chat.completion", choices, Some(usage))
+    }
+
+    fn choice(&self, index: usize, answer: Answer) -> Value {
+        let (reason, stop) = answer.finish.as_ref().map_or(("length", None), finish_reason);
+        let scored = (!answer.scores.is_empty()).then(|| self.logprobs(&answer.scores));
+        let mut choice = json!({
+            "index": index,
+            "message": { "role": "assistant", "content": answer.text },
+            "logprobs": scored,
+            "finish_reason": reason,
+            "stop_reason": stop,
+        });
+        if self.return_token_ids {
+            choice["prompt_token_ids"] = self.prompt.clone().into();
+            choice["token_ids"] = answer.token_ids.into();
+        }
+        choice
+    }
+
+    fn logprobs(&self, scores: &[ScoredToken]) -> Value {
+        let content: Vec<Value> =
+            scores.iter().map(|score| scored_token(&self.api, score)).collect();
+        json!({ "content": content })
+    }
+
+    fn chunk(&self, index: usize, delta: Value, finish: (Option<&str>, Option<&str>)) -> Value {
+        json!({
+            "index": index, "delta": delta, "logprobs": null, "finish_reason": finish.0,
+            "stop_reason": finish.1,
+        })
+    }
+
+    /// The chunk that says who speaks.
+    fn begin(&mut self, index: usize) -> Value {
+        self.begun[index] = true;
+        let mut choice =
+            self.chunk(index, json!({ "role": "assistant", "content": "" }), (None, None));
+        if self.return_token_ids {
+            choice["prompt_token_ids"] = self.prompt.clone().into();
+        }
+        choice
+    }
+}
+
+fn scored_token(api: &Api, score: &ScoredToken) -> Value {
+    let entry = |id: u32, logprob: f32| {
+        let text = api.token_text(id);
+        json!({ "token": text, "logprob": logprob, "bytes": text.as_bytes() })
+    };
+    let mut object = entry(score.token.id, score.token.logprob);
+    object["top_logprobs"] = score.top.iter().map(|top| entry(top.id, top.logprob)).collect();
+    object
+}
+
+impl Format for Writer {
+    fn event(&mut self, index: usize, event: Event) -> Vec<Value> {
+        let mut choices = Vec::new();
+        if !self.begun[index] {
+            choices.push(self.begin(index));
+        }
+        match event {
+            Event::Token { id, text, score } => {
+                self.usage.completion_tokens += 1;
+                let mut choice = self.chunk(index, json!({ "content": text }), (None, None));
+                if let Some(score) = score {
+                    choice["logprobs"] = self.logprobs(&[score]);
+                }
+                if self.return_token_ids {
+                    choice["token_ids"] = json!([id]);
+                }
+                choices.push(choice);
+            }
+            Event::Finished { finish, text } => {
+                if !text.is_empty() {
+                    choices.push(self.chunk(index, json!({ "content": text }), (None, None)));
+                }
+                let (reason, stop) = finish_reason(&finish);
+                choices.push(self.chunk(index, json!({}), (Some(reason), stop)));
+            }
+            Event::Prompt(_) | Event::Failed(_) => {}
+        }
+        let kind = "chat.completion.chunk";
+        choices.into_iter().map(|choice| self.object(kind, vec![choice], None)).collect()
+    }
+
+    fn end(&mut self) -> Vec<Value> {
+        let usage = self.include_usage.then_some(self.usage);
+        let kind = "chat.completion.chunk";
+        usage.map(|usage| self.object(kind, Vec::new(), Some(usage))).into_iter().collect()
+    }
+}

@@ -1,0 +1,290 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value, json};
+
+use super::choice::{Answer, Usage, finish_reason};
+use super::request::{Common, Completion, PROMPTS_MAX, Prompt};
+use super::stream::{self, Format};
+use super::{Api, ApiError};
+use crate::engine::sampler::ScoredToken;
+use crate::engine::{Event, Request};
+
+/// Answers a completion request.
+pub async fn create(
+    State(api): State<Arc<Api>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let body = super::json(body)?;
+    let common: Common = super::read(&body)?;
+    let completion: Completion = super::read(&body)?;
+    api.admit(common.model.as_ref())?;
+    let prompts = prompts(&api, &completion.prompt)?;
+    let (max_tokens, logprobs, n) =
+        (completion.max_tokens()?, completion.top_logprobs()?, common.n()?);
+    let (sampling, stop) =
+        (common.sampling(&api.generation)?, common.stop(max_tokens, &api.generation)?);
+    let mut pending = Vec::new();
+    for prompt in &prompts {
+        api.check_prompt(prompt)?;
+        api.check_fit(prompt.len(), max_tokens)?;
+    }
+    for prompt in &prompts {
+        pending.extend(api.submit(n, || Request {
+            prompt: prompt.clone(),
+            sampling: sampling.clone(),
+            stop: stop.clone(),
+            logprobs,
+            prompt_logprobs: logprobs.filter(|_| completion.echo),
+        })?);
+    }
+    let prompt_tokens = prompts.iter().map(Vec::len).sum();
+    let writer = Writer {
+        id: format!("cmpl-{}", uuid::Uuid::new_v4()),
+        created_s: super::now_s(),
+        echo: completion.echo,
+        wants_logprobs: logprobs.is_some(),
+        return_token_ids: common.return_token_ids,
+        include_usage: common.include_usage(),
+        usage: Usage { prompt_tokens, completion_tokens: 0 },
+        states: pending.iter().map(|p| ChoiceState::new(p.prompt.clone())).collect(),
+        api,
+    };
+    if common.stream {
+        return stream::respond(pending, writer).await;
+    }
+    let mut answers = Vec::with_capacity(pending.len());
+    for pending in &mut pending {
+        answers.push(pending.collect().await?);
+    }
+    Ok(Json(writer.whole(answers)).into_response())
+}
+
+fn prompts(api: &Api, prompt: &Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
+    let encode = |text: &String| {
+        api.tokenizer
+            .encode(text, true)
+            .map_err(|error| ApiError::invalid("prompt", format!("cannot be tokenized: {error}")))
+    };
+    let prompts = match prompt {
+        Prompt::Text(text) => vec![encode(text)?],
+        Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
+        Prompt::Ids(ids) => vec![ids.clone()],
+        Prompt::IdLists(lists) => lists.clone(),
+    };
+    if (1..=PROMPTS_MAX).contains(&prompts.len()) {
+        return Ok(prompts);
+    }
+    let message = format!("{} prompts, allowed is 1 to {PROMPTS_MAX}", prompts.len());
+    Err(ApiError::invalid("prompt", message))
+}
+
+/// Where one answer stands while it is streamed.
+struct ChoiceState {
+    prompt: Vec<u32>,
+    /// The prompt, as text or ids, has been written.
+    begun: bool,
+    text_offset: usize,
+}
+
+impl ChoiceState {
+    fn new(prompt: Vec<u32>) -> Self {
+        Self { prompt, begun: false, text_offset: 0 }
+    }
+}
+
+struct Writer {
+    api: Arc<Api>,
+    id: String,
+    created_s: u64,
+    echo: bool,
+    wants_logprobs: bool,
+    return_token_ids: bool,
+    include_usage: bool,
+    usage: Usage,
+    states: Vec<ChoiceState>,
+}
+
+impl Writer {
+    fn object(&self, choices: Vec<Value>, usage: Option<Usage>) -> Value {
+        let mut object = json!({
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created_s,
+            "model": self.api.model_name,
+            "choices": choices,
+        });
+        if let Some(usage) = usage {
+            object["usage"] = usage.json();
+        }
+        object
+    }
+
+    fn whole(mut self, answers: Vec<Answer>) -> Value {
+        let completion_tokens = answers.iter().map(|answer| answer.token_ids.len()).sum();
+        let usage = Usage { completion_tokens, ..self.usage };
+        let choices = answers.into_iter().enumerate().map(|(i, a)| self.choice(i, a)).collect();
+        self.object(choices, Some(usage))
+    }
+
+    fn choice(&mut self, index: usize, answer: Answer) -> Value {
+        let mut choice = self.begin(index, &answer.prompt_scores);
+        let logprobs = self.logprobs(index, answer.scores.into_iter().map(Some));
+        let (reason, stop) = answer.finish.as_ref().map_or(("length", None), finish_reason);
+        let prompt_text = choice["text"].as_str().unwrap_or_default();
+        choice["text"] = Value::String(format!("{prompt_text}{}", answer.text));
+        choice["finish_reason"] = reason.into();
+        choice["stop_reason"] = stop.into();
+        if self.wants_logprobs {
+            merge(&mut choice["logprobs"], logprobs);
+        }
+        if self.return_token_ids {
+            choice["token_ids"] = answer.token_ids.into();
+        }
+        choice
+    }
+
+    /// A choice that holds what comes before the first generated token.
+    fn begin(&mut self, index: usize, prompt_scores: &[Option<ScoredToken>]) -> Value {
+        let prompt = std::mem::take(&mut self.states[index].prompt);
+        let text = if self.echo { self.api.text(&prompt) } else { String::new() };
+        let mut choice = json!({
+            "index": index, "text": text, "logprobs": null, "finish_reason": null,
+            "stop_reason": null,
+        });
+        if self.wants_logprobs {
+            let mut logprobs = Logprobs::new(&self.api, self.states[index].text_offset);
+            for (id, score) in prompt.iter().zip(prompt_scores) {
+                logprobs.push(*id, score.as_ref());
+            }
+            self.states[index].text_offset = logprobs.offset;
+            choice["logprobs"] = logprobs.json();
+        }
+        if self.return_token_ids {
+            choice["prompt_token_ids"] = prompt.into();
+        }
+        self.states[index].begun = true;
+        choice
+    }
+
+    fn logprobs(
+        &mut self,
+        index: usize,
+        scores: impl Iterator<Item = Option<ScoredToken>>,
+    ) -> Value {
+        let mut logprobs = Logprobs::new(&self.api, self.states[index].text_offset);
+        for score in scores.flatten() {
+            logprobs.push(score.token.id, Some(&score));
+        }
+        self.states[index].text_offset = logprobs.offset;
+        logprobs.json()
+    }
+
+    fn delta(&mut self, index: usize, text: String, finish: (Option<&str>, Option<&str>)) -> Value {
+        json!({
+            "index": index, "text": text, "logprobs": null, "finish_reason": finish.0,
+            "stop_reason": finish.1,
+        })
+    }
+}
+
+impl Format for Writer {
+    fn event(&mut self, index: usize, event: Event) -> Vec<Value> {
+        let mut choices = Vec::new();
+        let begins = !self.states[index].begun;
+        match event {
+            Event::Prompt(scores) => choices.push(self.begin(index, &scores)),
+            Event::Token { id, text, score } => {
+                if begins && (self.echo || self.return_token_ids) {
+                    choices.push(self.begin(index, &[]));
+                }
+                self.states[index].begun = true;
+                self.usage.completion_tokens += 1;
+                let mut choice = self.delta(index, text, (None, None));
+                if self.wants_logprobs {
+                    choice["logprobs"] = self.logprobs(index, std::iter::once(score));
+                }
+                if self.return_token_ids {
+                    choice["token_ids"] = json!([id]);
+                }
+                choices.push(choice);
+            }
+            Event::Finished { finish, text } => {
+                let (reason, stop) = finish_reason(&finish);
+                choices.push(self.delta(index, text, (Some(reason), stop)));
+            }
+            Event::Failed(_) => {}
+        }
+        choices.into_iter().map(|choice| self.object(vec![choice], None)).collect()
+    }
+
+    fn end(&mut self) -> Vec<Value> {
+        if self.include_usage {
+            vec![self.object(Vec::new(), Some(self.usage))]
+        } else {
+            Vec::new()
+        }
+    }
+}
+
+/// The legacy form of log-probabilities: four parallel lists.
+struct Logprobs<'a> {
+    api: &'a Api,
+    tokens: Vec<Value>,
+    token_logprobs: Vec<Value>,
+    top_logprobs: Vec<Value>,
+    text_offsets: Vec<Value>,
+    /// Characters of text so far.
+    offset: usize,
+}
+
+impl<'a> Logprobs<'a> {
+    fn new(api: &'a Api, offset: usize) -> Self {
+        let (tokens, token_logprobs) = (Vec::new(), Vec::new());
+        let (top_logprobs, text_offsets) = (Vec::new(), Vec::new());
+        Self { api, tokens, token_logprobs, top_logprobs, text_offsets, offset }
+    }
+
+    fn push(&mut self, id: u32, score: Option<&ScoredToken>) {
+        let text = self.api.token_text(id);
+        self.text_offsets.push(self.offset.into());
+        self.offset += text.chars().count();
+        self.tokens.push(text.into());
+        self.token_logprobs.push(score.map(|score| score.token.logprob).into());
+        self.top_logprobs.push(score.map(|score| self.top(score)).into());
+    }
+
+    /// Texts may collide (parts of characters); the likelier token keeps the name.
+    fn top(&self, score: &ScoredToken) -> Map<String, Value> {
+        let mut top = Map::new();
+        for token in &score.top {
+            top.entry(self.api.token_text(token.id)).or_insert(token.logprob.into());
+        }
+        top
+    }
+
+    fn json(self) -> Value {
+        json!({
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "text_offset": self.text_offsets,
+        })
+    }
+}
+
+/// Appends the lists of one log-probabilities object to those of another.
+fn merge(into: &mut Value, from: Value) {
+    let (Value::Object(into), Value::Object(from)) = (into, from) else { return };
+    for (key, list) in from {
+        if let (Some(Value::Array(a)), Value::Array(b)) = (into.get_mut(&key), list) {
+            a.extend(b);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+//!
+//! The text is for the client: it names the field and the cause, and nothing of the inside.
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::engine::EngineError;
+
+/// An error that a client gets.
+#[derive(Debug, Clone)]
+pub struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    error: Inner<'a>,
+}
+
+#[derive(Serialize)]
+struct Inner<'a> {
+    message: &'a str,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    param: Option<&'a str>,
+    code: u16,
+}
+
+impl ApiError {
+    /// 400: `param` is wrong, and the message says how.
+    pub fn invalid(param: &str, message: impl Into<String>) -> Self {
+        let param = (!param.is_empty()).then(|| param.to_owned());
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message.into(), param)
+    }
+
+    /// 404 with the words that clients know from vLLM.
+    pub fn unknown_model(model: &str) -> Self {
+        let shown: String = model.chars().take(128).collect();
+        let message = format!("The model `{shown}` does not exist.");
+        Self::new(StatusCode::NOT_FOUND, "NotFoundError", message, Some("model".into()))
+    }
+
+    /// Any other status.
+    pub fn new(
+        status: StatusCode,
+        kind: &'static str,
+        message: String,
+        param: Option<String>,
+    ) -> Self {
+        Self { status, kind, message, param }
+    }
+
+    /// The body, which is also the last event of a stream that fails.
+    pub fn body(&self) -> String {
+        let error = Inner {
+            message: &self.message,
+            kind: self.kind,
+            param: self.param.as_deref(),
+            code: self.status.as_u16(),
+        };
+        serde_json::to_string(&Body { error }).unwrap_or_default()
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let json = HeaderValue::from_static("application/json");
+        let mut response =
+            (self.status, [(header::CONTENT_TYPE, json)], self.body()).into_response();
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        let message = error.to_string();
+        match error {
+            EngineError::TooLong(_) => Self::invalid("max_tokens", message),
+            EngineError::Unreadable(_) => Self::invalid("prompt", message),
+            EngineError::Busy(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_busy", message, None)
+            }
+            EngineError::Unavailable(_) | EngineError::Stopped => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", message, None)
+            }
+        }
+    }
+}

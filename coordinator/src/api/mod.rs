@@ -1,0 +1,179 @@
+//! The public HTTP API in OpenAI's shape. A thin shell: it checks and translates requests, hands
+//! them to the engine, and writes what the engine says.
+//!
+//! Every limit on what a client may send is a constant of [`request`] or of this file. What this
+//! module does not know: scheduling, nodes, weights.
+
+mod chat;
+mod choice;
+mod completions;
+mod error;
+mod meta;
+mod request;
+mod stream;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::DefaultBodyLimit;
+use axum::extract::rejection::BytesRejection;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use entente_model::{ChatTemplate, GenerationConfig, Tokenizer, TokenizerError};
+use serde::Deserialize;
+use serde_json::Value;
+
+pub use self::error::ApiError;
+use crate::engine::{EngineHandle, Readiness};
+use crate::metrics::Metrics;
+
+/// Bytes of a request body at most.
+const BODY_LEN_MAX: usize = 1 << 20;
+
+/// What every handler works with.
+pub struct Api {
+    /// The way to the engine.
+    pub engine: EngineHandle,
+    /// Text to tokens and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Conversations to prompts.
+    pub template: ChatTemplate,
+    /// The model's defaults.
+    pub generation: GenerationConfig,
+    /// Name of the model in the API.
+    pub model_name: String,
+    /// Prompt and answer together, at most.
+    pub context_len: usize,
+    /// Tokens that the model knows.
+    pub vocab: usize,
+    /// When this process started, in seconds since the epoch.
+    pub created_s: u64,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The routes.
+pub fn router(api: Arc<Api>) -> Router {
+    Router::new()
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/models", get(meta::models))
+        .route("/health", get(meta::live))
+        .route("/livez", get(meta::live))
+        .route("/readyz", get(meta::ready))
+        .route("/metrics", get(meta::metrics))
+        .route("/version", get(meta::version))
+        .method_not_allowed_fallback(wrong_method)
+        .fallback(unknown_path)
+        .layer(DefaultBodyLimit::max(BODY_LEN_MAX))
+        .with_state(api)
+}
+
+async fn unknown_path() -> ApiError {
+    let message = "there is no such path".to_owned();
+    ApiError::new(StatusCode::NOT_FOUND, "NotFoundError", message, None)
+}
+
+async fn wrong_method() -> ApiError {
+    let message = "this path does not take this method".to_owned();
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message, None)
+}
+
+/// Reads a body as JSON, once, for the several types that look at it.
+fn json(body: Result<Bytes, BytesRejection>) -> Result<Value, ApiError> {
+    let body = body.map_err(|rejection| {
+        let message = format!("the body could not be read; it may have {BODY_LEN_MAX} bytes");
+        ApiError::new(rejection.status(), "invalid_request_error", message, None)
+    })?;
+    let value = serde_json::from_slice(&body)
+        .map_err(|error| ApiError::invalid("", format!("the body is not JSON: {error}")))?;
+    match value {
+        Value::Object(_) => Ok(value),
+        _ => Err(ApiError::invalid("", "the body is not a JSON object")),
+    }
+}
+
+/// Reads one type out of a body, naming the field that does not fit.
+fn read<'de, T: Deserialize<'de>>(body: &'de Value) -> Result<T, ApiError> {
+    serde_path_to_error::deserialize(body).map_err(|error| {
+        let path = error.path().to_string();
+        let field = path.split(['.', '[']).next().unwrap_or_default();
+        let message = if path == "." {
+            format!("{}", error.inner())
+        } else {
+            format!("{path}: {}", error.inner())
+        };
+        ApiError::invalid(field, message)
+    })
+}
+
+/// Seconds since the epoch, for the `created` field.
+pub(crate) fn now_s() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}
+
+/// A tokenizer that cannot write its own tokens is broken; the ids still reach the client.
+fn unreadable(error: TokenizerError) -> String {
+    tracing::error!(%error, "tokens have no text");
+    String::new()
+}
+
+impl Api {
+    /// Refuses requests for other models and requests that cannot be served now.
+    fn admit(&self, model: Option<&String>) -> Result<(), ApiError> {
+        if let Some(model) = model.filter(|model| **model != self.model_name) {
+            return Err(ApiError::unknown_model(model));
+        }
+        match &*self.engine.readiness().borrow() {
+            Readiness::Ready => Ok(()),
+            Readiness::Waiting(missing) => {
+                let message = format!("the model is not ready: {missing}");
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                Err(ApiError::new(status, "service_unavailable", message, None))
+            }
+        }
+    }
+
+    /// Checks a prompt's length and ids; gives the tokens that may follow it.
+    fn check_prompt(&self, prompt: &[u32]) -> Result<usize, ApiError> {
+        if prompt.is_empty() {
+            return Err(ApiError::invalid("prompt", "the prompt has no tokens"));
+        }
+        if let Some(id) = prompt.iter().find(|id| **id as usize >= self.vocab) {
+            let message = format!("token id {id} is not below the vocabulary's {}", self.vocab);
+            return Err(ApiError::invalid("prompt", message));
+        }
+        self.context_len.checked_sub(prompt.len()).ok_or_else(|| {
+            let message = format!(
+                "the prompt has {} tokens, the context holds {}",
+                prompt.len(),
+                self.context_len
+            );
+            ApiError::invalid("prompt", message)
+        })
+    }
+
+    /// The text of tokens, control tokens left out.
+    fn text(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, true).unwrap_or_else(unreadable)
+    }
+
+    /// The text under which one token is reported.
+    fn token_text(&self, id: u32) -> String {
+        self.tokenizer.token_text(id).unwrap_or_else(unreadable)
+    }
+
+    /// Checks that an answer of `max_tokens` fits behind a prompt.
+    fn check_fit(&self, prompt_len: usize, max_tokens: usize) -> Result<(), ApiError> {
+        if prompt_len.saturating_add(max_tokens) <= self.context_len {
+            return Ok(());
+        }
+        let message = format!(
+            "a prompt of {prompt_len} tokens and max_tokens {max_tokens} do not fit the context of {}",
+            self.context_len
+        );
+        Err(ApiError::invalid("max_tokens", message))
+    }
+}

@@ -1,0 +1,96 @@
+//! The coordinator's configuration file. Unknown keys are an error that names the key.
+
+use std::path::PathBuf;
+
+use entente_membership::roster::Roster;
+use entente_model::kernels::WeightFormat;
+use entente_proto::ids::{NodeName, Region};
+use serde::{Deserialize, Serialize};
+
+/// A coordinator, as TOML.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This process's name.
+    pub name: NodeName,
+    /// The country that it stands in; it uses expert nodes of this country only.
+    pub region: Region,
+    /// Address of the public API, such as `127.0.0.1:8080`; port 0 picks a free one.
+    pub http: String,
+    /// The checkpoint folder, in Hugging Face format.
+    pub model: PathBuf,
+    /// Weight format: `f32` or `bf16`.
+    pub weights: WeightFormat,
+    /// Threads for arithmetic; all cores when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// How expert nodes are reached.
+    #[serde(default)]
+    pub transport: Transport,
+    /// Name of the model in the API; the folder's name when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub served_model_name: Option<String>,
+    /// Bounds on what runs at once.
+    #[serde(default)]
+    pub engine: EngineConfig,
+    /// The expert nodes.
+    pub cluster: Roster,
+}
+
+/// How expert nodes are reached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Over the network, one stream a node.
+    #[default]
+    Grpc,
+    /// In this process: the expert nodes of the region run here.
+    Inproc,
+}
+
+/// Bounds of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineConfig {
+    /// Rows (decoding sequences and prompt tokens together) of one step.
+    pub step_rows_max: usize,
+    /// Sequences that are worked on at once.
+    pub running_max: usize,
+    /// Sequences that wait beyond those; more are refused with 503.
+    pub waiting_max: usize,
+    /// Memory of the KV cache in MiB; it bounds prompt and answer together.
+    pub kv_cache_mib: usize,
+    /// Longest time that one exchange may take, restoring of replicas included.
+    pub exchange_deadline_ms: u64,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            step_rows_max: 512,
+            running_max: 128,
+            waiting_max: 256,
+            kv_cache_mib: 256,
+            exchange_deadline_ms: 10_000,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Names the first value that is out of bounds.
+    pub fn check(&self) -> Result<(), String> {
+        let bounds = [
+            ("step_rows_max", self.step_rows_max, 1, entente_proto::frame::ROWS_MAX),
+            ("running_max", self.running_max, 1, 4_096),
+            ("waiting_max", self.waiting_max, 1, 65_536),
+            ("kv_cache_mib", self.kv_cache_mib, 1, 1 << 20),
+            ("exchange_deadline_ms", self.exchange_deadline_ms as usize, 1, 600_000),
+        ];
+        match bounds.into_iter().find(|(_, value, min, max)| !(*min..=*max).contains(value)) {
+            None => Ok(()),
+            Some((key, value, min, max)) => {
+                Err(format!("engine.{key} is {value}, allowed is {min} to {max}"))
+            }
+        }
+    }
+}

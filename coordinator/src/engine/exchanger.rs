@@ -1,0 +1,217 @@
+//! Drives one exchange at a time through the links: the shell around [`router::exchange`].
+//!
+//! It owns the engine's view of the cluster, since the same events that answer an exchange also
+//! tell which nodes are up. All decisions are the router's; this file only has the clock, the
+//! links and the inbox.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use entente_proto::frame::Dtype;
+use entente_proto::ids::{LayerId, NodeId, RegionSet};
+use entente_proto::link::{Link, LinkEvent, LinkEvents};
+use entente_router::exchange::{Command, Exchange, ExchangeIds, Failure, Job, Status};
+use entente_router::gate::Choice;
+use entente_router::view::ClusterView;
+
+use crate::metrics::Metrics;
+
+/// Events that wait for the engine. In flight are at most a few frames a node, so this is ample;
+/// past it an event is dropped, and the exchange that misses it runs into its deadline.
+const INBOX_LEN_MAX: usize = 4_096;
+
+/// What links report, with the node that each is about.
+pub type Inbox = Receiver<(NodeId, LinkEvent)>;
+
+/// The sink that links are opened with.
+pub struct Mailbox(Sender<(NodeId, LinkEvent)>);
+
+impl LinkEvents for Mailbox {
+    fn on_event(&self, node: NodeId, event: LinkEvent) {
+        if let Err(TrySendError::Full(_)) = self.0.try_send((node, event)) {
+            tracing::error!(node = node.0, "the engine's inbox is full; an event was dropped");
+        }
+    }
+}
+
+/// The inbox of an engine and the sink that fills it.
+pub fn mailbox() -> (Arc<Mailbox>, Inbox) {
+    let (sender, receiver) = bounded(INBOX_LEN_MAX);
+    (Arc::new(Mailbox(sender)), receiver)
+}
+
+/// See the module.
+pub struct Exchanger {
+    links: BTreeMap<NodeId, Box<dyn Link>>,
+    inbox: Inbox,
+    view: ClusterView,
+    ids: ExchangeIds,
+    started: Instant,
+    deadline_us: u64,
+    allowed_regions: RegionSet,
+    row_dtype: Dtype,
+    metrics: Arc<Metrics>,
+}
+
+/// Rows of one MoE layer with the experts that the gate chose for them.
+pub struct Rows<'a> {
+    /// The layer.
+    pub layer: LayerId,
+    /// Values of a row.
+    pub hidden: usize,
+    /// `[rows, hidden]`.
+    pub values: &'a [f32],
+    /// `rows x top_k`, each row's in ascending expert order.
+    pub choices: Vec<Choice>,
+    /// Choices of a row.
+    pub top_k: usize,
+}
+
+impl Exchanger {
+    /// An exchanger whose links fill `inbox`.
+    pub fn new(
+        links: BTreeMap<NodeId, Box<dyn Link>>,
+        inbox: Inbox,
+        view: ClusterView,
+        row_dtype: Dtype,
+        deadline: Duration,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            allowed_regions: [view.home].into(),
+            links,
+            inbox,
+            view,
+            ids: ExchangeIds::new(),
+            started: Instant::now(),
+            deadline_us: deadline.as_micros() as u64,
+            row_dtype,
+            metrics,
+        }
+    }
+
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    /// The inbox, for waiting on it together with other channels.
+    pub fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
+    /// Whether every expert has a live replica that this coordinator may use; names one that has
+    /// none otherwise.
+    pub fn ready(&self) -> Result<(), String> {
+        match self.view.missing(&self.allowed_regions) {
+            None => Ok(()),
+            Some((layer, _)) => Err(format!("an expert of layer {layer} has no live replica")),
+        }
+    }
+
+    /// Takes what links have reported, without waiting. True when a node came or went.
+    pub fn absorb(&mut self) -> bool {
+        let mut changed = false;
+        while let Ok((node, event)) = self.inbox.try_recv() {
+            changed |= self.note(node, event).is_some();
+        }
+        changed
+    }
+
+    /// Takes one event outside an exchange.
+    pub fn take(&mut self, node: NodeId, event: LinkEvent) {
+        self.note(node, event);
+    }
+
+    /// Keeps the view up to date. `Some` when the node came (true) or went (false).
+    fn note(&mut self, node: NodeId, event: LinkEvent) -> Option<bool> {
+        match event {
+            LinkEvent::Answer(_) => None, // Nobody waits for it any more.
+            LinkEvent::Up(info) => match self.view.node_up(node, &info) {
+                Ok(()) => {
+                    tracing::info!(node = %info.name, "expert node is up");
+                    Some(true)
+                }
+                Err(mismatch) => {
+                    tracing::error!(node = %info.name, %mismatch, "expert node is not usable");
+                    None
+                }
+            },
+            LinkEvent::Down(reason) => {
+                tracing::warn!(node = node.0, reason, "expert node is down");
+                self.view.node_down(node);
+                Some(false)
+            }
+        }
+    }
+
+    /// Sends `rows` through their experts and adds `weight x result` to `out`, `[rows, hidden]`,
+    /// in ascending expert order. Blocks until everything came back or the deadline passed.
+    pub fn exchange(&mut self, rows: Rows<'_>, out: &mut [f32]) -> Result<(), Failure> {
+        let count = rows.values.len() / rows.hidden;
+        let mut encoded = Vec::with_capacity(rows.values.len() * self.row_dtype.size());
+        self.row_dtype.encode(rows.values, &mut encoded);
+        let now_us = self.now_us();
+        let job = Job {
+            layer: rows.layer,
+            hidden: rows.hidden,
+            dtype: self.row_dtype,
+            rows: Bytes::from(encoded),
+            choices: rows.choices,
+            top_k: rows.top_k,
+            policies: vec![self.allowed_regions.clone()],
+            policy_of_row: vec![0; count],
+            deadline_us: now_us + self.deadline_us,
+        };
+        let (mut exchange, commands) = Exchange::start(job, &self.view, &mut self.ids, now_us);
+        self.perform(&mut exchange, commands);
+        loop {
+            match exchange.status() {
+                Status::Done => break,
+                Status::Failed(failure) => return Err(failure),
+                Status::Waiting { until_us } => self.wait(&mut exchange, until_us),
+            }
+        }
+        exchange.combine(out);
+        Ok(())
+    }
+
+    /// Waits for one event, or for the time at which the exchange wants to be woken.
+    fn wait(&mut self, exchange: &mut Exchange, until_us: u64) {
+        let timeout = Duration::from_micros(until_us.saturating_sub(self.now_us()));
+        let received = self.inbox.recv_timeout(timeout);
+        let now_us = self.now_us();
+        let commands = match received {
+            Ok((node, LinkEvent::Answer(answer))) => {
+                exchange.on_answer(&self.view, node, answer, now_us)
+            }
+            Ok((node, event)) => match self.note(node, event) {
+                None => Vec::new(),
+                Some(true) => exchange.on_view_changed(&self.view, now_us),
+                Some(false) => {
+                    self.metrics.link_breaks.inc();
+                    exchange.on_link_down(&self.view, node, now_us)
+                }
+            },
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                exchange.on_tick(&self.view, now_us)
+            }
+        };
+        self.perform(exchange, commands);
+    }
+
+    /// Sends what the machine wants sent. A link that does not take its frame is one more event.
+    fn perform(&mut self, exchange: &mut Exchange, commands: Vec<Command>) {
+        let mut commands = std::collections::VecDeque::from(commands);
+        while let Some(Command::Send { node, frame }) = commands.pop_front() {
+            let id = frame.exchange;
+            self.metrics.frames_sent.inc();
+            let sent = self.links.get(&node).is_some_and(|link| link.send(frame).is_ok());
+            if !sent {
+                commands.extend(exchange.on_not_sent(&self.view, id, self.now_us()));
+            }
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! The engine: one thread that owns the scheduler, the KV cache and the links, and runs one step
+//! after the other.
+//!
+//! A step is: take new requests, forget those whose client left, plan, compute, sample, tell the
+//! clients. [`EngineHandle`] is the cloneable outside; nothing else reaches in. Requests tell the
+//! engine that they are gone by closing their event channel, so a client that disconnects frees
+//! its slot and its cache before the next step.
+//!
+//! The pure parts are [`scheduler`], [`sampler`] and [`output`]; [`forward`] and [`exchanger`] do
+//! the arithmetic and the talking.
+
+pub mod blocks;
+pub mod exchanger;
+pub mod forward;
+pub mod output;
+pub mod sampler;
+pub mod scheduler;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use entente_model::{Detokenizer, Tokenizer};
+use tokio::sync::{mpsc, watch};
+
+use self::exchanger::Exchanger;
+use self::forward::{Forward, StepRows};
+use self::output::{Finish, StopConditions, TextStream};
+use self::sampler::{Sampling, ScoredToken};
+use self::scheduler::{Chunk, Refused, Scheduler, SchedulerConfig, SequenceId};
+use crate::metrics::Metrics;
+
+/// Events beyond one a token: prompt scores, the end, and one to spare.
+const EXTRA_EVENTS: usize = 4;
+
+/// One generation that the engine is asked for.
+pub struct Request {
+    /// Token ids, not empty.
+    pub prompt: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// When to stop.
+    pub stop: StopConditions,
+    /// Likeliest tokens to report beside each generated one, with log-probabilities; none at all
+    /// when absent.
+    pub logprobs: Option<usize>,
+    /// The same for each token of the prompt.
+    pub prompt_logprobs: Option<usize>,
+}
+
+/// What a request hears while it runs.
+#[derive(Debug)]
+pub enum Event {
+    /// Scores of the prompt's tokens; the first has none. Sent once, when asked for.
+    Prompt(Vec<Option<ScoredToken>>),
+    /// A token was drawn. The text is what became certain with it, often empty.
+    Token {
+        /// The token.
+        id: u32,
+        /// Text that is certain now.
+        text: String,
+        /// Its score, when asked for.
+        score: Option<ScoredToken>,
+    },
+    /// The generation is complete.
+    Finished {
+        /// Why.
+        finish: Finish,
+        /// Text that was held back until the end.
+        text: String,
+    },
+    /// The generation cannot go on.
+    Failed(EngineError),
+}
+
+/// Why a generation was not taken or cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// Too much waits already.
+    #[error("the server is busy: {0}")]
+    Busy(String),
+    /// It does not fit, not even alone.
+    #[error("{0}")]
+    TooLong(String),
+    /// Experts are missing and did not come back in time.
+    #[error("the model is not available: {0}")]
+    Unavailable(String),
+    /// The tokenizer cannot write the prompt.
+    #[error("the prompt's tokens have no text: {0}")]
+    Unreadable(String),
+    /// The engine has ended.
+    #[error("the server is shutting down")]
+    Stopped,
+}
+
+impl From<Refused> for EngineError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::QueueFull { .. } => Self::Busy(refused.to_string()),
+            Refused::TooLong { .. } => Self::TooLong(refused.to_string()),
+        }
+    }
+}
+
+/// Whether the engine could serve a request now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// Every expert has a live replica.
+    Ready,
+    /// Something is missing; the text says what.
+    Waiting(String),
+}
+
+type Submission = (Request, mpsc::Sender<Event>, Instant);
+
+/// The way in. Cheap to clone.
+#[derive(Clone)]
+pub struct EngineHandle {
+    submissions: Sender<Submission>,
+    readiness: watch::Receiver<Readiness>,
+}
+
+impl EngineHandle {
+    /// Hands a request over; its events come out of the receiver. Dropping the receiver ends it.
+    pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, EngineError> {
+        let (sender, receiver) = mpsc::channel(request.stop.max_tokens + EXTRA_EVENTS);
+        match self.submissions.try_send((request, sender, Instant::now())) {
+            Ok(()) => Ok(receiver),
+            Err(TrySendError::Full(_)) => Err(EngineError::Busy("too many requests wait".into())),
+            Err(TrySendError::Disconnected(_)) => Err(EngineError::Stopped),
+        }
+    }
+
+    /// Whether requests can be served now.
+    pub fn readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.clone()
+    }
+}
+
+/// What the engine knows of a request beyond its rows.
+struct Generation {
+    request: Request,
+    events: mpsc::Sender<Event>,
+    text: TextStream,
+    arrived: Instant,
+    /// Tokens known: the prompt and what was generated.
+    position: usize,
+    generated: usize,
+    /// Scores of prompt tokens so far; `None` when not wanted or already sent.
+    prompt_scores: Option<Vec<Option<ScoredToken>>>,
+}
+
+/// The owner of everything; runs on its own thread.
+pub struct Engine {
+    scheduler: Scheduler,
+    forward: Forward,
+    exchanger: Exchanger,
+    tokenizer: Arc<Tokenizer>,
+    generations: BTreeMap<SequenceId, Generation>,
+    next_id: u64,
+    vocab: usize,
+    submissions: Receiver<Submission>,
+    readiness: watch::Sender<Readiness>,
+    metrics: Arc<Metrics>,
+}
+
+/// What an engine is built from.
+pub struct Parts {
+    /// Bounds.
+    pub scheduler: SchedulerConfig,
+    /// The model's part.
+    pub forward: Forward,
+    /// The way to the experts.
+    pub exchanger: Exchanger,
+    /// For text and stop strings.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Length of a row of logits.
+    pub vocab: usize,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Engine {
+    /// Starts the engine's thread. It ends when the last handle is gone and nothing runs.
+    pub fn start(parts: Parts) -> std::io::Result<EngineHandle> {
+        let (sender, submissions) = crossbeam_channel::bounded(parts.scheduler.waiting_max);
+        let starting = Readiness::Waiting("expert nodes are being connected".into());
+        let (readiness, watcher) = watch::channel(starting);
+        parts.metrics.kv_blocks_total.set(parts.scheduler.blocks as i64);
+        let mut engine = Self {
+            scheduler: Scheduler::new(parts.scheduler),
+            forward: parts.forward,
+            exchanger: parts.exchanger,
+            tokenizer: parts.tokenizer,
+            generations: BTreeMap::new(),
+            next_id: 0,
+            vocab: parts.vocab,
+            submissions,
+            readiness,
+            metrics: parts.metrics,
+        };
+        std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+        Ok(EngineHandle { submissions: sender, readiness: watcher })
+    }
+
+    fn run(&mut self) {
+        self.publish_readiness();
+        while self.take_input() {
+            self.forget_gone();
+            self.step();
+            self.publish_gauges();
+        }
+    }
+
+    /// Takes what has arrived; waits for something when there is nothing to do. False at the end.
+    fn take_input(&mut self) -> bool {
+        if self.exchanger.absorb() {
+            self.publish_readiness();
+        }
+        if self.generations.is_empty() {
+            let submissions = self.submissions.clone();
+            let inbox = self.exchanger.inbox().clone();
+            crossbeam_channel::select! {
+                recv(submissions) -> submission => match submission {
+                    Ok(submission) => self.accept(submission),
+                    Err(_) => return false,
+                },
+                recv(inbox) -> event => if let Ok((node, event)) = event {
+                    self.exchanger.take(node, event);
+                    self.publish_readiness();
+                },
+            }
+        }
+        while let Ok(submission) = self.submissions.try_recv() {
+            self.accept(submission);
+        }
+        true
+    }
+
+    fn accept(&mut self, (request, events, arrived): Submission) {
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let text = match self.admit(id, &request) {
+            Ok(text) => text,
+            Err(error) => {
+                // A client that is gone already has nobody to tell.
+                let _ = events.try_send(Event::Failed(error));
+                return;
+            }
+        };
+        let generation = Generation {
+            text,
+            events,
+            arrived,
+            position: request.prompt.len(),
+            generated: 0,
+            prompt_scores: request.prompt_logprobs.map(|_| vec![None]),
+            request,
+        };
+        self.generations.insert(id, generation);
+    }
+
+    /// Queues a request's rows; gives what turns its tokens into text.
+    fn admit(&mut self, id: SequenceId, request: &Request) -> Result<TextStream, EngineError> {
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let detokenizer = Detokenizer::new(tokenizer, &request.prompt, true)
+            .map_err(|error| EngineError::Unreadable(error.to_string()))?;
+        let positions_max = request.prompt.len() + request.stop.max_tokens;
+        self.scheduler.submit(id, request.prompt.clone(), positions_max)?;
+        Ok(TextStream::new(detokenizer, request.stop.strings.clone()))
+    }
+
+    /// Frees slot and cache of every request whose client left.
+    fn forget_gone(&mut self) {
+        let gone: Vec<SequenceId> = self
+            .generations
+            .iter()
+            .filter(|(_, generation)| generation.events.is_closed())
+            .map(|(id, _)| *id)
+            .collect();
+        for id in gone {
+            self.remove(id, "disconnect");
+        }
+    }
+
+    fn remove(&mut self, id: SequenceId, reason: &str) -> Option<Generation> {
+        self.scheduler.remove(id);
+        self.metrics.finished.with_label_values(&[reason]).inc();
+        self.generations.remove(&id)
+    }
+
+    fn step(&mut self) {
+        let chunks = self.scheduler.plan();
+        if chunks.is_empty() {
+            return;
+        }
+        let _timer = self.metrics.step_seconds.start_timer();
+        let logit_rows = self.logit_rows(&chunks);
+        let step = StepRows { chunks: &chunks, logit_rows: &logit_rows };
+        match self.forward.run(&step, &mut self.exchanger) {
+            Ok(logits) => self.deliver(&chunks, &logit_rows, &logits),
+            Err(failure) => {
+                tracing::error!(%failure, requests = chunks.len(), "a step failed");
+                for chunk in &chunks {
+                    let error = EngineError::Unavailable(failure.to_string());
+                    if let Some(generation) = self.remove(chunk.id, "unavailable") {
+                        let _ = generation.events.try_send(Event::Failed(error));
+                    }
+                }
+            }
+        }
+        self.publish_readiness();
+    }
+
+    /// Rows of the step, counted over all chunks, whose logits somebody needs.
+    fn logit_rows(&self, chunks: &[Chunk]) -> Vec<usize> {
+        let mut rows = Vec::new();
+        let mut first_row = 0;
+        for chunk in chunks {
+            let generation = &self.generations[&chunk.id];
+            for offset in 0..chunk.tokens.len() {
+                if generation.wants_logits(chunk, chunk.start + offset) {
+                    rows.push(first_row + offset);
+                }
+            }
+            first_row += chunk.tokens.len();
+        }
+        rows
+    }
+
+    /// Hands each row of logits to the generation that wanted it.
+    fn deliver(&mut self, chunks: &[Chunk], logit_rows: &[usize], logits: &[f32]) {
+        let mut wanted = logit_rows.iter().zip(logits.chunks_exact(self.vocab)).peekable();
+        let mut first_row = 0;
+        for chunk in chunks {
+            self.scheduler.computed(chunk);
+            let end_row = first_row + chunk.tokens.len();
+            while let Some((row, logits)) = wanted.next_if(|(row, _)| **row < end_row) {
+                let position = chunk.start + row - first_row;
+                self.deliver_row(chunk, position, logits);
+            }
+            first_row = end_row;
+            self.finish_prompt(chunk);
+        }
+    }
+
+    fn deliver_row(&mut self, chunk: &Chunk, position: usize, logits: &[f32]) {
+        let Some(generation) = self.generations.get_mut(&chunk.id) else { return };
+        generation.score_prompt(position, logits);
+        if chunk.reaches_end && position + 1 == generation.position {
+            self.sample(chunk.id, logits);
+        }
+    }
+
+    /// Sends prompt scores once they are complete, and ends requests that wanted nothing else.
+    fn finish_prompt(&mut self, chunk: &Chunk) {
+        let prompt_rows = |generation: &Generation| {
+            let len = generation.request.prompt.len();
+            chunk.tokens.len().min(len.saturating_sub(chunk.start))
+        };
+        let Some(generation) = self.generations.get_mut(&chunk.id) else { return };
+        self.metrics.prompt_tokens.inc_by(prompt_rows(generation) as u64);
+        if chunk.reaches_end && generation.request.stop.max_tokens == 0 {
+            generation.send_prompt_scores();
+            self.finish(chunk.id, Finish::Length, String::new());
+        }
+    }
+
+    fn sample(&mut self, id: SequenceId, logits: &[f32]) {
+        let Some(generation) = self.generations.get_mut(&id) else { return };
+        generation.send_prompt_scores();
+        let request = &generation.request;
+        let token = sampler::sample(logits, &request.sampling, generation.position);
+        let score = request.logprobs.map(|top_len| sampler::score(logits, token, top_len));
+        let ends = request.stop.token_ids.contains(&token);
+        if generation.generated == 0 {
+            self.metrics.ttft_seconds.observe(generation.arrived.elapsed().as_secs_f64());
+        }
+        generation.position += 1;
+        generation.generated += 1;
+        let full = generation.generated >= generation.request.stop.max_tokens;
+        self.metrics.generation_tokens.inc();
+        self.scheduler.append(id, token);
+        // The end-of-sequence token has no text of its own.
+        let (text, stop) = if ends { (String::new(), None) } else { generation.text.push(token) };
+        let _ = generation.events.try_send(Event::Token { id: token, text, score });
+        let finish = match stop {
+            Some(stop) => Finish::StopString(stop),
+            None if ends => Finish::EndOfSequence,
+            None if full => Finish::Length,
+            None => return,
+        };
+        let (text, late_stop) = match finish {
+            Finish::StopString(_) => (String::new(), None),
+            _ => generation.text.finish(),
+        };
+        self.finish(id, late_stop.map_or(finish, Finish::StopString), text);
+    }
+
+    fn finish(&mut self, id: SequenceId, finish: Finish, text: String) {
+        let reason = if finish == Finish::Length { "length" } else { "stop" };
+        if let Some(generation) = self.remove(id, reason) {
+            let _ = generation.events.try_send(Event::Finished { finish, text });
+        }
+    }
+
+    fn publish_readiness(&self) {
+        let now = match self.exchanger.ready() {
+            Ok(()) => Readiness::Ready,
+            Err(missing) => Readiness::Waiting(missing),
+        };
+        self.readiness.send_if_modified(|shown| {
+            let changed = *shown != now;
+            *shown = now.clone();
+            changed
+        });
+    }
+
+    fn publish_gauges(&self) {
+        self.metrics.requests_running.set(self.scheduler.running_len() as i64);
+        self.metrics.requests_waiting.set(self.scheduler.waiting_len() as i64);
+        self.metrics.kv_blocks_used.set(self.scheduler.blocks_used() as i64);
+        let preempted = self.scheduler.preemptions() - self.metrics.preemptions.get();
+        self.metrics.preemptions.inc_by(preempted);
+    }
+}
+
+impl Generation {
+    /// Whether the row at `position` predicts something that is asked for.
+    fn wants_logits(&self, chunk: &Chunk, position: usize) -> bool {
+        let samples = self.request.stop.max_tokens > 0
+            && chunk.reaches_end
+            && position + 1 == chunk.start + chunk.tokens.len();
+        samples || self.wants_prompt_score(position)
+    }
+
+    /// Whether the row at `position` scores the prompt token after it, for the first time: a
+    /// preempted request computes rows again whose scores it has already.
+    fn wants_prompt_score(&self, position: usize) -> bool {
+        let predicted = position + 1;
+        predicted < self.request.prompt.len()
+            && self.prompt_scores.as_ref().is_some_and(|scores| scores.len() <= predicted)
+    }
+
+    fn score_prompt(&mut self, position: usize, logits: &[f32]) {
+        if !self.wants_prompt_score(position) {
+            return;
+        }
+        let top_len = self.request.prompt_logprobs.unwrap_or(0);
+        let token = self.request.prompt[position + 1];
+        let score = sampler::score(logits, token, top_len);
+        if let Some(scores) = &mut self.prompt_scores {
+            scores.push(Some(score));
+        }
+    }
+
+    fn send_prompt_scores(&mut self) {
+        if let Some(scores) = self.prompt_scores.take() {
+            let _ = self.events.try_send(Event::Prompt(scores));
+        }
+    }
+}

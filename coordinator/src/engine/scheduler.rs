@@ -1,0 +1,342 @@
+//! Decides which rows the next step computes. Pure: events in, a plan out.
+//!
+//! A sequence is a list of known tokens, of which the first `computed` are in the KV cache. A step
+//! computes a *chunk*: the next tokens that are not. Decoding is a chunk of one; a long prompt is
+//! several chunks; a preempted sequence starts again from nothing. There is no other state, which
+//! is why joining, leaving and recomputing need no special cases.
+//!
+//! Invariants:
+//! - rows of sequences that decode come first, so a prefill never holds a decode back;
+//! - a step never has more than `step_rows_max` rows, and every chunk's positions have blocks;
+//! - when blocks run out the youngest sequence gives its own back and waits at the head of the
+//!   queue: never an error, and never a different token, since rows do not depend on company;
+//! - a sequence that could not fit alone is refused when it is submitted.
+//!
+//! What it does not know: tokens' meaning, sampling, the model, time, who waits for the answer.
+
+use std::collections::VecDeque;
+
+use super::blocks::Blocks;
+
+/// Names a sequence for as long as the engine lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// Bounds on what runs at once.
+#[derive(Debug, Clone, Copy)]
+pub struct SchedulerConfig {
+    /// Rows of one step.
+    pub step_rows_max: usize,
+    /// Sequences that have blocks at once.
+    pub running_max: usize,
+    /// Sequences that wait.
+    pub waiting_max: usize,
+    /// Blocks of the KV cache.
+    pub blocks: usize,
+}
+
+/// Why a sequence was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Too many wait already; a later try may succeed.
+    #[error("the queue is full ({waiting_max} requests wait)")]
+    QueueFull {
+        /// The bound.
+        waiting_max: usize,
+    },
+    /// It would not fit even alone.
+    #[error("{positions} positions do not fit the KV cache of {positions_max}")]
+    TooLong {
+        /// Positions asked for.
+        positions: usize,
+        /// Positions that the cache holds.
+        positions_max: usize,
+    },
+}
+
+#[derive(Debug)]
+struct Sequence {
+    id: SequenceId,
+    tokens: Vec<u32>,
+    /// Tokens whose keys and values are in the cache.
+    computed: usize,
+    blocks: Vec<u32>,
+}
+
+impl Sequence {
+    fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}
+
+/// The next rows of one sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chunk {
+    /// Whose rows these are.
+    pub id: SequenceId,
+    /// Position of the first row.
+    pub start: usize,
+    /// The rows' tokens.
+    pub tokens: Vec<u32>,
+    /// Blocks of the sequence, covering the chunk.
+    pub blocks: Vec<u32>,
+    /// Whether the chunk ends with the last known token, so that the next one is to be sampled.
+    pub reaches_end: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    /// Oldest first.
+    running: Vec<Sequence>,
+    waiting: VecDeque<Sequence>,
+    blocks: Blocks,
+    preemptions: u64,
+}
+
+impl Scheduler {
+    /// An idle scheduler.
+    pub fn new(config: SchedulerConfig) -> Self {
+        let blocks = Blocks::new(config.blocks);
+        Self { config, running: Vec::new(), waiting: VecDeque::new(), blocks, preemptions: 0 }
+    }
+
+    /// Takes a sequence that will grow to at most `positions_max` positions.
+    pub fn submit(
+        &mut self,
+        id: SequenceId,
+        tokens: Vec<u32>,
+        positions_max: usize,
+    ) -> Result<(), Refused> {
+        debug_assert!(!tokens.is_empty() && tokens.len() <= positions_max);
+        if Blocks::needed(positions_max) > self.blocks.total() {
+            let have = self.blocks.total() * entente_model::kernels::BLOCK_LEN;
+            return Err(Refused::TooLong { positions: positions_max, positions_max: have });
+        }
+        if self.waiting.len() >= self.config.waiting_max {
+            return Err(Refused::QueueFull { waiting_max: self.config.waiting_max });
+        }
+        self.waiting.push_back(Sequence { id, tokens, computed: 0, blocks: Vec::new() });
+        Ok(())
+    }
+
+    /// Forgets a sequence and frees what it held. Unknown ids are fine: it may have finished.
+    pub fn remove(&mut self, id: SequenceId) {
+        self.waiting.retain(|sequence| sequence.id != id);
+        if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
+            let mut sequence = self.running.remove(at);
+            self.blocks.release(&mut sequence.blocks);
+        }
+    }
+
+    /// Plans the next step: chunks, decoding sequences first. Empty when nothing is to be done.
+    pub fn plan(&mut self) -> Vec<Chunk> {
+        let preemptions = self.preemptions;
+        let mut rows_left = self.config.step_rows_max;
+        let mut chunks = Vec::new();
+        for decoding in [true, false] {
+            // Oldest first; a preemption takes from the end and so never skips anybody.
+            let mut at = 0;
+            while at < self.running.len() && rows_left > 0 {
+                if (self.running[at].remaining() == 1) == decoding {
+                    if let Some(chunk) = self.chunk_of(at, rows_left) {
+                        rows_left -= chunk.tokens.len();
+                        chunks.push(chunk);
+                    }
+                }
+                at += 1;
+            }
+        }
+        // A preemption may have taken blocks from a sequence after its chunk was planned.
+        chunks.retain(|chunk| self.running.iter().any(|sequence| sequence.id == chunk.id));
+        if self.preemptions == preemptions {
+            self.admit(&mut rows_left, &mut chunks);
+        }
+        chunks
+    }
+
+    fn chunk_of(&mut self, at: usize, rows_left: usize) -> Option<Chunk> {
+        let len = self.running[at].remaining().min(rows_left);
+        let end = self.running[at].computed + len;
+        loop {
+            let sequence = &mut self.running[at];
+            if self.blocks.grow(&mut sequence.blocks, end) {
+                break;
+            }
+            let youngest = self.running.len() - 1;
+            self.preempt_youngest();
+            if youngest == at {
+                return None;
+            }
+        }
+        Some(chunk(&self.running[at], len))
+    }
+
+    fn preempt_youngest(&mut self) {
+        let Some(mut sequence) = self.running.pop() else { return };
+        self.blocks.release(&mut sequence.blocks);
+        sequence.computed = 0;
+        self.preemptions += 1;
+        self.waiting.push_front(sequence);
+    }
+
+    /// Starts waiting sequences while rows, slots and blocks last. Nobody is preempted for them.
+    fn admit(&mut self, rows_left: &mut usize, chunks: &mut Vec<Chunk>) {
+        while *rows_left > 0 && self.running.len() < self.config.running_max {
+            let Some(sequence) = self.waiting.front_mut() else { return };
+            let len = sequence.remaining().min(*rows_left);
+            if !self.blocks.grow(&mut sequence.blocks, len) {
+                return;
+            }
+            chunks.push(chunk(sequence, len));
+            *rows_left -= len;
+            self.running.extend(self.waiting.pop_front());
+        }
+    }
+
+    /// Records that a chunk's rows are in the cache now.
+    pub fn computed(&mut self, chunk: &Chunk) {
+        if let Some(sequence) = self.running.iter_mut().find(|s| s.id == chunk.id) {
+            debug_assert_eq!(sequence.computed, chunk.start);
+            sequence.computed += chunk.tokens.len();
+        }
+    }
+
+    /// Appends a sampled token to its sequence.
+    pub fn append(&mut self, id: SequenceId, token: u32) {
+        if let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// Sequences that hold blocks.
+    pub fn running_len(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that wait for their first or next turn.
+    pub fn waiting_len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Blocks in use.
+    pub fn blocks_used(&self) -> usize {
+        self.blocks.used()
+    }
+
+    /// How often a sequence had to give its blocks back.
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+}
+
+fn chunk(sequence: &Sequence, len: usize) -> Chunk {
+    let end = sequence.computed + len;
+    Chunk {
+        id: sequence.id,
+        start: sequence.computed,
+        tokens: sequence.tokens[sequence.computed..end].to_vec(),
+        blocks: sequence.blocks.clone(),
+        reaches_end: end == sequence.tokens.len(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scheduler(step_rows_max: usize, blocks: usize) -> Scheduler {
+        Scheduler::new(SchedulerConfig { step_rows_max, running_max: 8, waiting_max: 4, blocks })
+    }
+
+    /// Runs one step with a fake model; every finished chunk appends one token.
+    fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize)> {
+        let plan = scheduler.plan();
+        for chunk in &plan {
+            scheduler.computed(chunk);
+            if chunk.reaches_end {
+                scheduler.append(chunk.id, 7);
+            }
+        }
+        plan.iter().map(|c| (c.id.0, c.start, c.tokens.len())).collect()
+    }
+
+    #[test]
+    fn a_decode_goes_before_a_prefill_that_is_split_into_chunks() {
+        let mut s = scheduler(4, 64);
+        s.submit(SequenceId(1), vec![1; 2], 32).unwrap();
+        assert_eq!(step(&mut s), [(1, 0, 2)]);
+        s.submit(SequenceId(2), vec![1; 9], 32).unwrap();
+        assert_eq!(step(&mut s), [(1, 2, 1), (2, 0, 3)]);
+        assert_eq!(step(&mut s), [(1, 3, 1), (2, 3, 3)]);
+        assert_eq!(step(&mut s), [(1, 4, 1), (2, 6, 3)]);
+        assert_eq!(step(&mut s), [(1, 5, 1), (2, 9, 1)]);
+    }
+
+    #[test]
+    fn when_blocks_run_out_the_youngest_starts_again_and_the_oldest_goes_on() {
+        let mut s = scheduler(64, 3);
+        s.submit(SequenceId(1), vec![1; 16], 48).unwrap();
+        s.submit(SequenceId(2), vec![1; 20], 48).unwrap();
+        assert_eq!(step(&mut s), [(1, 0, 16), (2, 0, 20)]);
+        // Sequence 1 needs a second block; sequence 2 must give up both of its own.
+        assert_eq!(step(&mut s), [(1, 16, 1)]);
+        assert_eq!((s.preemptions(), s.waiting_len()), (1, 1));
+        s.remove(SequenceId(1));
+        assert_eq!(step(&mut s), [(2, 0, 21)]);
+    }
+
+    #[test]
+    fn a_removed_sequence_leaves_no_block_behind() {
+        let mut s = scheduler(64, 8);
+        s.submit(SequenceId(1), vec![1; 40], 64).unwrap();
+        step(&mut s);
+        assert_eq!(s.blocks_used(), 3);
+        s.remove(SequenceId(1));
+        assert_eq!((s.blocks_used(), s.running_len()), (0, 0));
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_and_so_is_a_full_queue() {
+        let mut s = scheduler(64, 2);
+        let refused = s.submit(SequenceId(1), vec![1], 33).unwrap_err();
+        assert_eq!(refused, Refused::TooLong { positions: 33, positions_max: 32 });
+        for id in 0..4 {
+            s.submit(SequenceId(id), vec![1], 2).unwrap();
+        }
+        let refused = s.submit(SequenceId(9), vec![1], 2).unwrap_err();
+        assert_eq!(refused, Refused::QueueFull { waiting_max: 4 });
+    }
+
+    #[test]
+    fn every_sequence_finishes_however_few_blocks_there_are() {
+        for blocks in 2..12 {
+            let mut s = scheduler(5, blocks);
+            let mut left: std::collections::BTreeMap<u64, usize> =
+                (0..4).map(|i| (i, 20)).collect();
+            for id in 0..4 {
+                s.submit(SequenceId(id), vec![1; 3 + id as usize], 32).unwrap();
+            }
+            let mut steps = 0;
+            while !left.is_empty() {
+                steps += 1;
+                assert!(steps < 2_000, "no progress with {blocks} blocks");
+                for chunk in s.plan() {
+                    s.computed(&chunk);
+                    if !chunk.reaches_end {
+                        continue;
+                    }
+                    s.append(chunk.id, 7);
+                    let n = left.get_mut(&chunk.id.0).unwrap();
+                    *n -= 1;
+                    if *n == 0 {
+                        left.remove(&chunk.id.0);
+                        s.remove(chunk.id);
+                    }
+                }
+            }
+            assert_eq!(s.blocks_used(), 0);
+        }
+    }
+}

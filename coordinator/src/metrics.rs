@@ -1,0 +1,144 @@
+//! Counters and gauges of one coordinator, in the Prometheus text format.
+//!
+//! Expert choices reveal text, so they are only ever counted over everything that the process has
+//! served, never by request, tenant or time.
+
+use entente_proto::ids::LayerId;
+use entente_router::gate::Choice;
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+
+/// Handles to everything that is measured. Names follow vLLM's where there is one.
+pub struct Metrics {
+    registry: Registry,
+    /// Sequences that hold KV blocks.
+    pub requests_running: IntGauge,
+    /// Sequences that wait.
+    pub requests_waiting: IntGauge,
+    /// KV blocks in use.
+    pub kv_blocks_used: IntGauge,
+    /// KV blocks in all.
+    pub kv_blocks_total: IntGauge,
+    /// Prompt tokens computed, recomputed ones included.
+    pub prompt_tokens: IntCounter,
+    /// Tokens generated.
+    pub generation_tokens: IntCounter,
+    /// Sequences that gave their blocks back to be recomputed later.
+    pub preemptions: IntCounter,
+    /// Finished requests by reason.
+    pub finished: IntCounterVec,
+    /// Frames sent to expert nodes, repeated ones included.
+    pub frames_sent: IntCounter,
+    /// Links that broke while an exchange waited.
+    pub link_breaks: IntCounter,
+    /// Wall-clock time of a step.
+    pub step_seconds: Histogram,
+    /// Time from a request's arrival to its first token.
+    pub ttft_seconds: Histogram,
+    gate_rows: IntCounterVec,
+}
+
+/// From a small model's step on one machine to a large prefill over a network.
+const SECONDS_BUCKETS: [f64; 15] =
+    [0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+impl Metrics {
+    /// Registers everything under the prefix `entente_`.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let gauge = |name: &str, help: &str| {
+            register(&registry, IntGauge::new(format!("entente_{name}"), help))
+        };
+        let counter = |name: &str, help: &str| {
+            register(&registry, IntCounter::new(format!("entente_{name}"), help))
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            let opts = Opts::new(format!("entente_{name}"), help);
+            register(&registry, IntCounterVec::new(opts, labels))
+        };
+        let seconds = |name: &str, help: &str| {
+            let opts = HistogramOpts::new(format!("entente_{name}"), help);
+            register(&registry, Histogram::with_opts(opts.buckets(SECONDS_BUCKETS.to_vec())))
+        };
+        Self {
+            requests_running: gauge("requests_running", "Sequences that hold KV blocks."),
+            requests_waiting: gauge(
+                "requests_waiting",
+                "Sequences that wait for blocks or a slot.",
+            ),
+            kv_blocks_used: gauge("kv_blocks_used", "KV cache blocks in use."),
+            kv_blocks_total: gauge("kv_blocks_total", "KV cache blocks in all."),
+            prompt_tokens: counter("prompt_tokens_total", "Prompt tokens computed."),
+            generation_tokens: counter("generation_tokens_total", "Tokens generated."),
+            preemptions: counter("preemptions_total", "Sequences set back to be recomputed."),
+            finished: counters(
+                "requests_finished_total",
+                "Requests by how they ended.",
+                &["reason"],
+            ),
+            frames_sent: counter("exchange_frames_total", "Frames sent to expert nodes."),
+            link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
+            step_seconds: seconds("step_seconds", "Wall-clock time of one engine step."),
+            ttft_seconds: seconds("time_to_first_token_seconds", "Arrival to first token."),
+            gate_rows: counters(
+                "gate_rows_total",
+                "Rows routed to each expert since the process started.",
+                &["layer", "expert"],
+            ),
+            registry,
+        }
+    }
+
+    /// Counts what the gate of one layer chose.
+    pub fn count_choices(&self, layer: LayerId, choices: &[Choice]) {
+        let mut counts = std::collections::BTreeMap::new();
+        for choice in choices {
+            *counts.entry(choice.expert).or_insert(0u64) += 1;
+        }
+        let layer = layer.to_string();
+        for (expert, count) in counts {
+            self.gate_rows.with_label_values(&[layer.as_str(), &expert.to_string()]).inc_by(count);
+        }
+    }
+
+    /// Everything, in the text format.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        let encoder = prometheus::TextEncoder::new();
+        if let Err(error) = encoder.encode_utf8(&self.registry.gather(), &mut text) {
+            tracing::error!(%error, "metrics could not be written");
+        }
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Names are constants of this file, so registering cannot fail once a test has run it.
+fn register<M>(registry: &Registry, metric: Result<M, prometheus::Error>) -> M
+where
+    M: prometheus::core::Collector + Clone + 'static,
+{
+    let metric = metric.expect("a metric's name and labels are valid");
+    registry.register(Box::new(metric.clone())).expect("a metric is registered once");
+    metric
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use entente_proto::ids::ExpertId;
+
+    #[test]
+    fn choices_are_counted_by_layer_and_expert_over_everything() {
+        let metrics = Metrics::new();
+        let choice = |expert| Choice { expert: ExpertId(expert), weight: 0.5 };
+        metrics.count_choices(LayerId(3), &[choice(1), choice(2), choice(1)]);
+        metrics.count_choices(LayerId(3), &[choice(1)]);
+        let text = metrics.render();
+        assert!(text.contains("entente_gate_rows_total{expert=\"1\",layer=\"3\"} 3"), "{text}");
+    }
+}
