@@ -1,5 +1,8 @@
 //! One suite over both transports: whatever carries a frame, the answer is the same bytes.
 
+// Everything here is a test, which clippy sees in #[test] functions only.
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};

@@ -106,8 +106,8 @@ impl NodeHandle {
             return refuse(reply, refusal);
         }
         let due = Instant::now() + Duration::from_millis(frame.deadline_ms.into());
-        if let Err(work) = self.0.queue.push(Work { frame, due, reply }) {
-            refuse(work.reply, Refusal::Busy);
+        if let Err(reply) = self.0.queue.push(Work { frame, due, reply }) {
+            refuse(reply, Refusal::Busy);
         }
     }
 

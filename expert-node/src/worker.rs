@@ -67,8 +67,8 @@ impl Queue {
         Ok(Self { works, load })
     }
 
-    /// Queues without waiting; gives the work back when there is no room.
-    pub(crate) fn push(&self, work: Work) -> Result<(), Work> {
+    /// Queues without waiting; gives back whom to tell when there is no room.
+    pub(crate) fn push(&self, work: Work) -> Result<(), Reply> {
         let bytes = work.bytes();
         let room = self.load.send_if_modified(|load| {
             let fits = load.frames < QUEUE_LEN_MAX
@@ -80,12 +80,12 @@ impl Queue {
             fits
         });
         if !room {
-            return Err(work);
+            return Err(work.reply);
         }
         self.works.try_send(work).map_err(|error| {
             let (TrySendError::Full(work) | TrySendError::Disconnected(work)) = error;
             release(&self.load, &work);
-            work
+            work.reply
         })
     }
 

@@ -1,7 +1,7 @@
 //! Why a model folder cannot be used.
 //!
-//! A person who reads one of these has a folder before them and nothing else, so each text names the
-//! file, then the field or the tensor, then the reason.
+//! A person who reads one of these has a folder before them and nothing else, so each text names
+//! the file, then the field or the tensor, then the reason.
 
 use std::io;
 use std::path::{Path, PathBuf};

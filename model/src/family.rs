@@ -6,9 +6,9 @@
 //! token. Everything it shares with its relatives (attention, norms, embeddings) is read in one
 //! place, `config::hf`.
 //!
-//! The same model is found under different names: Mixtral's experts as released are one tensor each,
-//! transformers 5 fuses those of a layer into two. Hence [`Layout`]: the names that one checkpoint
-//! uses, found by looking at which gate it has.
+//! The same model is found under different names: Mixtral's experts as released are one tensor
+//! each, transformers 5 fuses those of a layer into two. Hence [`Layout`]: the names that one
+//! checkpoint uses, found by looking at which gate it has.
 
 use crate::ModelError;
 use crate::config::{Architecture, EXPERTS_MAX, FfnSpec, INNER_MAX, Scoring};
@@ -197,8 +197,8 @@ impl Layout {
         Self { names: &family.names, moe: used.or(styles.first()) }
     }
 
-    /// Every tensor that the architecture calls for, layer by layer: a configuration may promise far
-    /// more of them than any file holds, so the whole list is never built.
+    /// Every tensor that the architecture calls for, layer by layer: a configuration may promise
+    /// far more of them than any file holds, so the whole list is never built.
     pub fn expected<'a>(&'a self, arch: &'a Architecture) -> impl Iterator<Item = Expected> + 'a {
         let mut outer = Inventory::default();
         outer.add(Role::Matrix, self.names.embed, &[arch.vocab, arch.hidden]);

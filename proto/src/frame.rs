@@ -530,6 +530,23 @@ mod tests {
     }
 
     #[test]
+    fn a_small_frame_that_asks_for_a_huge_answer_is_refused() {
+        let hidden = HIDDEN_MAX;
+        let frame = |experts: u16| wire::Dispatch {
+            dtype: Dtype::F32.to_wire(),
+            row_count: 1,
+            hidden: hidden as u32,
+            assignments: pack_pairs((0..experts).map(|expert| (0, expert))),
+            rows: vec![0; hidden * 4].into(),
+            ..message()
+        };
+        let most = (ROWS_BYTES_MAX / (hidden * 4)) as u16;
+        assert!(Dispatch::try_from(frame(most)).is_ok());
+        let error = Dispatch::try_from(frame(most + 1)).unwrap_err().to_string();
+        assert!(error.starts_with("rows of the answer is"), "{error}");
+    }
+
+    #[test]
     fn an_answer_of_another_length_is_noticed() {
         let frame = Dispatch::try_from(message()).unwrap();
         let answer = |len| Answer {

@@ -180,6 +180,7 @@ impl Format for Writer {
         match event {
             Event::Token { id, text, score } => {
                 self.usage.completion_tokens += 1;
+                let silent = text.is_empty() && score.is_none() && !self.return_token_ids;
                 let mut choice = self.chunk(index, json!({ "content": text }), (None, None));
                 if let Some(score) = score {
                     choice["logprobs"] = self.logprobs(&[score]);
@@ -187,7 +188,7 @@ impl Format for Writer {
                 if self.return_token_ids {
                     choice["token_ids"] = json!([id]);
                 }
-                choices.push(choice);
+                choices.extend((!silent).then_some(choice));
             }
             Event::Finished { finish, text } => {
                 if !text.is_empty() {

@@ -206,6 +206,7 @@ impl Format for Writer {
                 }
                 self.states[index].begun = true;
                 self.usage.completion_tokens += 1;
+                let silent = text.is_empty() && score.is_none() && !self.return_token_ids;
                 let mut choice = self.delta(index, text, (None, None));
                 if self.wants_logprobs {
                     choice["logprobs"] = self.logprobs(index, std::iter::once(score));
@@ -213,7 +214,7 @@ impl Format for Writer {
                 if self.return_token_ids {
                     choice["token_ids"] = json!([id]);
                 }
-                choices.push(choice);
+                choices.extend((!silent).then_some(choice));
             }
             Event::Finished { finish, text } => {
                 let (reason, stop) = finish_reason(&finish);

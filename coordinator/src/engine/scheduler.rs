@@ -139,11 +139,11 @@ impl Scheduler {
             // Oldest first; a preemption takes from the end and so never skips anybody.
             let mut at = 0;
             while at < self.running.len() && rows_left > 0 {
-                if (self.running[at].remaining() == 1) == decoding {
-                    if let Some(chunk) = self.chunk_of(at, rows_left) {
-                        rows_left -= chunk.tokens.len();
-                        chunks.push(chunk);
-                    }
+                if (self.running[at].remaining() == 1) == decoding
+                    && let Some(chunk) = self.chunk_of(at, rows_left)
+                {
+                    rows_left -= chunk.tokens.len();
+                    chunks.push(chunk);
                 }
                 at += 1;
             }

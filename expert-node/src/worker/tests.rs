@@ -209,7 +209,7 @@ fn a_frame_whose_deadline_passed_in_the_queue_is_not_computed() {
 }
 
 #[test]
-fn a_full_queue_gives_the_work_back_and_empties_again() {
+fn a_full_queue_takes_nothing_and_empties_again() {
     let (queue, fragile) = start();
     let (answers, received) = channel();
     while_held_up(&queue, &fragile, || {

@@ -1,4 +1,5 @@
-//! Dates as chat templates write them: the part of C's `strftime` that they use, in UTC and English.
+//! Dates as chat templates write them: the part of C's `strftime` that they use, in UTC and
+//! English.
 
 use std::fmt::Write;
 

@@ -53,9 +53,9 @@ fn describe(arch: &Architecture) -> String {
         eos: _,
     } = arch;
     let mut text = format!(
-        "{VERSION}\nfamily {family}\nvocab {vocab}\nhidden {hidden}\nheads {heads} {kv_heads} {head_dim}\n\
-         activation {activation:?}\nrms_eps {:08x}\nrope {:016x} {}\nmax_positions {max_positions}\n\
-         tied {tied_embeddings}\n",
+        "{VERSION}\nfamily {family}\nvocab {vocab}\nhidden {hidden}\n\
+         heads {heads} {kv_heads} {head_dim}\nactivation {activation:?}\nrms_eps {:08x}\n\
+         rope {:016x} {}\nmax_positions {max_positions}\ntied {tied_embeddings}\n",
         rms_eps.to_bits(),
         rope.theta.to_bits(),
         rope.dim,

@@ -2,8 +2,8 @@
 //!
 //! Layout of the file: eight bytes, the header's length as a little-endian number; the header, a
 //! JSON object from tensor name to `{dtype, shape, data_offsets}`; the tensors. The format allows
-//! neither overlaps nor gaps, and asking for exactly that leaves no room for hidden bytes or for two
-//! names of one range. Source: the format's description in the safetensors repository.
+//! neither overlaps nor gaps, and asking for exactly that leaves no room for hidden bytes or for
+//! two names of one range. Source: the format's description in the safetensors repository.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -19,10 +19,10 @@ impl MappedFile {
     /// Maps an open file whose header has been checked.
     #[allow(unsafe_code)]
     pub fn map(path: &Path, file: &File) -> Result<Self, ModelError> {
-        // SAFETY: the map is private to this type and never written through. That nobody changes the
-        // file while it is mapped cannot be enforced; a checkpoint is written once and then only
-        // read, and whoever may write it may also replace the model. Values are only ever read as
-        // plain bytes, so changed contents give other numbers, not undefined values.
+        // SAFETY: the map is private to this type and never written through. That nobody changes
+        // the file while it is mapped cannot be enforced; a checkpoint is written once and then
+        // only read, and whoever may write it may also replace the model. Values are only ever read
+        // as plain bytes, so changed contents give other numbers, not undefined values.
         let map = unsafe { Mmap::map(file) }.map_err(|e| ModelError::io(path, e))?;
         Ok(Self { path: path.to_owned(), map })
     }

@@ -1,13 +1,13 @@
 //! The architecture of a model, as data.
 //!
 //! Everything after loading works from [`Architecture`] alone: it says what each layer is made of,
-//! never which family it came from. A new family is a new way of filling this in (the private module
-//! `family`) and, where it does something that no family did before, a new field or variant that the
-//! compiler then asks every user about.
+//! never which family it came from. A new family is a new way of filling this in (the private
+//! module `family`) and, where it does something that no family did before, a new field or variant
+//! that the compiler then asks every user about.
 //!
-//! Invariants of an [`Architecture`] that exists: `heads` is a multiple of `kv_heads`, `head_dim` is
-//! even, `1 <= top_k <= experts`, every token id is below `vocab`, and every size is small enough
-//! that the product of any two fits `usize`.
+//! Invariants of an [`Architecture`] that exists: `heads` is a multiple of `kv_heads`, `head_dim`
+//! is even, `1 <= top_k <= experts`, every token id is below `vocab`, and every size is small
+//! enough that the product of any two fits `usize`.
 
 mod hf;
 

@@ -1,7 +1,7 @@
 //! Token ids to text, one at a time, for streaming.
 //!
-//! A token alone has no text: it may be half of a character, and decoders treat the first token of a
-//! text differently from the others. So a token is decoded together with those before it, back to
+//! A token alone has no text: it may be half of a character, and decoders treat the first token of
+//! a text differently from the others. So a token is decoded together with those before it, back to
 //! the last place but one where the text ended in a whole character, and only what is new is given
 //! out. While the text ends in U+FFFD it is held back, since that may be the beginning of a
 //! character whose rest is still to come.
