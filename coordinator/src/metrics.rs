@@ -24,6 +24,8 @@ pub struct Metrics {
     pub generation_tokens: IntCounter,
     /// Sequences that gave their blocks back to be recomputed later.
     pub preemptions: IntCounter,
+    /// Prompt rows taken from the prefix cache instead of being computed.
+    pub prefix_rows_reused: IntCounter,
     /// Finished requests by reason.
     pub finished: IntCounterVec,
     /// Frames sent to expert nodes, repeated ones included.
@@ -70,6 +72,10 @@ impl Metrics {
             prompt_tokens: counter("prompt_tokens_total", "Prompt tokens computed."),
             generation_tokens: counter("generation_tokens_total", "Tokens generated."),
             preemptions: counter("preemptions_total", "Sequences set back to be recomputed."),
+            prefix_rows_reused: counter(
+                "prefix_rows_reused_total",
+                "Rows taken from the prefix cache instead of being computed.",
+            ),
             finished: counters(
                 "requests_finished_total",
                 "Requests by how they ended.",

@@ -28,7 +28,7 @@ use self::exchanger::Exchanger;
 use self::forward::{Forward, StepRows};
 use self::output::{Finish, StopConditions, TextStream};
 use self::sampler::{Sampling, ScoredToken};
-use self::scheduler::{Chunk, Refused, Scheduler, SchedulerConfig, SequenceId};
+use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
 use crate::metrics::Metrics;
 
 /// Events beyond one a token: prompt scores, the end, and one to spare.
@@ -267,7 +267,13 @@ impl Engine {
         let detokenizer = Detokenizer::new(tokenizer, &request.prompt, true)
             .map_err(|error| EngineError::Unreadable(error.to_string()))?;
         let positions_max = request.prompt.len() + request.stop.max_tokens;
-        self.scheduler.submit(id, request.prompt.clone(), positions_max)?;
+        self.scheduler.submit(NewSequence {
+            id,
+            tokens: request.prompt.clone(),
+            positions_max,
+            reuses: request.prompt_logprobs.is_none(),
+            salt: Vec::new(),
+        })?;
         Ok(TextStream::new(detokenizer, request.stop.strings.clone()))
     }
 
@@ -423,6 +429,8 @@ impl Engine {
         self.metrics.kv_blocks_used.set(self.scheduler.blocks_used() as i64);
         let preempted = self.scheduler.preemptions() - self.metrics.preemptions.get();
         self.metrics.preemptions.inc_by(preempted);
+        let reused = self.scheduler.rows_reused() - self.metrics.prefix_rows_reused.get();
+        self.metrics.prefix_rows_reused.inc_by(reused);
     }
 }
 

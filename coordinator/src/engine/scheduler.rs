@@ -10,13 +10,17 @@
 //! - a step never has more than `step_rows_max` rows, and every chunk's positions have blocks;
 //! - when blocks run out the youngest sequence gives its own back and waits at the head of the
 //!   queue: never an error, and never a different token, since rows do not depend on company;
+//! - a sequence that begins like an earlier one takes that one's full blocks as far as they go, but
+//!   always computes its last token itself, whose logits somebody waits for;
 //! - a sequence that could not fit alone is refused when it is submitted.
 //!
 //! What it does not know: tokens' meaning, sampling, the model, time, who waits for the answer.
 
 use std::collections::VecDeque;
 
-use super::blocks::Blocks;
+use entente_model::kernels::BLOCK_LEN;
+
+use super::blocks::{BlockName, Blocks};
 
 /// Names a sequence for as long as the engine lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,12 +65,58 @@ struct Sequence {
     /// Tokens whose keys and values are in the cache.
     computed: usize,
     blocks: Vec<u32>,
+    /// Names of the full blocks of known tokens, as far as they were needed; the root first.
+    names: Vec<BlockName>,
+    /// Whether blocks of other sequences will do.
+    reuses: bool,
 }
 
 impl Sequence {
     fn remaining(&self) -> usize {
         self.tokens.len() - self.computed
     }
+
+    /// The name of block `index`, whose tokens must all be known.
+    fn block_name(&mut self, index: usize) -> BlockName {
+        while self.names.len() <= index + 1 {
+            let start = (self.names.len() - 1) * BLOCK_LEN;
+            let parent = self.names[self.names.len() - 1];
+            self.names.push(parent.next(&self.tokens[start..start + BLOCK_LEN]));
+        }
+        self.names[index + 1]
+    }
+
+    /// Takes over blocks that hold this sequence's beginning.
+    fn reuse(&mut self, blocks: &mut Blocks) {
+        debug_assert!(self.blocks.is_empty() && self.computed == 0);
+        let reusable = if self.reuses { (self.tokens.len() - 1) / BLOCK_LEN } else { 0 };
+        for index in 0..reusable {
+            let Some(block) = blocks.reuse(&self.block_name(index)) else { break };
+            self.blocks.push(block);
+        }
+        self.computed = self.blocks.len() * BLOCK_LEN;
+    }
+
+    /// Gives everything back and starts again from nothing.
+    fn reset(&mut self, blocks: &mut Blocks) {
+        blocks.release(&mut self.blocks);
+        self.computed = 0;
+    }
+}
+
+/// A sequence as it is submitted.
+#[derive(Debug, Clone)]
+pub struct NewSequence {
+    /// Its name.
+    pub id: SequenceId,
+    /// The prompt; not empty.
+    pub tokens: Vec<u32>,
+    /// Positions that it may grow to.
+    pub positions_max: usize,
+    /// Whether rows that others have computed will do. Not so when every row's logits are wanted.
+    pub reuses: bool,
+    /// Sequences of different salts never share a block.
+    pub salt: Vec<u8>,
 }
 
 /// The next rows of one sequence.
@@ -93,31 +143,29 @@ pub struct Scheduler {
     waiting: VecDeque<Sequence>,
     blocks: Blocks,
     preemptions: u64,
+    rows_reused: u64,
 }
 
 impl Scheduler {
     /// An idle scheduler.
     pub fn new(config: SchedulerConfig) -> Self {
         let blocks = Blocks::new(config.blocks);
-        Self { config, running: Vec::new(), waiting: VecDeque::new(), blocks, preemptions: 0 }
+        Self { config, running: Vec::new(), waiting: VecDeque::new(), blocks, preemptions: 0, rows_reused: 0 }
     }
 
-    /// Takes a sequence that will grow to at most `positions_max` positions.
-    pub fn submit(
-        &mut self,
-        id: SequenceId,
-        tokens: Vec<u32>,
-        positions_max: usize,
-    ) -> Result<(), Refused> {
+    /// Takes a sequence.
+    pub fn submit(&mut self, new: NewSequence) -> Result<(), Refused> {
+        let NewSequence { id, tokens, positions_max, reuses, salt } = new;
         debug_assert!(!tokens.is_empty() && tokens.len() <= positions_max);
         if Blocks::needed(positions_max) > self.blocks.total() {
-            let have = self.blocks.total() * entente_model::kernels::BLOCK_LEN;
+            let have = self.blocks.total() * BLOCK_LEN;
             return Err(Refused::TooLong { positions: positions_max, positions_max: have });
         }
         if self.waiting.len() >= self.config.waiting_max {
             return Err(Refused::QueueFull { waiting_max: self.config.waiting_max });
         }
-        self.waiting.push_back(Sequence { id, tokens, computed: 0, blocks: Vec::new() });
+        let (names, blocks) = (vec![BlockName::root(&salt)], Vec::new());
+        self.waiting.push_back(Sequence { id, tokens, computed: 0, blocks, names, reuses });
         Ok(())
     }
 
@@ -175,8 +223,7 @@ impl Scheduler {
 
     fn preempt_youngest(&mut self) {
         let Some(mut sequence) = self.running.pop() else { return };
-        self.blocks.release(&mut sequence.blocks);
-        sequence.computed = 0;
+        sequence.reset(&mut self.blocks);
         self.preemptions += 1;
         self.waiting.push_front(sequence);
     }
@@ -185,10 +232,13 @@ impl Scheduler {
     fn admit(&mut self, rows_left: &mut usize, chunks: &mut Vec<Chunk>) {
         while *rows_left > 0 && self.running.len() < self.config.running_max {
             let Some(sequence) = self.waiting.front_mut() else { return };
+            sequence.reuse(&mut self.blocks);
             let len = sequence.remaining().min(*rows_left);
-            if !self.blocks.grow(&mut sequence.blocks, len) {
+            if !self.blocks.grow(&mut sequence.blocks, sequence.computed + len) {
+                sequence.reset(&mut self.blocks);
                 return;
             }
+            self.rows_reused += sequence.computed as u64;
             chunks.push(chunk(sequence, len));
             *rows_left -= len;
             self.running.extend(self.waiting.pop_front());
@@ -199,7 +249,12 @@ impl Scheduler {
     pub fn computed(&mut self, chunk: &Chunk) {
         if let Some(sequence) = self.running.iter_mut().find(|s| s.id == chunk.id) {
             debug_assert_eq!(sequence.computed, chunk.start);
+            let full_before = sequence.computed / BLOCK_LEN;
             sequence.computed += chunk.tokens.len();
+            for index in full_before..sequence.computed / BLOCK_LEN {
+                let name = sequence.block_name(index);
+                self.blocks.name(sequence.blocks[index], name);
+            }
         }
     }
 
@@ -223,6 +278,11 @@ impl Scheduler {
     /// Blocks in use.
     pub fn blocks_used(&self) -> usize {
         self.blocks.used()
+    }
+
+    /// Rows that were not computed because a block already held them.
+    pub fn rows_reused(&self) -> u64 {
+        self.rows_reused
     }
 
     /// How often a sequence had to give its blocks back.
@@ -250,6 +310,17 @@ mod tests {
         Scheduler::new(SchedulerConfig { step_rows_max, running_max: 8, waiting_max: 4, blocks })
     }
 
+    fn submit(s: &mut Scheduler, id: u64, tokens: &[u32], max: usize) -> Result<(), Refused> {
+        let (tokens, salt) = (tokens.to_vec(), Vec::new());
+        s.submit(NewSequence {
+            id: SequenceId(id),
+            tokens,
+            positions_max: max,
+            reuses: true,
+            salt,
+        })
+    }
+
     /// Runs one step with a fake model; every finished chunk appends one token.
     fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize)> {
         let plan = scheduler.plan();
@@ -265,9 +336,9 @@ mod tests {
     #[test]
     fn a_decode_goes_before_a_prefill_that_is_split_into_chunks() {
         let mut s = scheduler(4, 64);
-        s.submit(SequenceId(1), vec![1; 2], 32).unwrap();
+        submit(&mut s, 1, &vec![1; 2], 32).unwrap();
         assert_eq!(step(&mut s), [(1, 0, 2)]);
-        s.submit(SequenceId(2), vec![1; 9], 32).unwrap();
+        submit(&mut s, 2, &vec![1; 9], 32).unwrap();
         assert_eq!(step(&mut s), [(1, 2, 1), (2, 0, 3)]);
         assert_eq!(step(&mut s), [(1, 3, 1), (2, 3, 3)]);
         assert_eq!(step(&mut s), [(1, 4, 1), (2, 6, 3)]);
@@ -277,20 +348,21 @@ mod tests {
     #[test]
     fn when_blocks_run_out_the_youngest_starts_again_and_the_oldest_goes_on() {
         let mut s = scheduler(64, 3);
-        s.submit(SequenceId(1), vec![1; 16], 48).unwrap();
-        s.submit(SequenceId(2), vec![1; 20], 48).unwrap();
+        submit(&mut s, 1, &vec![1; 16], 48).unwrap();
+        submit(&mut s, 2, &[2; 20], 48).unwrap();
         assert_eq!(step(&mut s), [(1, 0, 16), (2, 0, 20)]);
         // Sequence 1 needs a second block; sequence 2 must give up both of its own.
         assert_eq!(step(&mut s), [(1, 16, 1)]);
         assert_eq!((s.preemptions(), s.waiting_len()), (1, 1));
         s.remove(SequenceId(1));
-        assert_eq!(step(&mut s), [(2, 0, 21)]);
+        // Its first block was full and is still there.
+        assert_eq!(step(&mut s), [(2, 16, 5)]);
     }
 
     #[test]
     fn a_removed_sequence_leaves_no_block_behind() {
         let mut s = scheduler(64, 8);
-        s.submit(SequenceId(1), vec![1; 40], 64).unwrap();
+        submit(&mut s, 1, &vec![1; 40], 64).unwrap();
         step(&mut s);
         assert_eq!(s.blocks_used(), 3);
         s.remove(SequenceId(1));
@@ -298,14 +370,32 @@ mod tests {
     }
 
     #[test]
+    fn a_sequence_takes_over_what_an_earlier_one_has_computed_but_for_its_last_token() {
+        let mut s = scheduler(64, 16);
+        let prompt: Vec<u32> = (0..40).collect();
+        submit(&mut s, 1, &prompt, 48).unwrap();
+        assert_eq!(step(&mut s), [(1, 0, 40)]);
+        // Two full blocks are shared while their first user still runs.
+        submit(&mut s, 2, &prompt, 48).unwrap();
+        assert_eq!(step(&mut s), [(1, 40, 1), (2, 32, 8)]);
+        assert_eq!((s.blocks_used(), s.rows_reused()), (4, 32));
+        s.remove(SequenceId(1));
+        s.remove(SequenceId(2));
+        // A prompt of exactly two blocks still computes its last token, so only one is taken.
+        submit(&mut s, 3, &prompt[..32], 48).unwrap();
+        assert_eq!(step(&mut s), [(3, 16, 16)]);
+        assert_eq!(s.blocks_used(), 2);
+    }
+
+    #[test]
     fn what_cannot_fit_is_refused_and_so_is_a_full_queue() {
         let mut s = scheduler(64, 2);
-        let refused = s.submit(SequenceId(1), vec![1], 33).unwrap_err();
+        let refused = submit(&mut s, 1, &[1], 33).unwrap_err();
         assert_eq!(refused, Refused::TooLong { positions: 33, positions_max: 32 });
         for id in 0..4 {
-            s.submit(SequenceId(id), vec![1], 2).unwrap();
+            submit(&mut s, id, &[1], 2).unwrap();
         }
-        let refused = s.submit(SequenceId(9), vec![1], 2).unwrap_err();
+        let refused = submit(&mut s, 9, &[1], 2).unwrap_err();
         assert_eq!(refused, Refused::QueueFull { waiting_max: 4 });
     }
 
@@ -316,7 +406,7 @@ mod tests {
             let mut left: std::collections::BTreeMap<u64, usize> =
                 (0..4).map(|i| (i, 20)).collect();
             for id in 0..4 {
-                s.submit(SequenceId(id), vec![1; 3 + id as usize], 32).unwrap();
+                submit(&mut s, id, &vec![1; 3 + id as usize], 32).unwrap();
             }
             let mut steps = 0;
             while !left.is_empty() {
