@@ -49,7 +49,6 @@ pub async fn run(
     };
     let info = node.info();
     let (experts, weights_bytes) = (info.experts.len(), info.weights_bytes);
-    tracing::info!(name = %info.name, %address, experts, weights_bytes, "ready");
     on_ready(Ready { address, experts, weights_bytes });
     serve(node, listener, shutdown).await
 }

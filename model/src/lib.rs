@@ -3,10 +3,10 @@
 //! # From folder to model
 //!
 //! A Hugging Face checkpoint folder is opened with [`Checkpoint::open`]. That reads `config.json`
-//! into an [`config::Architecture`], which describes each layer as data, and the headers of the
-//! safetensors files, and checks one against the other: every tensor that the architecture calls for
-//! is there, has its shape and can be computed with, and no other tensor is. The weights stay on
-//! disk, mapped. A coordinator then loads [`CoordinatorWeights`], which is everything but the
+//! into an [`Architecture`], which describes each layer as data, and the headers of the
+//! safetensors files, and checks one against the other: every tensor that the architecture calls
+//! for is there, has its shape and can be computed with, and no other tensor is. The weights stay
+//! on disk, mapped. A coordinator then loads [`CoordinatorWeights`], which is everything but the
 //! experts; an expert node loads the experts that are placed on it, one [`load_expert`] at a time.
 //! Neither reads the other's bytes. Both compute the same [`Checkpoint::digest`], so that they can
 //! tell whether they mean the same model.
@@ -15,9 +15,9 @@
 //!
 //! Mixtral and Mistral differ in a few lines of data (the private module `family`): what the
 //! configuration calls the feed-forward and what the tensors are called. After loading, nobody asks
-//! for a family. What a configuration or a checkpoint holds and nothing here computes (biases, other
-//! rope types, quantised weights, a tensor too many) is refused by name, never left out: a model
-//! with a part missing answers nonsense without complaint.
+//! for a family. What a configuration or a checkpoint holds and nothing here computes (biases,
+//! other rope types, quantised weights, a tensor too many) is refused by name, never left out: a
+//! model with a part missing answers nonsense without complaint.
 //!
 //! # Text
 //!
@@ -32,7 +32,7 @@
 //! Invariants:
 //! - every file is untrusted: sizes are bounded, sums are checked, and an error names the file, the
 //!   field or the tensor, and the reason ([`ModelError`]);
-//! - an [`config::Architecture`] that exists is consistent, a [`Checkpoint`] that exists is complete;
+//! - an [`Architecture`] that exists is consistent, a [`Checkpoint`] that exists is complete;
 //! - after loading, nothing here changes: all types can be shared between threads.
 //!
 //! What this crate does not know: networks, nodes, requests, clocks, which expert is placed where.

@@ -31,8 +31,8 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// Writes the row of `token` into `row`, which is `[hidden]`. The id must be below the vocabulary's
-    /// size; ids that come from requests are checked when the request is admitted.
+    /// Writes the row of `token` into `row`, which is `[hidden]`. The id must be below the
+    /// vocabulary's size; ids that come from requests are checked when the request is admitted.
     pub fn lookup(&self, token: u32, row: &mut [f32]) {
         let row_len = self.hidden * self.dtype.size();
         let start = token as usize * row_len;

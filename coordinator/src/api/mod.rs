@@ -1,7 +1,7 @@
 //! The public HTTP API in OpenAI's shape. A thin shell: it checks and translates requests, hands
 //! them to the engine, and writes what the engine says.
 //!
-//! Every limit on what a client may send is a constant of [`request`] or of this file. What this
+//! Every limit on what a client may send is a constant of `request` or of this file. What this
 //! module does not know: scheduling, nodes, weights.
 
 mod chat;
@@ -94,17 +94,17 @@ fn json(body: Result<Bytes, BytesRejection>) -> Result<Value, ApiError> {
     }
 }
 
-/// Reads one type out of a body, naming the field that does not fit.
+/// Reads one type out of a body, naming the field that does not fit or is not there.
 fn read<'de, T: Deserialize<'de>>(body: &'de Value) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(body).map_err(|error| {
-        let path = error.path().to_string();
-        let field = path.split(['.', '[']).next().unwrap_or_default();
-        let message = if path == "." {
-            format!("{}", error.inner())
-        } else {
-            format!("{path}: {}", error.inner())
+        let (path, reason) = (error.path().to_string(), error.inner().to_string());
+        // A field that is missing has no path of its own; serde names it between backticks.
+        let field = match reason.strip_prefix("missing field `") {
+            Some(rest) if path == "." => rest.split('`').next(),
+            _ => path.split(['.', '[']).next(),
         };
-        ApiError::invalid(field, message)
+        let message = if path == "." { reason.clone() } else { format!("{path}: {reason}") };
+        ApiError::invalid(field.unwrap_or_default(), message)
     })
 }
 

@@ -1,7 +1,9 @@
-//! Drives one exchange at a time through the links: the shell around [`router::exchange`].
+//! Drives one exchange at a time through the links: the shell around
+//! [`entente_router::exchange`].
 //!
 //! It owns the engine's view of the cluster, since the same events that answer an exchange also
-//! tell which nodes are up. All decisions are the router's; this file only has the clock, the
+//! tell which nodes are up, and it publishes whether all experts can be reached the moment that
+//! changes, also while an exchange waits. All decisions are the router's; this file only has the clock, the
 //! links and the inbox.
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use entente_proto::link::{Link, LinkEvent, LinkEvents};
 use entente_router::exchange::{Command, Exchange, ExchangeIds, Failure, Job, Status};
 use entente_router::gate::Choice;
 use entente_router::view::ClusterView;
+use tokio::sync::watch;
 
 use crate::metrics::Metrics;
 
@@ -54,6 +57,16 @@ pub struct Exchanger {
     allowed_regions: RegionSet,
     row_dtype: Dtype,
     metrics: Arc<Metrics>,
+    readiness: watch::Sender<Readiness>,
+}
+
+/// Whether requests could be served now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// Every expert has a live replica.
+    Ready,
+    /// Something is missing; the text says what.
+    Waiting(String),
 }
 
 /// Rows of one MoE layer with the experts that the gate chose for them.
@@ -80,7 +93,9 @@ impl Exchanger {
         deadline: Duration,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self {
+        let waiting = Readiness::Waiting("expert nodes are being connected".into());
+        let exchanger = Self {
+            readiness: watch::Sender::new(waiting),
             allowed_regions: [view.home].into(),
             links,
             inbox,
@@ -90,7 +105,9 @@ impl Exchanger {
             deadline_us: deadline.as_micros() as u64,
             row_dtype,
             metrics,
-        }
+        };
+        exchanger.publish();
+        exchanger
     }
 
     fn now_us(&self) -> u64 {
@@ -102,22 +119,30 @@ impl Exchanger {
         &self.inbox
     }
 
-    /// Whether every expert has a live replica that this coordinator may use; names one that has
-    /// none otherwise.
-    pub fn ready(&self) -> Result<(), String> {
-        match self.view.missing(&self.allowed_regions) {
-            None => Ok(()),
-            Some((layer, _)) => Err(format!("an expert of layer {layer} has no live replica")),
-        }
+    /// Whether every expert has a live replica that this coordinator may use.
+    pub fn readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.subscribe()
     }
 
-    /// Takes what links have reported, without waiting. True when a node came or went.
-    pub fn absorb(&mut self) -> bool {
-        let mut changed = false;
+    fn publish(&self) {
+        let now = match self.view.missing(&self.allowed_regions) {
+            None => Readiness::Ready,
+            Some((layer, _)) => {
+                Readiness::Waiting(format!("an expert of layer {layer} has no live replica"))
+            }
+        };
+        self.readiness.send_if_modified(|shown| {
+            let changed = *shown != now;
+            *shown = now;
+            changed
+        });
+    }
+
+    /// Takes what links have reported, without waiting.
+    pub fn absorb(&mut self) {
         while let Ok((node, event)) = self.inbox.try_recv() {
-            changed |= self.note(node, event).is_some();
+            self.note(node, event);
         }
-        changed
     }
 
     /// Takes one event outside an exchange.
@@ -127,6 +152,12 @@ impl Exchanger {
 
     /// Keeps the view up to date. `Some` when the node came (true) or went (false).
     fn note(&mut self, node: NodeId, event: LinkEvent) -> Option<bool> {
+        let change = self.change(node, event)?;
+        self.publish();
+        Some(change)
+    }
+
+    fn change(&mut self, node: NodeId, event: LinkEvent) -> Option<bool> {
         match event {
             LinkEvent::Answer(_) => None, // Nobody waits for it any more.
             LinkEvent::Up(info) => match self.view.node_up(node, &info) {

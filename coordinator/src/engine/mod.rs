@@ -24,6 +24,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use entente_model::{Detokenizer, Tokenizer};
 use tokio::sync::{mpsc, watch};
 
+pub use self::exchanger::Readiness;
 use self::exchanger::Exchanger;
 use self::forward::{Forward, StepRows};
 use self::output::{Finish, StopConditions, TextStream};
@@ -103,15 +104,6 @@ impl From<Refused> for EngineError {
     }
 }
 
-/// Whether the engine could serve a request now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Readiness {
-    /// Every expert has a live replica.
-    Ready,
-    /// Something is missing; the text says what.
-    Waiting(String),
-}
-
 type Submission = (Request, mpsc::Sender<Event>, Instant);
 
 /// The way in. Cheap to clone.
@@ -161,7 +153,6 @@ pub struct Engine {
     next_id: u64,
     vocab: usize,
     submissions: Receiver<Submission>,
-    readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
 }
 
@@ -185,8 +176,7 @@ impl Engine {
     /// Starts the engine's thread. It ends when the last handle is gone and nothing runs.
     pub fn start(parts: Parts) -> std::io::Result<EngineHandle> {
         let (sender, submissions) = crossbeam_channel::bounded(parts.scheduler.waiting_max);
-        let starting = Readiness::Waiting("expert nodes are being connected".into());
-        let (readiness, watcher) = watch::channel(starting);
+        let readiness = parts.exchanger.readiness();
         parts.metrics.kv_blocks_total.set(parts.scheduler.blocks as i64);
         let mut engine = Self {
             scheduler: Scheduler::new(parts.scheduler),
@@ -197,15 +187,13 @@ impl Engine {
             next_id: 0,
             vocab: parts.vocab,
             submissions,
-            readiness,
             metrics: parts.metrics,
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
-        Ok(EngineHandle { submissions: sender, readiness: watcher })
+        Ok(EngineHandle { submissions: sender, readiness })
     }
 
     fn run(&mut self) {
-        self.publish_readiness();
         while self.take_input() {
             self.forget_gone();
             self.step();
@@ -215,9 +203,7 @@ impl Engine {
 
     /// Takes what has arrived; waits for something when there is nothing to do. False at the end.
     fn take_input(&mut self) -> bool {
-        if self.exchanger.absorb() {
-            self.publish_readiness();
-        }
+        self.exchanger.absorb();
         if self.generations.is_empty() {
             let submissions = self.submissions.clone();
             let inbox = self.exchanger.inbox().clone();
@@ -228,7 +214,6 @@ impl Engine {
                 },
                 recv(inbox) -> event => if let Ok((node, event)) = event {
                     self.exchanger.take(node, event);
-                    self.publish_readiness();
                 },
             }
         }
@@ -316,7 +301,6 @@ impl Engine {
                 }
             }
         }
-        self.publish_readiness();
     }
 
     /// Rows of the step, counted over all chunks, whose logits somebody needs.
@@ -409,18 +393,6 @@ impl Engine {
         if let Some(generation) = self.remove(id, reason) {
             let _ = generation.events.try_send(Event::Finished { finish, text });
         }
-    }
-
-    fn publish_readiness(&self) {
-        let now = match self.exchanger.ready() {
-            Ok(()) => Readiness::Ready,
-            Err(missing) => Readiness::Waiting(missing),
-        };
-        self.readiness.send_if_modified(|shown| {
-            let changed = *shown != now;
-            *shown = now.clone();
-            changed
-        });
     }
 
     fn publish_gauges(&self) {

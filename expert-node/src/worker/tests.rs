@@ -1,3 +1,5 @@
+//! The queue and the thread behind it, with kernels that can be told to wait, count and panic.
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
