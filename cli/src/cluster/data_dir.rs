@@ -1,0 +1,157 @@
+//! The folder of one `entente up`: configurations, logs, the unpacked model and `cluster.json`.
+//!
+//! One process owns it at a time, by a lock that the kernel drops when that process ends, however
+//! it ends. `cluster.json` is there exactly while the cluster is ready: written by an atomic
+//! rename, removed at a clean stop, and swept away by the next owner after an unclean one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use entente_proto::ids::{NodeName, Region};
+use serde::{Deserialize, Serialize};
+
+use super::plan::Role;
+use crate::exit::Misuse;
+
+const CLUSTER_FILE: &str = "cluster.json";
+
+/// What `cluster.json` says: how scripts find a cluster and its processes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClusterFile {
+    /// The public API of the first region's coordinator.
+    pub http: String,
+    /// The public API of each region's coordinator.
+    pub endpoints: BTreeMap<Region, String>,
+    /// Every child process.
+    pub processes: Vec<ProcessEntry>,
+}
+
+/// One child process in `cluster.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProcessEntry {
+    /// Its name in the cluster.
+    pub name: NodeName,
+    /// What it does.
+    pub role: Role,
+    /// Where it stands.
+    pub region: Region,
+    /// Its process id.
+    pub pid: u32,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl ClusterFile {
+    /// Reads the file of the cluster that runs in `data_dir`.
+    pub fn read(data_dir: &Path) -> anyhow::Result<Self> {
+        let path = data_dir.join(CLUSTER_FILE);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(Misuse(format!(
+                "no cluster is running in {}: start one with `entente up`, or give --url",
+                data_dir.display()
+            ))),
+            other => other.with_context(|| format!("cannot read {}", path.display()))?,
+        };
+        serde_json::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
+    }
+}
+
+/// A data directory that this process owns until the value is dropped.
+#[derive(Debug)]
+pub struct DataDir {
+    root: PathBuf,
+    // Held, not used: the lock lives as long as the open file.
+    _lock: File,
+}
+
+impl DataDir {
+    /// Takes ownership of `root`, creating it if need be.
+    ///
+    /// # Errors
+    /// When another process owns it, or when it cannot be written.
+    pub fn open(root: &Path) -> anyhow::Result<Self> {
+        let cannot = || format!("cannot use {} as the data directory", root.display());
+        fs::create_dir_all(root.join("logs")).with_context(cannot)?;
+        // Children find their configuration by its path, wherever they are started.
+        let root = root.canonicalize().with_context(cannot)?;
+        let lock = File::create(root.join("lock")).with_context(cannot)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "the data directory {} is in use by another `entente up`; give this one its own \
+                 with --data-dir",
+                root.display()
+            ),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+        }
+        let dir = Self { root, _lock: lock };
+        dir.retract()?;
+        Ok(dir)
+    }
+
+    /// Where unpacked models are kept.
+    pub fn models(&self) -> PathBuf {
+        self.root.join("models")
+    }
+
+    /// The log of the child `name`.
+    pub fn log(&self, name: &NodeName) -> PathBuf {
+        self.root.join("logs").join(format!("{name}.log"))
+    }
+
+    /// Writes the configuration of the child `name` and says where it is.
+    pub fn write_config(&self, name: &NodeName, toml: &str) -> anyhow::Result<PathBuf> {
+        let path = self.root.join(format!("{name}.toml"));
+        fs::write(&path, toml).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Tells everyone that the cluster is ready.
+    pub fn publish(&self, cluster: &ClusterFile) -> anyhow::Result<()> {
+        let path = self.root.join(CLUSTER_FILE);
+        let part = self.root.join("cluster.json.part");
+        let text = serde_json::to_string_pretty(cluster)?;
+        fs::write(&part, text + "\n")
+            .and_then(|()| fs::rename(&part, &path))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Tells everyone that there is no cluster here (any more).
+    pub fn retract(&self) -> anyhow::Result<()> {
+        let path = self.root.join(CLUSTER_FILE);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove {}", path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_owner_is_refused_until_the_first_lets_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = DataDir::open(dir.path()).unwrap();
+        let refusal = DataDir::open(dir.path()).unwrap_err().to_string();
+        assert!(refusal.contains("in use"), "{refusal}");
+        drop(first);
+        DataDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_new_owner_sweeps_away_what_a_killed_one_left() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(CLUSTER_FILE), "{}").unwrap();
+        let _owner = DataDir::open(dir.path()).unwrap();
+        let error = ClusterFile::read(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("no cluster is running"), "{error}");
+    }
+}

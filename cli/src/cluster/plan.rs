@@ -1,0 +1,292 @@
+//! Which processes a cluster has, and what each is told. Pure: nothing here opens or starts.
+//!
+//! A region has one coordinator, and expert nodes among which its own complete set of experts is
+//! spread, so that no row ever crosses a border. Who holds which expert is not decided here: every
+//! process computes the same placement from the same roster.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use entente_coordinator::config::EngineConfig;
+use entente_membership::roster::{Roster, RosterNode};
+use entente_model::kernels::WeightFormat;
+use entente_proto::ids::{NodeName, Region};
+use serde::{Deserialize, Serialize};
+
+use crate::exit::Misuse;
+
+/// Most expert nodes in one region of a cluster on one machine.
+pub const NODES_MAX: u16 = 64;
+
+/// The name of the cluster in every roster.
+const CLUSTER_NAME: &str = "local";
+
+/// What a process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Attention, gating, sampling and the public API of a region.
+    Coordinator,
+    /// Holds experts.
+    ExpertNode,
+}
+
+impl fmt::Display for Role {
+    /// As the verb of the command line, which is also its name in `cluster.json`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Coordinator => "coordinator",
+            Self::ExpertNode => "expert-node",
+        })
+    }
+}
+
+/// How weights are kept in memory.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Weights {
+    /// 32 bits: exact, twice the memory.
+    F32,
+    /// 16 bits: as most checkpoints are published.
+    Bf16,
+}
+
+/// How rows travel from a coordinator to its expert nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// Expert nodes are processes of their own, over the network.
+    Grpc,
+    /// Expert nodes live inside the coordinator's process.
+    Inproc,
+}
+
+impl From<Weights> for WeightFormat {
+    fn from(weights: Weights) -> Self {
+        match weights {
+            Weights::F32 => Self::F32,
+            Weights::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl From<Transport> for entente_coordinator::config::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Grpc => Self::Grpc,
+            Transport::Inproc => Self::Inproc,
+        }
+    }
+}
+
+/// How many expert nodes each region has, in the order given; never empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Regions(Vec<(Region, u16)>);
+
+impl FromStr for Regions {
+    type Err = String;
+
+    /// Parses `fr=2,se=2`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut regions: Vec<(Region, u16)> = Vec::new();
+        for part in text.split(',') {
+            let (name, count) = part
+                .split_once('=')
+                .ok_or(format!("{part:?} is not REGION=NODES, such as fr=2"))?;
+            let region: Region = name.trim().parse().map_err(|error| format!("{error}"))?;
+            let count = count
+                .trim()
+                .parse()
+                .ok()
+                .filter(|count| (1..=NODES_MAX).contains(count))
+                .ok_or(format!("{region} needs 1 to {NODES_MAX} nodes, not {count:?}"))?;
+            if regions.iter().any(|(other, _)| *other == region) {
+                return Err(format!("{region} is named twice"));
+            }
+            regions.push((region, count));
+        }
+        Ok(Self(regions))
+    }
+}
+
+/// One process to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its name in the cluster, such as `fr-expert-1`.
+    pub name: NodeName,
+    /// What it does.
+    pub role: Role,
+    /// Where it stands.
+    pub region: Region,
+}
+
+impl Regions {
+    /// The processes of the cluster, the first region's coordinator first.
+    pub fn members(&self) -> Vec<Member> {
+        let member = |name: String, role, region| {
+            let name = name.parse().expect("a region and a number make a valid name");
+            Member { name, role, region }
+        };
+        let mut members = Vec::new();
+        for &(region, nodes) in &self.0 {
+            members.push(member(format!("{region}-coordinator"), Role::Coordinator, region));
+            for number in 1..=nodes {
+                let name = format!("{region}-expert-{number}");
+                members.push(member(name, Role::ExpertNode, region));
+            }
+        }
+        members
+    }
+
+    /// Checks that every region has room for that many copies of each expert.
+    ///
+    /// # Errors
+    /// The text gives the arithmetic: copies of one expert on one node would be lost together.
+    pub fn check_replicas(&self, replicas: u16) -> Result<(), Misuse> {
+        match self.0.iter().find(|(_, nodes)| *nodes < replicas) {
+            None => Ok(()),
+            Some((region, nodes)) => Err(Misuse(format!(
+                "--replicas {replicas} does not fit: each copy of an expert stands on a different \
+                 node of its region, which takes {replicas} nodes, but {region} has {nodes}; use \
+                 --regions {region}={replicas} or --replicas {nodes}"
+            ))),
+        }
+    }
+}
+
+/// What is the same for every process of a cluster.
+#[derive(Debug, Clone)]
+pub struct Common {
+    /// Folder of the checkpoint.
+    pub model: PathBuf,
+    /// How weights are kept.
+    pub weights: Weights,
+    /// Compute threads of each process; its own default when absent.
+    pub threads: Option<u16>,
+    /// How rows travel.
+    pub transport: Transport,
+    /// The expert nodes and where they listen.
+    pub roster: Roster,
+}
+
+/// The roster that every process is given. An expert node without an address lives inside its
+/// coordinator; nobody dials it, so its name stands for its address.
+pub fn roster(
+    replicas: u16,
+    nodes: impl Iterator<Item = (Member, Option<SocketAddr>)>,
+) -> anyhow::Result<Roster> {
+    let node = |(member, address): (Member, Option<SocketAddr>)| RosterNode {
+        address: address.map_or(format!("{}:1", member.name), |address| address.to_string()),
+        name: member.name,
+        region: member.region,
+    };
+    Ok(Roster::new(CLUSTER_NAME.to_owned(), replicas, nodes.map(node).collect())?)
+}
+
+/// The TOML text of the configuration of `member`, which listens at `address`.
+pub fn configuration(
+    common: &Common,
+    member: &Member,
+    address: SocketAddr,
+) -> anyhow::Result<String> {
+    let (name, region) = (member.name.clone(), member.region);
+    let (model, cluster) = (common.model.clone(), common.roster.clone());
+    let threads = common.threads.map(usize::from);
+    let text = match member.role {
+        Role::Coordinator => toml::to_string(&entente_coordinator::Config {
+            name,
+            region,
+            http: address.to_string(),
+            model,
+            weights: common.weights.into(),
+            threads,
+            transport: common.transport.into(),
+            served_model_name: None,
+            engine: EngineConfig::default(),
+            cluster,
+        }),
+        Role::ExpertNode => toml::to_string(&entente_expert_node::Config {
+            name,
+            region,
+            listen: address.to_string(),
+            model,
+            weights: common.weights.into(),
+            threads,
+            cluster,
+        }),
+    };
+    text.with_context(|| format!("the configuration of {} cannot be written", member.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn regions(text: &str) -> Regions {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn processes_are_named_after_region_and_role() {
+        let names: Vec<String> = regions("se=1,fr=2")
+            .members()
+            .iter()
+            .map(|member| format!("{} {}", member.name, member.role))
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "se-coordinator coordinator",
+                "se-expert-1 expert-node",
+                "fr-coordinator coordinator",
+                "fr-expert-1 expert-node",
+                "fr-expert-2 expert-node",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_wrong_region_list_names_its_wrong_part() {
+        for (text, part) in [
+            ("", "REGION=NODES"),
+            ("fr", "\"fr\""),
+            ("fr=2,", "REGION=NODES"),
+            ("FR=2", "\"FR\""),
+            ("fr=0", "1 to 64"),
+            ("fr=65", "1 to 64"),
+            ("fr=x", "\"x\""),
+            ("fr=1,fr=2", "twice"),
+        ] {
+            let error = text.parse::<Regions>().unwrap_err();
+            assert!(error.contains(part), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn replicas_that_do_not_fit_are_refused_with_the_arithmetic() {
+        assert!(regions("fr=2,se=2").check_replicas(2).is_ok());
+        let refusal = regions("fr=3,se=2").check_replicas(3).unwrap_err().to_string();
+        assert!(refusal.contains("takes 3 nodes, but se has 2"), "{refusal}");
+    }
+
+    #[test]
+    fn each_role_reads_the_configuration_that_is_written_for_it() {
+        let members = regions("fr=2").members();
+        let address: SocketAddr = "127.0.0.1:4001".parse().unwrap();
+        let nodes = members[1..].iter().cloned().map(|member| (member, None));
+        let common = Common {
+            model: "a \"quoted\" folder".into(),
+            weights: Weights::Bf16,
+            threads: Some(2),
+            transport: Transport::Inproc,
+            roster: roster(2, nodes).unwrap(),
+        };
+        let text = |at: usize| configuration(&common, &members[at], address).unwrap();
+        let coordinator: entente_coordinator::Config = toml::from_str(&text(0)).unwrap();
+        let node: entente_expert_node::Config = toml::from_str(&text(2)).unwrap();
+        assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
+        assert_eq!(node.model, common.model);
+    }
+}

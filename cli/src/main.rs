@@ -1,0 +1,89 @@
+//! The `entente` binary: one program that is every role of a cluster, and the tools beside it.
+//!
+//! - `entente up` starts a whole cluster on this machine as child processes ([`cluster`]).
+//! - `entente coordinator` and `entente expert-node` are one role each, described by a TOML file
+//!   ([`role`]); `up` starts exactly these, so a cluster over several machines is the same
+//!   programs with other addresses.
+//! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
+//!
+//! Conventions that scripts may rely on: data goes to standard output, messages and logs go to
+//! standard error, every flag has an environment variable, and exit codes are stable ([`exit`]).
+//!
+//! This crate holds no model, no protocol and no policy. It parses, starts, prints and stops.
+
+mod bundled;
+mod client;
+mod cluster;
+mod exit;
+mod logging;
+mod role;
+mod sse;
+mod status;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Serves Mixture-of-Experts language models from expert nodes in several countries.
+#[derive(Debug, Parser)]
+#[command(name = "entente", version, about, after_help = exit::HELP)]
+struct Cli {
+    #[command(flatten)]
+    logging: logging::LogArgs,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// One variant a verb, in the order in which a newcomer needs them.
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Start a whole cluster on this machine, show that it answers, and serve until Ctrl-C.
+    Up(verbs::up::UpArgs),
+    /// Ask a running cluster and print the answer as it comes.
+    Chat(verbs::chat::ChatArgs),
+    /// Measure how many held-out expressions a running cluster translates exactly.
+    Eval(verbs::eval::EvalArgs),
+    /// Run one coordinator: attention, gating, sampling and the public API of its region.
+    Coordinator(role::RoleArgs),
+    /// Run one expert node: holds the experts that are placed on it and computes nothing else.
+    ExpertNode(role::RoleArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    exit::report(run(cli))
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    logging::init(&cli.logging)?;
+    match cli.verb {
+        Verb::Up(args) => verbs::up::run(args, &cli.logging),
+        Verb::Chat(args) => verbs::chat::run(args),
+        Verb::Eval(args) => verbs::eval::run(args),
+        Verb::Coordinator(args) => verbs::coordinator::run(args),
+        Verb::ExpertNode(args) => verbs::expert_node::run(args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn every_flag_has_a_help_text_and_an_environment_variable() {
+        let root = Cli::command();
+        root.clone().debug_assert();
+        for command in root.get_subcommands().chain([&root]) {
+            for flag in command.get_arguments().filter(|flag| !flag.is_positional()) {
+                let id = format!("{} --{}", command.get_name(), flag.get_id());
+                assert!(flag.get_help().is_some(), "{id} has no help");
+                let env = flag.get_env().unwrap_or_else(|| panic!("{id} has no variable"));
+                assert!(env.to_string_lossy().starts_with("ENTENTE_"), "{id} reads {env:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! One file a verb. A verb holds its flags and what it does with them, and nothing that another
+//! verb needs too.
+
+pub mod chat;
+pub mod coordinator;
+pub mod eval;
+pub mod expert_node;
+pub mod up;
