@@ -1,0 +1,130 @@
+//! Goal: losing an expert node loses no answer and changes none.
+//! Method: SIGKILL one node of a real cluster, before and in the middle of generations.
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use entente_tests::process::{Signal, wait_for, wait_gone};
+use entente_tests::{Cluster, Golden, http};
+use serde_json::{Value, json};
+
+/// How soon a lost node must be noticed.
+const NOTICE_DEADLINE: Duration = Duration::from_secs(10);
+
+fn start(golden: &Golden, args: &[&str]) -> Cluster {
+    let model = ["--model", golden.path(), "--weights", "f32", "--regions", "fr=2"];
+    Cluster::start(&[&model, args].concat())
+}
+
+fn generation(golden: &Golden, number: usize, max_tokens: usize) -> Value {
+    let case = &golden.cases[number % golden.cases.len()];
+    json!({
+        "prompt": case.prompt, "max_tokens": max_tokens, "ignore_eos": true,
+        "temperature": if number.is_multiple_of(2) { 0.0 } else { 0.8 }, "seed": number,
+        "logprobs": 0, "return_token_ids": true,
+    })
+}
+
+fn kill(cluster: &Cluster, name: &str) {
+    let process = cluster.process(name);
+    process.signal(Signal::KILL);
+    assert!(wait_gone(NOTICE_DEADLINE, &[process]).is_empty(), "{name} survived SIGKILL");
+}
+
+#[test]
+fn a_new_request_is_answered_the_same_after_a_node_is_lost() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--replicas", "2"]);
+    let url = format!("{}/v1/completions", cluster.http());
+    let ask = || -> Vec<String> {
+        let numbers = 0..golden.cases.len();
+        numbers.map(|n| http::post(&url, &generation(&golden, n, 24)).choices()).collect()
+    };
+    let before = ask();
+    kill(&cluster, "fr-expert-1");
+    assert_eq!(before, ask());
+    assert_eq!(http::get(&format!("{}/readyz", cluster.http())).status, 200);
+    let warning = wait_for(NOTICE_DEADLINE, || {
+        let stderr = cluster.stderr();
+        stderr.contains("fr-expert-1").then_some(stderr)
+    });
+    assert!(warning.is_some_and(|text| text.contains("WARN")), "{}", cluster.stderr());
+}
+
+#[test]
+fn running_generations_go_on_unchanged_when_a_node_is_lost() {
+    const STREAMS: usize = 8;
+    const TOKENS: usize = 300;
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--replicas", "2"]);
+    let url = format!("{}/v1/completions", cluster.http());
+    let ids_and_text = |chunks: &mut dyn Iterator<Item = Value>| {
+        let mut all = (Vec::new(), String::new(), Vec::new());
+        for chunk in chunks {
+            let choice = &chunk["choices"][0];
+            all.0.extend(choice["token_ids"].as_array().into_iter().flatten().cloned());
+            all.1.push_str(http::chunk_text(&chunk));
+            let logprobs = choice["logprobs"]["token_logprobs"].as_array();
+            all.2.extend(logprobs.into_iter().flatten().cloned());
+        }
+        all
+    };
+    let undisturbed: Vec<_> = (0..STREAMS)
+        .map(|n| ids_and_text(&mut http::stream(&url, &generation(&golden, n, TOKENS))))
+        .collect();
+
+    let (begun, beginnings) = mpsc::channel();
+    let (ended, ends) = mpsc::channel();
+    let disturbed = thread::scope(|scope| {
+        let run = |n| {
+            let (begun, ended) = (begun.clone(), ended.clone());
+            let (url, body) = (&url, generation(&golden, n, TOKENS));
+            scope.spawn(move || {
+                let mut seen = 0;
+                let mut chunks = http::stream(url, &body).inspect(|_| {
+                    seen += 1;
+                    if seen == 10 {
+                        begun.send(()).unwrap();
+                    }
+                });
+                let all = ids_and_text(&mut chunks);
+                ended.send(()).unwrap();
+                all
+            })
+        };
+        let running: Vec<_> = (0..STREAMS).map(run).collect();
+        for _ in 0..STREAMS {
+            beginnings.recv().unwrap();
+        }
+        cluster.process("fr-expert-2").signal(Signal::KILL);
+        let ended = ends.try_iter().count();
+        assert!(ended < STREAMS, "all streams had ended before the node was killed");
+        running.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    for (n, (ours, theirs)) in undisturbed.iter().zip(&disturbed).enumerate() {
+        assert_eq!(ours.0.len(), TOKENS, "stream {n}");
+        assert!(ours == theirs, "stream {n} changed:\n{:?}\n{:?}", ours.1, theirs.1);
+    }
+}
+
+#[test]
+fn experts_without_a_live_replica_are_told_and_the_coordinator_lives() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--replicas", "1"]);
+    let url = format!("{}/v1/completions", cluster.http());
+    let mut running = http::stream(&url, &generation(&golden, 0, 3_000));
+    running.next().expect("a first chunk");
+    kill(&cluster, "fr-expert-1");
+
+    // What runs is told once the expert has not come back in time, and does not hang.
+    let failure = running.failure();
+    assert_eq!(failure["error"]["code"], 503, "{failure}");
+    let readyz = http::get(&format!("{}/readyz", cluster.http()));
+    assert_eq!(readyz.status, 503, "{}", readyz.text);
+    assert!(readyz.text.contains("expert"), "{}", readyz.text);
+    let reply = http::post(&url, &generation(&golden, 0, 4));
+    assert_eq!(reply.status, 503, "{}", reply.text);
+    assert!(reply.json()["error"]["message"].is_string(), "{}", reply.text);
+    assert_eq!(http::get(&format!("{}/livez", cluster.http())).status, 200);
+}
