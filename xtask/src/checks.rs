@@ -1,0 +1,26 @@
+//! Everything that must hold before a change lands, cheapest first, the tests last.
+//!
+//! The order has a second reason: the summary of the tests ends the output, where people and
+//! machines look for it.
+
+use crate::shell::{become_command, command, run};
+use crate::{setup, tidy};
+
+/// Runs every check; the first that fails ends the run.
+pub fn test() -> Result<(), String> {
+    setup::run_all()?;
+    run(&mut command("cargo fmt --all --check"))?;
+    tidy::run()?;
+    // Advisories are left out: they need a database from the network, and a new advisory must not
+    // break an old commit.
+    run(&mut command("cargo deny --locked check bans licenses sources"))?;
+    // One profile for everything that compiles, so that dependencies are built once.
+    run(&mut command(
+        "cargo clippy --locked --release --workspace --all-targets -- --deny warnings",
+    ))?;
+    run(command("cargo doc --locked --release --workspace --no-deps")
+        .env("RUSTDOCFLAGS", "--deny warnings"))?;
+    run(&mut command("cargo test --locked --release --workspace --doc --quiet"))?;
+    run(&mut command("cargo build --locked --release --bin entente"))?;
+    Err(become_command(&mut command("cargo nextest run --locked --release --workspace")))
+}

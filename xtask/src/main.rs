@@ -1,0 +1,40 @@
+//! `cargo xtask`: what a person would otherwise type, in the order in which they would type it.
+//!
+//! - `cargo xtask test` sets up what the checks need and runs all of them ([`checks`]).
+//! - `cargo xtask tidy` runs the house rules alone ([`tidy`]).
+//!
+//! It depends on nothing but the standard library, so that it is built in seconds and can set up a
+//! machine that has only Rust and a C compiler.
+
+// A tool at a prompt speaks by printing.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod checks;
+mod setup;
+mod shell;
+mod tidy;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  test    set up what is missing, then run every check and every test
+  tidy    check the house rules: sizes, essays, left-overs";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments[..] {
+        ["test"] => checks::test(),
+        ["tidy"] => tidy::run(),
+        _ => Err(USAGE.to_owned()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

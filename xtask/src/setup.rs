@@ -1,0 +1,44 @@
+//! Brings a fresh Debian machine to where the checks can run. Installs only what is missing.
+
+use crate::shell::{command, run, works};
+
+/// A tool that cargo builds, at the version that the checks are written for.
+struct Tool {
+    probe: &'static str,
+    package: &'static str,
+}
+
+const NEXTEST: Tool = Tool { probe: "cargo nextest --version", package: "cargo-nextest@0.9.151" };
+const DENY: Tool = Tool { probe: "cargo deny --version", package: "cargo-deny@0.20.2" };
+
+/// Makes sure that everything is there.
+pub fn run_all() -> Result<(), String> {
+    // The examples in the README are run as they are printed.
+    if !works("curl --version") {
+        debian_package("curl")?;
+    }
+    for component in ["rustfmt", "clippy"] {
+        if !works(&format!("cargo {} --version", component.trim_start_matches("rust"))) {
+            run(&mut command(&format!("rustup component add {component}")))?;
+        }
+    }
+    install(&NEXTEST)?;
+    install(&DENY)
+}
+
+fn debian_package(name: &str) -> Result<(), String> {
+    let root = works("test -w /usr/bin");
+    let sudo = if root { "" } else { "sudo " };
+    run(&mut command(&format!("{sudo}apt-get update -qq")))?;
+    run(&mut command(&format!("{sudo}apt-get install -y -qq --no-install-recommends {name}")))
+}
+
+/// Built without optimisation: these tools wait for others most of the time, and to optimise them
+/// would take longer than all that they do here.
+fn install(tool: &Tool) -> Result<(), String> {
+    if works(tool.probe) {
+        return Ok(());
+    }
+    let line = format!("cargo install --locked --debug --no-default-features {}", tool.package);
+    run(command(&line).env("CARGO_PROFILE_DEV_DEBUG", "0"))
+}
