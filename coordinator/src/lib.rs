@@ -28,4 +28,4 @@ pub mod metrics;
 mod start;
 
 pub use config::Config;
-pub use start::{Error, Ready, run};
+pub use start::{Error, Ready, Started, run, start};

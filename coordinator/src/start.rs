@@ -15,7 +15,7 @@ use entente_model::{
     Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
     Progress, Tokenizer,
 };
-use entente_proto::ids::NodeId;
+use entente_proto::ids::{KernelClass, NodeId};
 use entente_proto::link::{Link, LinkEvents};
 use entente_router::view::{ClusterView, NodeView};
 
@@ -80,6 +80,47 @@ struct Loaded {
     local: BTreeMap<NodeId, NodeHandle>,
 }
 
+/// A coordinator whose engine runs, before anything listens.
+pub struct Started {
+    /// What the API works with; the engine is in it.
+    pub api: Api,
+    /// Which bits the kernels give.
+    pub kernel_class: KernelClass,
+    /// Experts held: none, unless they run in this process.
+    pub experts: usize,
+    /// Bytes of weights in this process.
+    pub weights_bytes: u64,
+    /// Bytes of the coordinator's own weights that every step reads: all but the embedding.
+    pub step_weights_bytes: u64,
+}
+
+/// Loads the model, opens the links and starts the engine, which serves once every expert has a
+/// live replica. `progress` is told bytes read of bytes to read.
+pub async fn start(
+    config: &Config,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+) -> Result<Started, Error> {
+    config.engine.check().map_err(Error::Config)?;
+    let to_load = config.clone();
+    let loaded = tokio::task::spawn_blocking(move || load(&to_load, &progress))
+        .await
+        .map_err(|error| Error::Start(error.to_string()))??;
+    let local: Vec<_> = loaded.local.values().map(NodeHandle::info).collect();
+    let own_bytes = loaded.weights.bytes() as u64;
+    let step_weights_bytes = own_bytes - loaded.weights.embed.bytes() as u64;
+    let kernel_class = loaded.kernels.class().clone();
+    let metrics = Arc::new(Metrics::new());
+    let exchanger = connect(config, &loaded, &metrics);
+    let api = start_engine(config, loaded, exchanger, metrics)?;
+    Ok(Started {
+        api,
+        kernel_class,
+        experts: local.iter().map(|node| node.experts.len()).sum(),
+        weights_bytes: own_bytes + local.iter().map(|node| node.weights_bytes).sum::<u64>(),
+        step_weights_bytes,
+    })
+}
+
 /// Runs a coordinator until `shutdown` resolves. `progress` is told bytes read of bytes to read;
 /// `on_ready` once every expert has a live replica.
 pub async fn run(
@@ -93,20 +134,9 @@ pub async fn run(
     // Bind before loading: an address in use should not cost a minute of reading.
     let listener = listen(&config.http, listener)?;
     let address = listener.local_addr().map_err(|source| listen_error(&config.http, source))?;
-    let to_load = config.clone();
-    let loaded = tokio::task::spawn_blocking(move || load(&to_load, &progress))
-        .await
-        .map_err(|error| Error::Start(error.to_string()))??;
-    let local: Vec<_> = loaded.local.values().map(NodeHandle::info).collect();
-    let ready = Ready {
-        address,
-        experts: local.iter().map(|node| node.experts.len()).sum(),
-        weights_bytes: loaded.weights.bytes() as u64
-            + local.iter().map(|node| node.weights_bytes).sum::<u64>(),
-    };
-    let metrics = Arc::new(Metrics::new());
-    let exchanger = connect(&config, &loaded, &metrics);
-    let api = Arc::new(start_engine(&config, loaded, exchanger, metrics)?);
+    let Started { api, experts, weights_bytes, .. } = start(&config, progress).await?;
+    let ready = Ready { address, experts, weights_bytes };
+    let api = Arc::new(api);
     tokio::spawn(announce(api.engine.clone(), on_ready, ready));
     serve(api, listener, shutdown).await.map_err(|source| listen_error(&config.http, source))
 }

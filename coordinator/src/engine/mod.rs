@@ -24,8 +24,8 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use entente_model::{Detokenizer, Tokenizer};
 use tokio::sync::{mpsc, watch};
 
-pub use self::exchanger::Readiness;
 use self::exchanger::Exchanger;
+pub use self::exchanger::Readiness;
 use self::forward::{Forward, StepRows};
 use self::output::{Finish, StopConditions, TextStream};
 use self::sampler::{Sampling, ScoredToken};

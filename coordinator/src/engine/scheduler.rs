@@ -150,7 +150,14 @@ impl Scheduler {
     /// An idle scheduler.
     pub fn new(config: SchedulerConfig) -> Self {
         let blocks = Blocks::new(config.blocks);
-        Self { config, running: Vec::new(), waiting: VecDeque::new(), blocks, preemptions: 0, rows_reused: 0 }
+        Self {
+            config,
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            blocks,
+            preemptions: 0,
+            rows_reused: 0,
+        }
     }
 
     /// Takes a sequence.
@@ -312,13 +319,7 @@ mod tests {
 
     fn submit(s: &mut Scheduler, id: u64, tokens: &[u32], max: usize) -> Result<(), Refused> {
         let (tokens, salt) = (tokens.to_vec(), Vec::new());
-        s.submit(NewSequence {
-            id: SequenceId(id),
-            tokens,
-            positions_max: max,
-            reuses: true,
-            salt,
-        })
+        s.submit(NewSequence { id: SequenceId(id), tokens, positions_max: max, reuses: true, salt })
     }
 
     /// Runs one step with a fake model; every finished chunk appends one token.
