@@ -337,9 +337,9 @@ mod tests {
     #[test]
     fn a_decode_goes_before_a_prefill_that_is_split_into_chunks() {
         let mut s = scheduler(4, 64);
-        submit(&mut s, 1, &vec![1; 2], 32).unwrap();
+        submit(&mut s, 1, &[1; 2], 32).unwrap();
         assert_eq!(step(&mut s), [(1, 0, 2)]);
-        submit(&mut s, 2, &vec![1; 9], 32).unwrap();
+        submit(&mut s, 2, &[1; 9], 32).unwrap();
         assert_eq!(step(&mut s), [(1, 2, 1), (2, 0, 3)]);
         assert_eq!(step(&mut s), [(1, 3, 1), (2, 3, 3)]);
         assert_eq!(step(&mut s), [(1, 4, 1), (2, 6, 3)]);
@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn when_blocks_run_out_the_youngest_starts_again_and_the_oldest_goes_on() {
         let mut s = scheduler(64, 3);
-        submit(&mut s, 1, &vec![1; 16], 48).unwrap();
+        submit(&mut s, 1, &[1; 16], 48).unwrap();
         submit(&mut s, 2, &[2; 20], 48).unwrap();
         assert_eq!(step(&mut s), [(1, 0, 16), (2, 0, 20)]);
         // Sequence 1 needs a second block; sequence 2 must give up both of its own.
@@ -363,7 +363,7 @@ mod tests {
     #[test]
     fn a_removed_sequence_leaves_no_block_behind() {
         let mut s = scheduler(64, 8);
-        submit(&mut s, 1, &vec![1; 40], 64).unwrap();
+        submit(&mut s, 1, &[1; 40], 64).unwrap();
         step(&mut s);
         assert_eq!(s.blocks_used(), 3);
         s.remove(SequenceId(1));
