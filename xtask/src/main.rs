@@ -19,6 +19,7 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
+  setup   install what the checks need, where it is missing
   test    set up what is missing, then run every check and every test
   tidy    check the house rules: sizes, essays, left-overs";
 
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments[..] {
+        ["setup"] => setup::run_all(),
         ["test"] => checks::test(),
         ["tidy"] => tidy::run(),
         _ => Err(USAGE.to_owned()),

@@ -1,6 +1,6 @@
 //! Brings a fresh Debian machine to where the checks can run. Installs only what is missing.
 
-use crate::shell::{command, run, works};
+use crate::shell::{command, root, run, works};
 
 /// A tool that cargo builds, at the version that the checks are written for.
 struct Tool {
@@ -23,7 +23,25 @@ pub fn run_all() -> Result<(), String> {
         }
     }
     install(&NEXTEST)?;
-    install(&DENY)
+    install(&DENY)?;
+    python_clients()
+}
+
+/// The Python clients that tests drive a cluster with, in an environment of their own.
+fn python_clients() -> Result<(), String> {
+    let (folder, wanted) = ("target/clients", "tests/clients/requirements.txt");
+    let stamp = root().join(folder).join("requirements.txt");
+    let wanted_text = std::fs::read_to_string(root().join(wanted))
+        .map_err(|error| format!("cannot read {wanted}: {error}"))?;
+    if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted_text) {
+        return Ok(());
+    }
+    if !works("python3 -m venv --help") || !works("python3 -m ensurepip --version") {
+        debian_package("python3-venv")?;
+    }
+    run(&mut command(&format!("python3 -m venv {folder}")))?;
+    run(&mut command(&format!("{folder}/bin/python -m pip install --quiet -r {wanted}")))?;
+    std::fs::write(&stamp, wanted_text).map_err(|error| format!("{}: {error}", stamp.display()))
 }
 
 fn debian_package(name: &str) -> Result<(), String> {
