@@ -20,7 +20,9 @@ pub fn test() -> Result<(), String> {
     ))?;
     run(command("cargo doc --locked --release --workspace --no-deps")
         .env("RUSTDOCFLAGS", "--deny warnings"))?;
+    // The binary is built together with the tests: alone it would ask for other features of shared
+    // dependencies, and these would be built twice.
+    run(&mut command("cargo build --locked --release --workspace --bins --tests"))?;
     run(&mut command("cargo test --locked --release --workspace --doc --quiet"))?;
-    run(&mut command("cargo build --locked --release --bin entente"))?;
     Err(become_command(&mut command("cargo nextest run --locked --release --workspace")))
 }
