@@ -46,6 +46,7 @@ mod generation_config;
 mod json;
 pub mod kernels;
 mod rope;
+pub mod synth;
 mod tokenizer;
 mod weights;
 

@@ -158,21 +158,10 @@ pub fn expert_bytes(checkpoint: &Checkpoint, format: WeightFormat) -> Result<u64
     let mut largest = 0;
     for (layer, _) in checkpoint.architecture().moe_layers() {
         let sources = ExpertSources::find(checkpoint, layer, ExpertId(0))?;
-        let bytes = [sources.gate, sources.up, sources.down].map(|m| packed_bytes(&m, format));
-        largest = largest.max(bytes.iter().sum());
+        let matrices = [sources.gate, sources.up, sources.down];
+        largest = largest.max(matrices.iter().map(|m| format.packed_bytes(m) as u64).sum());
     }
     Ok(largest)
-}
-
-/// Packed matrices are padded to whole panels of outputs and whole pairs of inputs.
-fn packed_bytes(source: &MatrixSource<'_>, format: WeightFormat) -> u64 {
-    let element = match (format, source.dtype) {
-        (WeightFormat::Bf16, _) | (WeightFormat::F32, SourceDtype::Bf16) => 2,
-        (WeightFormat::F32, SourceDtype::F16 | SourceDtype::F32) => 4,
-    };
-    let elements =
-        source.out_features.next_multiple_of(32) * source.in_features.next_multiple_of(2);
-    elements as u64 * element
 }
 
 /// The stored matrices of one expert.

@@ -52,12 +52,18 @@ pub enum Weights {
     F32,
     /// 16 bits: as most checkpoints are published.
     Bf16,
+    /// 8 bits: half the memory of bf16, hardly any loss.
+    Q8,
+    /// 4 bits: a quarter of the memory of bf16, some loss.
+    Q4,
 }
 
 /// How rows travel from a coordinator to its expert nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// Expert nodes are processes of their own, over the network.
+    /// Expert nodes are processes of their own, reached by frames on a plain byte stream.
+    Stream,
+    /// Expert nodes are processes of their own, reached by gRPC.
     Grpc,
     /// Expert nodes live inside the coordinator's process.
     Inproc,
@@ -68,6 +74,8 @@ impl From<Weights> for WeightFormat {
         match weights {
             Weights::F32 => Self::F32,
             Weights::Bf16 => Self::Bf16,
+            Weights::Q8 => Self::Q8,
+            Weights::Q4 => Self::Q4,
         }
     }
 }
@@ -75,6 +83,7 @@ impl From<Weights> for WeightFormat {
 impl From<Transport> for entente_coordinator::config::Transport {
     fn from(transport: Transport) -> Self {
         match transport {
+            Transport::Stream => Self::Stream,
             Transport::Grpc => Self::Grpc,
             Transport::Inproc => Self::Inproc,
         }
@@ -191,33 +200,39 @@ pub fn configuration(
     member: &Member,
     address: SocketAddr,
 ) -> anyhow::Result<String> {
-    let (name, region) = (member.name.clone(), member.region);
-    let (model, cluster) = (common.model.clone(), common.roster.clone());
-    let threads = common.threads.map(usize::from);
     let text = match member.role {
-        Role::Coordinator => toml::to_string(&entente_coordinator::Config {
-            name,
-            region,
-            http: address.to_string(),
-            model,
-            weights: common.weights.into(),
-            threads,
-            transport: common.transport.into(),
-            served_model_name: None,
-            engine: EngineConfig::default(),
-            cluster,
-        }),
+        Role::Coordinator => toml::to_string(&coordinator(common, member, address)),
         Role::ExpertNode => toml::to_string(&entente_expert_node::Config {
-            name,
-            region,
+            name: member.name.clone(),
+            region: member.region,
             listen: address.to_string(),
-            model,
+            model: common.model.clone(),
             weights: common.weights.into(),
-            threads,
-            cluster,
+            threads: common.threads.map(usize::from),
+            cluster: common.roster.clone(),
         }),
     };
     text.with_context(|| format!("the configuration of {} cannot be written", member.name))
+}
+
+/// The configuration of a coordinator whose API listens at `address`.
+pub fn coordinator(
+    common: &Common,
+    member: &Member,
+    address: SocketAddr,
+) -> entente_coordinator::Config {
+    entente_coordinator::Config {
+        name: member.name.clone(),
+        region: member.region,
+        http: address.to_string(),
+        model: common.model.clone(),
+        weights: common.weights.into(),
+        threads: common.threads.map(usize::from),
+        transport: common.transport.into(),
+        served_model_name: None,
+        engine: EngineConfig::default(),
+        cluster: common.roster.clone(),
+    }
 }
 
 #[cfg(test)]

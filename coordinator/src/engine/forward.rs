@@ -123,9 +123,9 @@ impl Forward {
         let weights = &weights.layers[layer];
         let cache = &mut cache[layer];
         kernels.rms_norm(&acts.x, &weights.input_norm, arch.rms_eps, &mut acts.normed);
-        kernels.matmul(&acts.normed, &weights.q, &mut acts.q);
-        kernels.matmul(&acts.normed, &weights.k, &mut acts.k);
-        kernels.matmul(&acts.normed, &weights.v, &mut acts.v);
+        let (q, k, v) = (&mut acts.q[..], &mut acts.k[..], &mut acts.v[..]);
+        let products = &mut [(&weights.q, q), (&weights.k, k), (&weights.v, v)];
+        kernels.matmul_many(&acts.normed, products);
         kernels.rope(&mut acts.q, arch.heads, arch.head_dim, cos, sin);
         kernels.rope(&mut acts.k, arch.kv_heads, arch.head_dim, cos, sin);
 

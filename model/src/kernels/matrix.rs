@@ -6,16 +6,25 @@
 //! input to the last. That is what makes the value of a row independent of its company. Outputs
 //! and inputs that the matrix does not have are zeros.
 //!
-//! Two storage forms, in lines of 64 bytes, `pair` counting inputs two by two:
+//! Storage forms, in lines of 64 bytes, `pair` and `four` counting inputs by two and by four:
 //! - f32: `[out/32][pair][input of the pair: 2][half of the panel: 2][16]`
 //! - bf16: `[out/32][pair][half of the panel: 2][16][input of the pair: 2]`, the order in which
 //!   `vdpbf16ps` multiplies, and which widens to f32 with one shift or one mask.
+//! - q8: `[out/32][in/32]` blocks of 17 lines, an even number of them: first the scales as bf16, `[16][half of the panel]`,
+//!   then bytes, `[four: 8][half of the panel: 2][16][input of the four: 4]`, as `vpdpbusd`
+//!   multiplies.
+//! - q4: `[out/32][in/32]` blocks of 9 lines: the same, both halves of the panel sharing a line of
+//!   bytes, the first in the lower four bits.
+
+use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::cpu::isa::{Isa, LANES};
 use super::memory::{Line, Lines};
 use super::pool::Pool;
-use super::{Activation, MatrixSource, SourceDtype};
+use super::quantise::{BLOCK, Blocks, GROUP, GROUP_WORDS, Lanes};
+use super::{Activation, MatrixSource, SourceDtype, WeightFormat};
 
 /// Outputs of a panel: two AVX-512 registers of f32.
 pub(super) const PANEL: usize = 32;
@@ -29,23 +38,78 @@ pub(super) enum Layout {
     Bf16Widened,
     /// bf16 weights, activations rounded to bf16, products of pairs accumulated in f32.
     Bf16,
+    /// Weights of 8 bits in blocks, activations of 8 bits in groups.
+    Q8,
+    /// Weights of 4 bits in blocks, activations of 8 bits in groups.
+    Q4,
 }
 
+/// Lines of a q8 block of 32 outputs: scales and weights.
+pub(super) const Q8_LINES: usize = 17;
+/// Lines of a q4 block of 32 outputs.
+pub(super) const Q4_LINES: usize = 9;
+
 impl Layout {
-    /// Lines of a panel for each pair of inputs.
-    pub fn lines_per_pair(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16Widened | Self::Bf16 => 2,
+    /// How kernels of `format` keep a matrix that the checkpoint stores as `dtype`.
+    pub fn of(format: WeightFormat, dtype: SourceDtype) -> Self {
+        match (format, dtype) {
+            // bf16 weights stay as they are: widening them while multiplying is exact, and half
+            // the bytes come from memory.
+            (WeightFormat::F32, SourceDtype::Bf16) => Self::Bf16Widened,
+            (WeightFormat::F32, SourceDtype::F32 | SourceDtype::F16) => Self::F32,
+            (WeightFormat::Bf16, _) => Self::Bf16,
+            (WeightFormat::Q8, _) => Self::Q8,
+            (WeightFormat::Q4, _) => Self::Q4,
         }
     }
 
-    /// 32-bit words of an activation row of `values` values, whole pairs.
+    /// Lines of a panel of `inputs` inputs, which fill whole pairs or groups.
+    fn panel_lines(self, inputs: usize) -> usize {
+        match self {
+            Self::F32 => inputs.div_ceil(2) * 4,
+            Self::Bf16Widened | Self::Bf16 => inputs.div_ceil(2) * 2,
+            Self::Q8 => inputs.div_ceil(GROUP) * 2 * Q8_LINES,
+            Self::Q4 => inputs.div_ceil(GROUP) * 2 * Q4_LINES,
+        }
+    }
+
+    /// 32-bit words of an activation row of `values` values, whole pairs or groups.
     pub fn words(self, values: usize) -> usize {
         match self {
             Self::F32 | Self::Bf16Widened => values.next_multiple_of(2),
             Self::Bf16 => values.div_ceil(2),
+            Self::Q8 | Self::Q4 => values.div_ceil(GROUP) * GROUP_WORDS,
         }
+    }
+
+    /// Whether activation rows are packed in the same form for both.
+    pub fn packs_rows_as(self, other: Self) -> bool {
+        let form = |layout| match layout {
+            Self::F32 | Self::Bf16Widened => 0,
+            Self::Bf16 => 1,
+            Self::Q8 | Self::Q4 => 2,
+        };
+        form(self) == form(other)
+    }
+
+    /// Values of a row that can be packed only together, in panels: what comes before any group of
+    /// so many takes whole words.
+    pub fn group_panels(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16Widened | Self::Bf16 => 1,
+            Self::Q8 | Self::Q4 => GROUP / PANEL,
+        }
+    }
+}
+
+/// Most of [`Layout::group_panels`].
+pub(super) const GROUP_PANELS_MAX: usize = GROUP / PANEL;
+
+impl WeightFormat {
+    /// Bytes of memory that a matrix takes once packed, see [`Matrix::bytes`].
+    pub fn packed_bytes(self, source: &MatrixSource<'_>) -> usize {
+        let panel_lines = Layout::of(self, source.dtype).panel_lines(source.in_features);
+        source.out_features.div_ceil(PANEL) * panel_lines * size_of::<Line>()
     }
 }
 
@@ -59,7 +123,12 @@ pub struct Matrix {
 
 impl Matrix {
     /// Packs `source`, each panel on a thread of `pool`.
-    pub(super) fn pack(source: MatrixSource<'_>, layout: Layout, pool: &Pool) -> Self {
+    pub(super) fn pack<I: Isa>(
+        isa: I,
+        source: MatrixSource<'_>,
+        layout: Layout,
+        pool: &Pool,
+    ) -> Self {
         let MatrixSource { out_features, in_features, .. } = source;
         let elements = out_features.checked_mul(in_features).expect("a shape that fits memory");
         assert_eq!(
@@ -67,16 +136,19 @@ impl Matrix {
             elements.checked_mul(source.dtype.size()),
             "bytes of a {out_features} x {in_features} matrix"
         );
-        let panel_lines = in_features.div_ceil(2) * layout.lines_per_pair();
+        let panel_lines = layout.panel_lines(in_features);
         let mut lines = Lines::zeroed(out_features.div_ceil(PANEL) * panel_lines);
         if panel_lines > 0 {
             pool.for_chunks(&mut lines, panel_lines, |panel, lines| {
                 let first = panel * PANEL;
-                for out in first..(first + PANEL).min(out_features) {
-                    match layout {
-                        Layout::F32 => pack_row_f32(&source, out, lines),
-                        Layout::Bf16Widened | Layout::Bf16 => pack_row_bf16(&source, out, lines),
+                let outs = first..(first + PANEL).min(out_features);
+                match layout {
+                    Layout::F32 => outs.for_each(|out| pack_row_f32(&source, out, lines)),
+                    Layout::Bf16Widened | Layout::Bf16 => {
+                        outs.for_each(|out| pack_row_bf16(&source, out, lines));
                     }
+                    Layout::Q8 => pack_q8(isa, &source, panel, lines),
+                    Layout::Q4 => pack_q4(isa, &source, panel, lines),
                 }
             });
         }
@@ -108,13 +180,13 @@ impl Matrix {
     }
 
     /// The outputs of panel `i`.
-    pub(super) fn panel_outputs(&self, i: usize) -> std::ops::Range<usize> {
+    pub(super) fn panel_outputs(&self, i: usize) -> Range<usize> {
         i * PANEL..((i + 1) * PANEL).min(self.out_features)
     }
 
     /// The weights of panel `i`.
     pub(super) fn panel(&self, i: usize) -> &[Line] {
-        let len = self.in_features.div_ceil(2) * self.layout.lines_per_pair();
+        let len = self.layout.panel_lines(self.in_features);
         &self.lines[i * len..(i + 1) * len]
     }
 }
@@ -134,6 +206,33 @@ impl<'a> MatrixSource<'a> {
     fn row(&self, out: usize) -> &'a [u8] {
         let len = self.in_features * self.dtype.size();
         &self.bytes[out * len..(out + 1) * len]
+    }
+
+    /// Block `b` of the inputs of 16 outputs from `first`, side by side; zeros beyond the last
+    /// input and output.
+    #[inline(always)]
+    fn blocks(&self, first: usize, b: usize) -> [Lanes<f32>; BLOCK] {
+        let in_range = |i: usize| i.min(self.in_features);
+        let (start, end) = (in_range(b * BLOCK), in_range((b + 1) * BLOCK));
+        let size = self.dtype.size();
+        let mut blocks = [[0.0; LANES]; BLOCK];
+        for (lane, out) in (first..self.out_features.min(first + LANES)).enumerate() {
+            let stored = &self.row(out)[start * size..end * size];
+            let mut put = |i: usize, value: f32| blocks[i][lane] = value;
+            match self.dtype {
+                SourceDtype::F32 => {
+                    elements(stored).for_each(|(i, b)| put(i, f32::from_le_bytes(b)));
+                }
+                SourceDtype::F16 => {
+                    elements(stored).for_each(|(i, b)| put(i, f16::from_le_bytes(b).to_f32()));
+                }
+                SourceDtype::Bf16 => {
+                    let widen = |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16);
+                    elements(stored).for_each(|(i, b)| put(i, widen(b)));
+                }
+            }
+        }
+        blocks
     }
 }
 
@@ -167,9 +266,83 @@ fn pack_row_bf16(source: &MatrixSource<'_>, out: usize, panel: &mut [Line]) {
     }
 }
 
+/// Packs panel `p` block by block, so that what is written stays in the first-level cache.
+fn pack_q8<I: Isa>(isa: I, source: &MatrixSource<'_>, p: usize, panel: &mut [Line]) {
+    isa.enter(
+        #[inline(always)]
+        || {
+            for (b, lines) in panel.as_chunks_mut::<Q8_LINES>().0.iter_mut().enumerate() {
+                for half in 0..2 {
+                    let blocks = Blocks::q8(&source.blocks(p * PANEL + half * LANES, b));
+                    put_scales(&mut lines[0], &blocks, half);
+                    for four in 0..BLOCK / 4 {
+                        lines[1 + 2 * four + half] = Line(blocks.four(four));
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// The same in four bits: the second half of the panel goes into the upper ones.
+fn pack_q4<I: Isa>(isa: I, source: &MatrixSource<'_>, p: usize, panel: &mut [Line]) {
+    isa.enter(
+        #[inline(always)]
+        || {
+            for (b, lines) in panel.as_chunks_mut::<Q4_LINES>().0.iter_mut().enumerate() {
+                for half in 0..2 {
+                    let blocks = Blocks::q4(&source.blocks(p * PANEL + half * LANES, b));
+                    put_scales(&mut lines[0], &blocks, half);
+                    for four in 0..BLOCK / 4 {
+                        let words = blocks.four(four);
+                        for (word, codes) in lines[1 + four].0.iter_mut().zip(words) {
+                            *word |= codes << (4 * half);
+                        }
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// Writes the scales of half a panel into a line that began as zeros.
+#[inline(always)]
+fn put_scales(line: &mut Line, blocks: &Blocks, half: usize) {
+    for (word, scale) in line.0.iter_mut().zip(blocks.scales) {
+        *word |= scale << (16 * half);
+    }
+}
+
 /// The elements of a stored row with their numbers.
+#[inline(always)]
 fn elements<const N: usize>(row: &[u8]) -> impl Iterator<Item = (usize, [u8; N])> + '_ {
     row.as_chunks::<N>().0.iter().copied().enumerate()
+}
+
+#[cfg(test)]
+impl Matrix {
+    /// The weight that a quantised matrix multiplies with.
+    pub(super) fn quantised(&self, out: usize, i: usize) -> f32 {
+        use super::quantise::CODEBOOK_UNSIGNED;
+
+        let (half, lane, b) = (out % PANEL / 16, out % 16, i / BLOCK);
+        let panel = self.panel(out / PANEL);
+        let byte = |line: &Line| line.0[lane].to_le_bytes()[i % 4];
+        let (scales, number) = match self.layout {
+            Layout::Q8 => {
+                let lines = &panel[b * Q8_LINES..];
+                (&lines[0], byte(&lines[1 + i % BLOCK / 4 * 2 + half]))
+            }
+            Layout::Q4 => {
+                let lines = &panel[b * Q4_LINES..];
+                let code = byte(&lines[1 + i % BLOCK / 4]) >> (4 * half) & 15;
+                (&lines[0], CODEBOOK_UNSIGNED[usize::from(code)])
+            }
+            layout => unreachable!("{layout:?} is not quantised"),
+        };
+        let scale = f32::from_bits(scales.0[lane] >> (16 * half) << 16);
+        scale * (f32::from(number) - 128.0)
+    }
 }
 
 /// The three matrices of a gated feed-forward: `down(activation(gate(x), up(x)))`.
@@ -201,6 +374,7 @@ pub struct FfnGroup<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::cpu::portable::Portable;
     use super::*;
 
     #[test]
@@ -210,8 +384,8 @@ mod tests {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         let source =
             MatrixSource { out_features, in_features, dtype: SourceDtype::F32, bytes: &bytes };
-        let f32s = Matrix::pack(source, Layout::F32, &Pool::new(1));
-        let bf16s = Matrix::pack(source, Layout::Bf16, &Pool::new(2));
+        let f32s = Matrix::pack(Portable, source, Layout::F32, &Pool::new(1));
+        let bf16s = Matrix::pack(Portable, source, Layout::Bf16, &Pool::new(2));
         for (index, value) in values.iter().enumerate() {
             let (out, i) = (index / in_features, index % in_features);
             let (panel, half, lane) = (out / 32, out % 32 / 16, out % 16);

@@ -17,9 +17,11 @@
 
 mod cpu;
 mod kv;
+pub mod limits;
 mod matrix;
 mod memory;
 mod pool;
+mod quantise;
 #[cfg(any(test, feature = "reference"))]
 pub mod reference;
 
@@ -44,6 +46,15 @@ pub enum WeightFormat {
     F32,
     /// bf16 weights and activations, f32 accumulation.
     Bf16,
+    /// Weights of 8 bits in blocks of 32 with a scale each, 8.5 bits in all; activations of 8 bits.
+    Q8,
+    /// Weights of 4 bits in blocks of 32 with a scale each, 4.5 bits in all; activations of 8 bits.
+    Q4,
+}
+
+impl WeightFormat {
+    /// All formats, the most exact first.
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4];
 }
 
 /// Element type of a tensor in a checkpoint.
@@ -107,8 +118,8 @@ pub struct AttentionRow<'a> {
 }
 
 /// Kernels of one class, with the threads they run on. Activations are row-major f32; a class that
-/// multiplies in bf16 rounds its inputs itself, which changes nothing for values that a frame has
-/// rounded already.
+/// multiplies in fewer bits rounds its inputs itself, each row by itself; for bf16 that changes
+/// nothing in values that a frame has rounded already.
 ///
 /// Lengths that contradict each other are mistakes of the caller and panic: what comes from files
 /// and peers has been checked against the architecture long before. A call that comes while
@@ -131,6 +142,15 @@ pub trait Kernels: Send + Sync {
     /// `y[r, o] = sum over i of x[r, i] * w[o, i]`, multiplied as `w` was packed for.
     /// `x` is `[rows, in]`, `y` is `[rows, out]`.
     fn matmul(&self, x: &[f32], w: &Matrix, y: &mut [f32]);
+
+    /// [`Kernels::matmul`] of the same rows with several matrices of as many inputs, all packed by
+    /// [`Kernels::pack`] or all by [`Kernels::pack_f32`]: the rows are brought into their form
+    /// once, and the threads are called once.
+    fn matmul_many(&self, x: &[f32], products: &mut [(&Matrix, &mut [f32])]) {
+        for (w, y) in products {
+            self.matmul(x, w, y);
+        }
+    }
 
     /// Gated feed-forward, `down(activation(gate(x), up(x)))`, of several experts in one call; a
     /// dense layer is one group with all rows. `x` is `[rows, hidden]`, `y` is

@@ -29,7 +29,7 @@ pub fn matmul(x: &[f32], w: &[f32], in_features: usize) -> Result<Vec<f32>> {
 
 /// `down(silu(gate(x)) * up(x))`: `gate` and `up` are `[inner, hidden]`, `down` is
 /// `[hidden, inner]`, `x` and the result `[rows, hidden]`. `round` is applied to the intermediate
-/// values, for formats that round them.
+/// values, `[rows, inner]`, for formats that round them.
 ///
 /// # Errors
 /// When the lengths do not fit.
@@ -37,13 +37,13 @@ pub fn gated_ffn(
     x: &[f32],
     [gate, up, down]: [&[f32]; 3],
     hidden: usize,
-    round: fn(f32) -> f32,
+    round: impl FnOnce(Vec<f32>) -> Vec<f32>,
 ) -> Result<Vec<f32>> {
     let inner = gate.len() / hidden;
     let x = matrix(x, hidden)?;
     let gate = x.matmul(&matrix(gate, hidden)?.t()?)?;
     let up = x.matmul(&matrix(up, hidden)?.t()?)?;
-    let joined: Vec<f32> = values(&(silu(&gate)? * up)?)?.into_iter().map(round).collect();
+    let joined = round(values(&(silu(&gate)? * up)?)?);
     values(&matrix(&joined, inner)?.matmul(&matrix(down, inner)?.t()?)?)
 }
 

@@ -175,7 +175,7 @@ fn the_estimate_for_a_placement_is_what_an_expert_takes() {
             folder.edit_tensors(|tensors| tensors.values_mut().for_each(widen_to_f32));
         }
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        for format in [WeightFormat::F32, WeightFormat::Bf16] {
+        for format in WeightFormat::ALL {
             let kernels = kernels::select(format, 1).unwrap();
             let ffn = load_expert(&checkpoint, &*kernels, LayerId(0), ExpertId(0)).unwrap();
             assert_eq!(expert_bytes(&checkpoint, format).unwrap(), ffn.bytes() as u64);

@@ -1,7 +1,8 @@
 //! AVX2 with FMA: x86-64 processors since about 2013 (Haswell, Zen).
 //!
 //! A vector is two registers of 8 lanes. There is no bf16 multiply, so pairs are widened, which is
-//! exact, and multiplied in f32.
+//! exact, and multiplied in f32. Bytes become 16 bits wide first: the instruction that multiplies bytes gives
+//! up at sums beyond 16 bits.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -38,11 +39,15 @@ macro_rules! both {
 impl Isa for Avx2 {
     type V = [__m256; 2];
     type Pairs = [[__m256; 2]; 2];
+    type Ints = [__m256i; 2];
+    type Bytes = [__m256i; 2];
 
     const NAME: &'static str = "avx2";
     const NAME_BF16: &'static str = "avx2";
+    const NAME_INT8: &'static str = "avx2";
     // 8 accumulators of the 16 registers; widened weights and a broadcast take the rest.
     const TILE_ROWS: usize = 2;
+    const TILE_ROWS_INT8: usize = 1;
 
     #[inline(always)]
     fn enter<R>(self, f: impl FnOnce() -> R) -> R {
@@ -147,6 +152,51 @@ impl Isa for Avx2 {
         let first = self.splat(f32::from_bits(x << 16));
         let second = self.splat(f32::from_bits(x & 0xffff_0000));
         self.fma(pairs[1], second, self.fma(pairs[0], first, acc))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> Self::Ints {
+        unsafe { [_mm256_set1_epi32(x); 2] }
+    }
+
+    #[inline(always)]
+    fn to_floats(self, v: Self::Ints) -> Self::V {
+        both!(_mm256_cvtepi32_ps, v)
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, line: &Line) -> Self::Bytes {
+        let start: *const __m256i = line.0.as_ptr().cast();
+        unsafe { [_mm256_load_si256(start), _mm256_load_si256(start.add(1))] }
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], line: &Line) -> [Self::Bytes; 2] {
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            let (line, lower) = (self.load_bytes(line), _mm256_set1_epi8(15));
+            let first = line.map(|v| _mm256_and_si256(v, lower));
+            let second = line.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), lower));
+            [first, second].map(|codes| codes.map(|v| _mm256_shuffle_epi8(table, v)))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, acc: Self::Ints, bytes: Self::Bytes, x: u32) -> Self::Ints {
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast_signed());
+            // Bytes 0 and 2 of each lane, and bytes 1 and 3, as pairs of 16 bits.
+            let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+            let x_odd = _mm256_srai_epi16::<8>(x);
+            let mut sums = acc;
+            for (sum, bytes) in sums.iter_mut().zip(bytes) {
+                let even = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+                let odd = _mm256_srli_epi16::<8>(bytes);
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(even, x_even));
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(odd, x_odd));
+            }
+            sums
+        }
     }
 
     #[inline(always)]

@@ -1,4 +1,5 @@
-//! AVX-512 with BF16 instructions: AMD from Zen 4, Intel from Cooper Lake and Sapphire Rapids.
+//! AVX-512 with BF16 and VNNI instructions: AMD from Zen 4, Intel from Cooper Lake and Sapphire
+//! Rapids.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -6,7 +7,7 @@ use std::ops::Range;
 use super::super::memory::Line;
 use super::isa::{Isa, LANES};
 
-/// Proof that the processor has AVX-512 F, BW, DQ, VL and BF16.
+/// Proof that the processor has AVX-512 F, BW, DQ, VL, VNNI and BF16.
 #[derive(Clone, Copy)]
 pub struct Avx512(());
 
@@ -16,12 +17,13 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("avx512bf16");
         present.then_some(Self(()))
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 fn with_features<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
@@ -32,11 +34,17 @@ fn with_features<R>(f: impl FnOnce() -> R) -> R {
 impl Isa for Avx512 {
     type V = __m512;
     type Pairs = __m512bh;
+    type Ints = __m512i;
+    type Bytes = __m512i;
 
     const NAME: &'static str = "avx512";
     const NAME_BF16: &'static str = "avx512bf16";
+    const NAME_INT8: &'static str = "avx512vnni";
     // 24 accumulators, two to four weights, one broadcast: 32 registers.
     const TILE_ROWS: usize = 12;
+    // 8 integer sums, 8 sums of the group and 8 of the row, two weights, two scales, one
+    // broadcast: what is spilled to memory costs more than reading weights more often.
+    const TILE_ROWS_INT8: usize = 4;
 
     #[inline(always)]
     fn enter<R>(self, f: impl FnOnce() -> R) -> R {
@@ -133,6 +141,37 @@ impl Isa for Avx512 {
             let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(x as i32));
             _mm512_dpbf16_ps(acc, pairs, x)
         }
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(x) }
+    }
+
+    #[inline(always)]
+    fn to_floats(self, v: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(v) }
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, line: &Line) -> __m512i {
+        unsafe { _mm512_load_si512(line.0.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], line: &Line) -> [__m512i; 2] {
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            let (line, lower) = (self.load_bytes(line), _mm512_set1_epi8(15));
+            let first = _mm512_and_si512(line, lower);
+            let second = _mm512_and_si512(_mm512_srli_epi16::<4>(line), lower);
+            [_mm512_shuffle_epi8(table, first), _mm512_shuffle_epi8(table, second)]
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, acc: __m512i, bytes: __m512i, x: u32) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(acc, bytes, _mm512_set1_epi32(x.cast_signed())) }
     }
 
     #[inline(always)]

@@ -5,17 +5,18 @@
 //! going straight into the tile form that `down` reads; down, to the destination rows. In decoding
 //! the intermediate values stay in the second-level cache, in prefill in the third.
 //!
-//! A task is one panel of one group, whatever the number of threads and groups, so who computes a
+//! A task is one panel of one group (two panels where their outputs are quantised together),
+//! whatever the number of threads and groups, so who computes a
 //! value never shows in it.
 
-use super::super::matrix::PANEL;
+use super::super::matrix::{GROUP_PANELS_MAX, PANEL};
 use super::super::pool::Scatter;
 use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
 use super::Cpu;
 use super::elementwise::silu;
 use super::isa::{Isa, LANES};
 use super::matmul::multiply;
-use super::tile::{Block, Tiles, pack_tile};
+use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_tile, tile_rows};
 
 /// Rows that go through together: bounds the intermediate values, which are rows times inner.
 const PASS_ROWS: usize = 512;
@@ -83,8 +84,9 @@ fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &[f32], parts: &[Part<'_>], y: &mut [f32]) 
     let (mut input_at, mut inner_at) = (0, 0);
     let mut sections = Vec::with_capacity(parts.len());
     for &(ffn, rows) in parts {
+        let rows_max = tile_rows::<I>(ffn.gate.layout());
         let tiles =
-            |m: &Matrix| Tiles::new(rows.len(), I::TILE_ROWS, m.layout().words(m.in_features()));
+            |m: &Matrix| Tiles::new(rows.len(), rows_max, m.layout().words(m.in_features()));
         let (input, inner) = (tiles(&ffn.gate), tiles(&ffn.down));
         sections.push(Section { ffn, rows, input, inner, input_at, inner_at });
         input_at += input.total();
@@ -96,7 +98,7 @@ fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &[f32], parts: &[Part<'_>], y: &mut [f32]) 
     let out = Scatter::new(&mut input);
     for_each(cpu, &sections, |s| s.input.count(), |s, t| s.gather(cpu.isa, x, t, &out));
     let out = Scatter::new(&mut inner);
-    for_each(cpu, &sections, |s| s.ffn.gate.panels(), |s, p| s.expand(cpu.isa, &input, p, &out));
+    for_each(cpu, &sections, Section::inner_groups, |s, g| s.expand(cpu.isa, &input, g, &out));
     let out = Scatter::new(y);
     for_each(cpu, &sections, |s| s.ffn.down.panels(), |s, p| s.contract(cpu.isa, &inner, p, &out));
 }
@@ -124,23 +126,32 @@ impl Section<'_> {
         pack_tile(isa, layout, count, |r| &x[rows[r].0 as usize * hidden..][..hidden], out);
     }
 
-    /// Panel `p` of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
-    fn expand<I: Isa>(&self, isa: I, input: &[u32], p: usize, out: &Scatter<'_, u32>) {
+    /// Groups of panels of `gate` and `up` that become inputs of `down` together.
+    fn inner_groups(&self) -> usize {
+        self.ffn.gate.panels().div_ceil(self.ffn.down.layout().group_panels())
+    }
+
+    /// Group `g` of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
+    fn expand<I: Isa>(&self, isa: I, input: &[u32], g: usize, out: &Scatter<'_, u32>) {
         let GatedFfn { gate, up, down, activation } = self.ffn;
-        let (mut block, mut ups) = (Block::ZERO, Block::ZERO);
-        let columns = gate.panel_outputs(p);
+        let group_panels = down.layout().group_panels();
+        let panels = g * group_panels..((g + 1) * group_panels).min(gate.panels());
+        let (start, end) = (panels.start * PANEL, gate.out_features().min(panels.end * PANEL));
+        let (mut block, mut ups, mut joined) = (Block::ZERO, Block::ZERO, Joined::ZERO);
         for t in 0..self.input.count() {
             let ((_, count), (at, len)) = (self.input.tile(t), self.input.span(t));
             let x = &input[self.input_at + at..][..len];
-            multiply(isa, gate.layout(), count, gate.panel(p), x, &mut block);
-            multiply(isa, up.layout(), count, up.panel(p), x, &mut ups);
-            join(isa, *activation, count, &mut block, &ups);
-            // A tile is stored input by input, so a panel's part of it is contiguous.
-            let at = self.inner_at + self.inner.span(t).0 + count * down.layout().words(p * PANEL);
-            let len = count * down.layout().words(columns.len());
-            // SAFETY: no two tasks have a tile and a panel in common.
+            for (i, p) in panels.clone().enumerate() {
+                multiply(isa, gate.layout(), count, gate.panel(p), x, &mut block);
+                multiply(isa, up.layout(), count, up.panel(p), x, &mut ups);
+                join(isa, *activation, count, &block, &ups, i, &mut joined);
+            }
+            // A tile is stored input by input, so a group's part of it is contiguous.
+            let at = self.inner_at + self.inner.span(t).0 + count * down.layout().words(start);
+            let len = count * down.layout().words(end - start);
+            // SAFETY: no two tasks have a tile and a group in common.
             let out = unsafe { out.slice(at, len) };
-            pack_tile(isa, down.layout(), count, |r| &block.0[r][..columns.len()], out);
+            pack_tile(isa, down.layout(), count, |r| &joined.0[r][..end - start], out);
         }
     }
 
@@ -163,18 +174,35 @@ impl Section<'_> {
     }
 }
 
-/// `gate = activation(gate, up)` in the first `rows` rows.
-fn join<I: Isa>(isa: I, activation: Activation, rows: usize, gate: &mut Block, up: &Block) {
+/// The intermediate values of a tile in a group of panels.
+#[repr(align(64))]
+struct Joined([[f32; GROUP_PANELS_MAX * PANEL]; TILE_ROWS_MAX]);
+
+impl Joined {
+    const ZERO: Self = Self([[0.0; GROUP_PANELS_MAX * PANEL]; TILE_ROWS_MAX]);
+}
+
+/// `activation(gate, up)` of the first `rows` rows, as panel `i` of `joined`.
+fn join<I: Isa>(
+    isa: I,
+    activation: Activation,
+    rows: usize,
+    gate: &Block,
+    up: &Block,
+    i: usize,
+    joined: &mut Joined,
+) {
     isa.enter(
         #[inline(always)]
         || {
-            for (gate, up) in gate.0.iter_mut().zip(&up.0).take(rows) {
-                let lanes = gate.as_chunks_mut::<LANES>().0.iter_mut().zip(up.as_chunks().0);
-                for (gate, up) in lanes {
+            for ((gate, up), out) in gate.0.iter().zip(&up.0).zip(&mut joined.0).take(rows) {
+                let out = &mut out.as_chunks_mut::<PANEL>().0[i];
+                let lanes = gate.as_chunks::<LANES>().0.iter().zip(up.as_chunks().0);
+                for ((gate, up), out) in lanes.zip(out.as_chunks_mut().0) {
                     let joined = match activation {
                         Activation::SwiGlu => isa.mul(silu(isa, isa.load(gate)), isa.load(up)),
                     };
-                    isa.store(joined, gate);
+                    isa.store(joined, out);
                 }
             }
         },

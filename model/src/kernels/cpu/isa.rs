@@ -22,13 +22,21 @@ pub trait Isa: Copy + Send + Sync + 'static {
     type V: Copy;
     /// 16 pairs of bf16 values, ready for [`Isa::dot`].
     type Pairs: Copy;
+    /// 16 i32 values.
+    type Ints: Copy;
+    /// 16 times 4 unsigned bytes, ready for [`Isa::dot_bytes`].
+    type Bytes: Copy;
 
     /// Name within the kernel class.
     const NAME: &'static str;
     /// Name within the kernel class where bf16 is multiplied.
     const NAME_BF16: &'static str;
+    /// Name within the kernel class where bytes are multiplied.
+    const NAME_INT8: &'static str;
     /// Rows that one pass over a panel serves: as many as leave accumulators in registers.
     const TILE_ROWS: usize;
+    /// The same where bytes are multiplied, which takes more registers for each row.
+    const TILE_ROWS_INT8: usize;
 
     /// Calls `f` where the compiler may use the instruction set.
     fn enter<R>(self, f: impl FnOnce() -> R) -> R;
@@ -66,6 +74,16 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_pairs(self, line: &Line) -> Self::Pairs;
     /// Adds, in each lane, the products of two bf16 pairs; `x` is the pair for all lanes.
     fn dot(self, acc: Self::V, pairs: Self::Pairs, x: u32) -> Self::V;
+    /// The same integer in every lane.
+    fn splat_int(self, x: i32) -> Self::Ints;
+    /// The nearest f32 values; exact for all sums of a block.
+    fn to_floats(self, v: Self::Ints) -> Self::V;
+    /// Reads a line of bytes, four to a lane.
+    fn load_bytes(self, line: &Line) -> Self::Bytes;
+    /// Looks the lower and the upper four bits of each byte of a line up in a table.
+    fn look_up(self, table: &[u8; 16], line: &Line) -> [Self::Bytes; 2];
+    /// Adds, in each lane, the products of four unsigned bytes with the four signed ones of `x`.
+    fn dot_bytes(self, acc: Self::Ints, bytes: Self::Bytes, x: u32) -> Self::Ints;
     /// Asks for a line that is read soon. Any address will do.
     fn prefetch(self, line: *const Line);
 }

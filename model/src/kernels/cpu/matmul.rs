@@ -7,12 +7,13 @@
 //!
 //! A task is one panel, multiplied with all tiles while its weights are in cache.
 
-use super::super::matrix::{Layout, Matrix};
+use super::super::matrix::{Layout, Matrix, Q4_LINES, Q8_LINES};
 use super::super::memory::Line;
 use super::super::pool::Scatter;
+use super::super::quantise::{BLOCK_WORDS, CODEBOOK_UNSIGNED, GROUP_WORDS};
 use super::Cpu;
 use super::isa::Isa;
-use super::tile::{Block, Tiles, for_rows, pack_tile};
+use super::tile::{Block, Tiles, for_rows, pack_tile, tile_rows};
 
 /// Up to this many rows, weights come from memory faster than they are used, and asking for them
 /// early keeps it so across the pages, where the processor's own prefetching stops.
@@ -24,16 +25,21 @@ const PREFETCH_LINES: usize = 48;
 /// Multiplications below which waking a thread costs more than it brings.
 const PARALLEL_MIN: usize = 1 << 17;
 
-/// `y = x * w^T`, see [`super::super::Kernels::matmul`].
-pub fn matmul<I: Isa>(cpu: &Cpu<I>, x: &[f32], w: &Matrix, y: &mut [f32]) {
-    let (inputs, outputs) = (w.in_features(), w.out_features());
+/// `y = x * w^T` for each matrix, see [`super::super::Kernels::matmul_many`].
+pub fn matmul<I: Isa>(cpu: &Cpu<I>, x: &[f32], products: &mut [(&Matrix, &mut [f32])]) {
+    let Some((first, _)) = products.first() else { return };
+    let (inputs, layout) = (first.in_features(), first.layout());
     let rows = x.len() / inputs;
     assert_eq!(x.len(), rows * inputs, "x of {inputs} inputs");
-    assert_eq!(y.len(), rows * outputs, "y of {outputs} outputs");
+    for (w, y) in products.iter() {
+        assert_eq!(w.in_features(), inputs, "inputs");
+        assert!(w.layout().packs_rows_as(layout), "matrices packed by one function");
+        assert_eq!(y.len(), rows * w.out_features(), "y of {} outputs", w.out_features());
+    }
+    let outputs: usize = products.iter().map(|(w, _)| w.out_features()).sum();
     let parallel = rows * inputs * outputs >= PARALLEL_MIN;
 
-    let layout = w.layout();
-    let tiles = Tiles::new(rows, I::TILE_ROWS, layout.words(inputs));
+    let tiles = Tiles::new(rows, tile_rows::<I>(layout), layout.words(inputs));
     let mut packed = cpu.words.take(tiles.total());
     let out = Scatter::new(&mut packed);
     cpu.run(parallel, tiles.count(), |t| {
@@ -43,21 +49,38 @@ pub fn matmul<I: Isa>(cpu: &Cpu<I>, x: &[f32], w: &Matrix, y: &mut [f32]) {
         pack_tile(cpu.isa, layout, count, |r| &x[(first + r) * inputs..][..inputs], out);
     });
 
-    let packed = &*packed;
-    let y = Scatter::new(y);
-    cpu.run(parallel, w.panels(), |p| {
-        let columns = w.panel_outputs(p);
-        let mut block = Block::ZERO;
-        for t in 0..tiles.count() {
-            let ((first, count), (at, len)) = (tiles.tile(t), tiles.span(t));
-            multiply(cpu.isa, layout, count, w.panel(p), &packed[at..at + len], &mut block);
-            for (r, values) in block.0[..count].iter().enumerate() {
-                let at = (first + r) * outputs + columns.start;
-                // SAFETY: no two tasks have a column in common.
-                unsafe { y.slice(at, columns.len()) }.copy_from_slice(&values[..columns.len()]);
-            }
-        }
+    let panels = |i: usize, w: &Matrix| (0..w.panels()).map(move |p| (i, p));
+    let tasks: Vec<(usize, usize)> =
+        products.iter().enumerate().flat_map(|(i, (w, _))| panels(i, w)).collect();
+    let products: Vec<(&Matrix, Scatter<'_, f32>)> =
+        products.iter_mut().map(|(w, y)| (*w, Scatter::new(y))).collect();
+    cpu.run(parallel, tasks.len(), |task| {
+        let (i, p) = tasks[task];
+        let (w, y) = &products[i];
+        multiply_panel(cpu.isa, w, p, &tiles, &packed, y);
     });
+}
+
+/// Multiplies all tiles with panel `p` and writes its columns of `y`, which no one else touches.
+fn multiply_panel<I: Isa>(
+    isa: I,
+    w: &Matrix,
+    p: usize,
+    tiles: &Tiles,
+    packed: &[u32],
+    y: &Scatter<'_, f32>,
+) {
+    let columns = w.panel_outputs(p);
+    let mut block = Block::ZERO;
+    for t in 0..tiles.count() {
+        let ((first, count), (at, len)) = (tiles.tile(t), tiles.span(t));
+        multiply(isa, w.layout(), count, w.panel(p), &packed[at..at + len], &mut block);
+        for (r, values) in block.0[..count].iter().enumerate() {
+            let at = (first + r) * w.out_features() + columns.start;
+            // SAFETY: no two tasks have a column in common.
+            unsafe { y.slice(at, columns.len()) }.copy_from_slice(&values[..columns.len()]);
+        }
+    }
 }
 
 /// Multiplies a packed tile of `rows` rows with a panel.
@@ -88,6 +111,10 @@ fn tile<I: Isa, const R: usize>(
                 Layout::F32 => tile_f32(isa, panel, x),
                 Layout::Bf16Widened => tile_widened(isa, panel, x),
                 Layout::Bf16 => tile_bf16(isa, panel, x),
+                // Larger tiles are not made, see `tile_rows`; nor is code for them.
+                Layout::Q8 | Layout::Q4 if R > I::TILE_ROWS_INT8 => unreachable!("{R} rows"),
+                Layout::Q8 => tile_int8::<I, R, Q8_LINES>(isa, panel, x),
+                Layout::Q4 => tile_int8::<I, R, Q4_LINES>(isa, panel, x),
             };
             for (sums, out) in sums.iter().zip(&mut out.0) {
                 let (halves, _) = out.as_chunks_mut::<16>();
@@ -136,6 +163,76 @@ fn tile_bf16<I: Isa, const R: usize>(isa: I, panel: &[Line], x: &[[u32; R]]) -> 
         }
     }
     sums
+}
+
+/// Integer sums block by block, scaled by the weights' scales, and group by group by those of the
+/// rows. Each f32 operation is rounded by itself, in one order: the same bits on every processor.
+/// It costs nothing, since additions have units of their own beside the multipliers.
+#[inline(always)]
+fn tile_int8<I: Isa, const R: usize, const LINES: usize>(
+    isa: I,
+    panel: &[Line],
+    x: &[[u32; R]],
+) -> Sums<I, R> {
+    let mut sums = [[isa.splat(0.0); 2]; R];
+    let blocks = panel.as_chunks::<LINES>().0;
+    let groups = blocks.as_chunks::<2>().0.iter().zip(x.as_chunks::<GROUP_WORDS>().0);
+    for (lines, [row_scales, x @ ..]) in groups {
+        let x: &[[[u32; R]; BLOCK_WORDS]] = x.as_chunks().0;
+        let mut group = scaled_block::<I, R, LINES>(isa, &lines[0], &x[0]);
+        let second = scaled_block::<I, R, LINES>(isa, &lines[1], &x[1]);
+        for r in 0..R {
+            let scale = isa.splat(f32::from_bits(row_scales[r]));
+            for half in 0..2 {
+                group[r][half] = isa.add(group[r][half], second[r][half]);
+                sums[r][half] = isa.add(sums[r][half], isa.mul(group[r][half], scale));
+            }
+        }
+    }
+    sums
+}
+
+/// The exact integer sums of a block, each rounded to f32 and scaled by the weights' scale.
+#[inline(always)]
+fn scaled_block<I: Isa, const R: usize, const LINES: usize>(
+    isa: I,
+    lines: &[Line; LINES],
+    [corrections, x @ ..]: &[[u32; R]; BLOCK_WORDS],
+) -> Sums<I, R> {
+    prefetch::<I, R, LINES>(isa, lines);
+    let mut ints = [[isa.splat_int(0); 2]; R];
+    for r in 0..R {
+        ints[r] = [isa.splat_int(corrections[r].cast_signed()); 2];
+    }
+    for (k, x) in x.iter().enumerate() {
+        let w = four_weights::<I, LINES>(isa, lines, k);
+        for r in 0..R {
+            ints[r][0] = isa.dot_bytes(ints[r][0], w[0], x[r]);
+            ints[r][1] = isa.dot_bytes(ints[r][1], w[1], x[r]);
+        }
+    }
+    let scales = isa.widen(&lines[0]);
+    let mut sums = [[isa.splat(0.0); 2]; R];
+    for r in 0..R {
+        for half in 0..2 {
+            sums[r][half] = isa.mul(isa.to_floats(ints[r][half]), scales[half]);
+        }
+    }
+    sums
+}
+
+/// The weights of four inputs, those with number `four` of a block whose lines say what it is.
+#[inline(always)]
+fn four_weights<I: Isa, const LINES: usize>(
+    isa: I,
+    lines: &[Line; LINES],
+    four: usize,
+) -> [I::Bytes; 2] {
+    if LINES == Q4_LINES {
+        isa.look_up(&CODEBOOK_UNSIGNED, &lines[1 + four])
+    } else {
+        [isa.load_bytes(&lines[1 + 2 * four]), isa.load_bytes(&lines[2 + 2 * four])]
+    }
 }
 
 /// Adds the products of one input: `w` holds its 32 weights, `x` its value in each row.

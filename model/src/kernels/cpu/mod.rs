@@ -7,9 +7,10 @@ mod avx2;
 mod avx512;
 mod elementwise;
 mod ffn;
-mod isa;
+pub(super) mod isa;
+pub(super) mod limits;
 mod matmul;
-mod portable;
+pub(super) mod portable;
 mod scratch;
 mod tile;
 
@@ -23,8 +24,8 @@ use self::scratch::Scratch;
 use super::matrix::Layout;
 use super::pool::Pool;
 use super::{
-    AttentionRow, AttentionShape, FfnGroup, Kernels, KvLayer, Matrix, MatrixSource, SourceDtype,
-    UnsupportedCpu, WeightFormat,
+    AttentionRow, AttentionShape, FfnGroup, Kernels, KvLayer, Matrix, MatrixSource, UnsupportedCpu,
+    WeightFormat,
 };
 
 /// Raised whenever a change gives other bits.
@@ -81,29 +82,27 @@ impl<I: Isa> Kernels for Cpu<I> {
     fn row_dtype(&self) -> Dtype {
         match self.format {
             WeightFormat::F32 => Dtype::F32,
-            WeightFormat::Bf16 => Dtype::Bf16,
+            // Bytes are made of what arrives, once for each row; f32 would bring them little.
+            WeightFormat::Bf16 | WeightFormat::Q8 | WeightFormat::Q4 => Dtype::Bf16,
         }
     }
 
     fn pack(&self, source: MatrixSource<'_>) -> Matrix {
-        match self.format {
-            WeightFormat::F32 => self.pack_f32(source),
-            WeightFormat::Bf16 => Matrix::pack(source, Layout::Bf16, &self.pool),
-        }
+        let layout = Layout::of(self.format, source.dtype);
+        Matrix::pack(self.isa, source, layout, &self.pool)
     }
 
     fn pack_f32(&self, source: MatrixSource<'_>) -> Matrix {
-        // bf16 weights stay as they are: widening them while multiplying is exact, and half the
-        // bytes come from memory.
-        let layout = match source.dtype {
-            SourceDtype::Bf16 => Layout::Bf16Widened,
-            SourceDtype::F32 | SourceDtype::F16 => Layout::F32,
-        };
-        Matrix::pack(source, layout, &self.pool)
+        let layout = Layout::of(WeightFormat::F32, source.dtype);
+        Matrix::pack(self.isa, source, layout, &self.pool)
     }
 
     fn matmul(&self, x: &[f32], w: &Matrix, y: &mut [f32]) {
-        matmul::matmul(self, x, w, y);
+        matmul::matmul(self, x, &mut [(w, y)]);
+    }
+
+    fn matmul_many(&self, x: &[f32], products: &mut [(&Matrix, &mut [f32])]) {
+        matmul::matmul(self, x, products);
     }
 
     fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
@@ -156,6 +155,8 @@ fn class<I: Isa>(format: WeightFormat) -> KernelClass {
     KernelClass(match format {
         WeightFormat::F32 => format!("f32/{}/{VERSION}", I::NAME),
         WeightFormat::Bf16 => format!("bf16/{}/{VERSION}", I::NAME_BF16),
+        WeightFormat::Q8 => format!("q8/{}/{VERSION}", I::NAME_INT8),
+        WeightFormat::Q4 => format!("q4/{}/{VERSION}", I::NAME_INT8),
     })
 }
 
@@ -202,7 +203,7 @@ pub(super) fn of_class(
     threads: usize,
 ) -> Result<Arc<dyn Kernels>, UnsupportedCpu> {
     let mut available = Vec::new();
-    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+    for format in WeightFormat::ALL {
         for (class, make) in classes(format) {
             if class == *wanted {
                 return Ok(make(format, threads));

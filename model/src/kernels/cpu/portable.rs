@@ -15,11 +15,15 @@ pub struct Portable;
 impl Isa for Portable {
     type V = [f32; LANES];
     type Pairs = [[f32; LANES]; 2];
+    type Ints = [i32; LANES];
+    type Bytes = [[u8; 4]; LANES];
 
     const NAME: &'static str = "portable";
     const NAME_BF16: &'static str = "portable";
+    const NAME_INT8: &'static str = "portable";
     // One row's 32 accumulators are half of the 16 registers of 4 lanes that baselines have.
     const TILE_ROWS: usize = 1;
+    const TILE_ROWS_INT8: usize = 1;
 
     #[inline(always)]
     fn enter<R>(self, f: impl FnOnce() -> R) -> R {
@@ -108,6 +112,42 @@ impl Isa for Portable {
         let first = self.splat(f32::from_bits(x << 16));
         let second = self.splat(f32::from_bits(x & 0xffff_0000));
         self.fma(pairs[1], second, self.fma(pairs[0], first, acc))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> Self::Ints {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn to_floats(self, v: Self::Ints) -> Self::V {
+        v.map(|v| v as f32)
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, line: &Line) -> Self::Bytes {
+        line.0.map(u32::to_le_bytes)
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], line: &Line) -> [Self::Bytes; 2] {
+        let codes = self.load_bytes(line);
+        let first = codes.map(|four| four.map(|code| table[usize::from(code & 15)]));
+        let second = codes.map(|four| four.map(|code| table[usize::from(code >> 4)]));
+        [first, second]
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, acc: Self::Ints, bytes: Self::Bytes, x: u32) -> Self::Ints {
+        let x = x.to_le_bytes().map(|b| i32::from(b.cast_signed()));
+        let mut sums = acc;
+        // Nothing here can overflow; a check would keep the loop from becoming vectors.
+        for j in 0..4 {
+            for (sum, four) in sums.iter_mut().zip(&bytes) {
+                *sum = sum.wrapping_add(i32::from(four[j]).wrapping_mul(x[j]));
+            }
+        }
+        sums
     }
 
     #[inline(always)]

@@ -1,14 +1,16 @@
 //! Activations on their way into a multiplication.
 //!
 //! Rows are cut into **tiles** of up to [`Isa::TILE_ROWS`] rows, stored input by input,
-//! `[in][rows of the tile]`, already in the form that is multiplied: f32 values, or pairs of bf16
-//! values, rounded here. What a word holds depends on its row alone.
+//! `[in][rows of the tile]`, already in the form that is multiplied: f32 values, pairs of bf16
+//! values, or groups of bytes with their scales, rounded here. What a word holds depends on its row
+//! alone.
 
 use super::super::matrix::{Layout, PANEL};
+use super::super::quantise::{GROUP, GROUP_WORDS, group_words};
 use super::isa::Isa;
 
 /// Most rows of a tile, over all instruction sets.
-const TILE_ROWS_MAX: usize = 12;
+pub const TILE_ROWS_MAX: usize = 12;
 
 /// Words of each row that are brought into tile order at a time: they stay in registers or close.
 const CHUNK_WORDS: usize = 16;
@@ -36,6 +38,14 @@ pub struct Block(pub [[f32; PANEL]; TILE_ROWS_MAX]);
 
 impl Block {
     pub const ZERO: Self = Self([[0.0; PANEL]; TILE_ROWS_MAX]);
+}
+
+/// Most rows of a tile that `layout` multiplies.
+pub fn tile_rows<I: Isa>(layout: Layout) -> usize {
+    match layout {
+        Layout::F32 | Layout::Bf16Widened | Layout::Bf16 => I::TILE_ROWS,
+        Layout::Q8 | Layout::Q4 => I::TILE_ROWS_INT8,
+    }
 }
 
 /// How rows are cut into tiles of almost equal size, and how much room they take packed.
@@ -76,7 +86,8 @@ impl Tiles {
 }
 
 /// Writes `rows` rows into `out` in the form that `layout` multiplies: word `k` of row `r` goes to
-/// `k * rows + r`. The last word of a row is filled up with zero.
+/// `k * rows + r`. The last pair or group of a row is filled up with zeros.
+#[expect(clippy::redundant_closure, reason = "it is inlined, a function passed by name is not")]
 pub fn pack_tile<'a, I: Isa>(
     isa: I,
     layout: Layout,
@@ -87,21 +98,27 @@ pub fn pack_tile<'a, I: Isa>(
     for_rows!(I, rows, R => isa.enter(
         #[inline(always)]
         || match layout {
-            Layout::F32 | Layout::Bf16Widened => pack::<R, CHUNK_WORDS>(row, f32_words, out),
-            Layout::Bf16 => pack::<R, { 2 * CHUNK_WORDS }>(row, bf16_words, out),
+            Layout::F32 | Layout::Bf16Widened => pack::<R, CHUNK_WORDS, CHUNK_WORDS>(row, f32_words, out),
+            Layout::Bf16 => pack::<R, { 2 * CHUNK_WORDS }, CHUNK_WORDS>(row, bf16_words, out),
+            Layout::Q8 | Layout::Q4 => pack::<R, GROUP, GROUP_WORDS>(
+                row,
+                #[inline(always)]
+                |values| group_words(values),
+                out,
+            ),
         },
     ));
 }
 
-/// Packs `R` rows, `N` values of each at a time.
+/// Packs `R` rows, `N` values of each at a time, which make `W` words.
 #[inline(always)]
-fn pack<'a, const R: usize, const N: usize>(
+fn pack<'a, const R: usize, const N: usize, const W: usize>(
     row: impl Fn(usize) -> &'a [f32],
-    words_of: impl Fn(&[f32; N]) -> [u32; CHUNK_WORDS],
+    words_of: impl Fn(&[f32; N]) -> [u32; W],
     out: &mut [u32],
 ) {
-    for (chunk, out) in out.chunks_mut(CHUNK_WORDS * R).enumerate() {
-        let words: [[u32; CHUNK_WORDS]; R] = std::array::from_fn(|r| {
+    for (chunk, out) in out.chunks_mut(W * R).enumerate() {
+        let words: [[u32; W]; R] = std::array::from_fn(|r| {
             let values = &row(r)[chunk * N..];
             match values.first_chunk() {
                 Some(values) => words_of(values),
