@@ -19,6 +19,7 @@ pub mod frame;
 pub mod ids;
 pub mod link;
 pub mod placement;
+pub mod stream;
 
 /// Messages as they cross the network, generated from `proto/entente/v1`.
 #[allow(missing_docs, clippy::all)]
