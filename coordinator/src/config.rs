@@ -19,7 +19,7 @@ pub struct Config {
     pub http: String,
     /// The checkpoint folder, in Hugging Face format.
     pub model: PathBuf,
-    /// Weight format: `f32` or `bf16`.
+    /// How weights are kept: `f32`, `bf16`, `q8` or `q4`.
     pub weights: WeightFormat,
     /// Threads for arithmetic; all cores when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -41,8 +41,10 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// Over the network, one stream a node.
+    /// Over the network, frames on a plain byte stream.
     #[default]
+    Stream,
+    /// Over the network, frames in a gRPC stream.
     Grpc,
     /// In this process: the expert nodes of the region run here.
     Inproc,

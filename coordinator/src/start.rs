@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::serve::ListenerExt;
 use entente_expert_node::inproc::InprocLink;
 use entente_expert_node::{ExpertNode, NodeHandle};
-use entente_membership::state::State;
+use entente_membership::state::{Node, State};
 use entente_model::kernels::{self, BLOCK_LEN, Kernels};
 use entente_model::{
     Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
@@ -26,6 +26,7 @@ use crate::engine::forward::Forward;
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::{Engine, EngineHandle, Parts, Readiness};
 use crate::link::grpc::GrpcLink;
+use crate::link::stream::StreamLink;
 use crate::metrics::Metrics;
 
 /// How long running requests may take to finish once the coordinator is told to stop.
@@ -110,7 +111,8 @@ pub async fn start(
     let step_weights_bytes = own_bytes - loaded.weights.embed.bytes() as u64;
     let kernel_class = loaded.kernels.class().clone();
     let metrics = Arc::new(Metrics::new());
-    let exchanger = connect(config, &loaded, &metrics);
+    let exchanger =
+        connect(config, &loaded, &metrics).map_err(|error| Error::Start(error.to_string()))?;
     let api = start_engine(config, loaded, exchanger, metrics)?;
     Ok(Started {
         api,
@@ -203,31 +205,40 @@ fn threads(config: &Config) -> usize {
 }
 
 /// Opens a link to every expert node of the coordinator's region.
-fn connect(config: &Config, loaded: &Loaded, metrics: &Arc<Metrics>) -> Exchanger {
+fn connect(config: &Config, loaded: &Loaded, metrics: &Arc<Metrics>) -> std::io::Result<Exchanger> {
     let view = view(config, loaded);
     let (mailbox, inbox) = exchanger::mailbox();
-    let mut links: BTreeMap<NodeId, Box<dyn Link>> = BTreeMap::new();
+    let mut links = BTreeMap::new();
     for node in loaded.state.nodes().filter(|node| node.spec.region == config.region) {
-        let events: Arc<dyn LinkEvents> = mailbox.clone();
-        let link: Box<dyn Link> = match loaded.local.get(&node.id) {
-            Some(local) => Box::new(InprocLink::open(node.id, local.clone(), events)),
-            None => {
-                let (name, address) = (node.spec.name.clone(), node.spec.address.clone());
-                let runtime = tokio::runtime::Handle::current();
-                Box::new(GrpcLink::open(node.id, name, address, events, &runtime))
-            }
-        };
-        links.insert(node.id, link);
+        let local = loaded.local.get(&node.id);
+        links.insert(node.id, open_link(config.transport, node, local, mailbox.clone())?);
     }
     let deadline = Duration::from_millis(config.engine.exchange_deadline_ms);
     let row_dtype = loaded.kernels.row_dtype();
-    Exchanger::new(links, inbox, view, row_dtype, deadline, metrics.clone())
+    Ok(Exchanger::new(links, inbox, view, row_dtype, deadline, metrics.clone()))
+}
+
+fn open_link(
+    transport: Transport,
+    node: &Node,
+    local: Option<&NodeHandle>,
+    events: Arc<dyn LinkEvents>,
+) -> std::io::Result<Box<dyn Link>> {
+    if let Some(local) = local {
+        return Ok(Box::new(InprocLink::open(node.id, local.clone(), events)));
+    }
+    let (name, address) = (node.spec.name.clone(), node.spec.address.clone());
+    if transport == Transport::Stream {
+        return Ok(Box::new(StreamLink::open(node.id, name, address, events)?));
+    }
+    let runtime = tokio::runtime::Handle::current();
+    Ok(Box::new(GrpcLink::open(node.id, name, address, events, &runtime)))
 }
 
 /// What the coordinator believes of the cluster before any link is up.
 fn view(config: &Config, loaded: &Loaded) -> ClusterView {
     let state = &loaded.state;
-    let node = |node: &entente_membership::state::Node| {
+    let node = |node: &Node| {
         let (name, region) = (node.spec.name.clone(), node.spec.region);
         (node.id, NodeView { name, region, live: None })
     };

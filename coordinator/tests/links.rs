@@ -1,4 +1,4 @@
-//! One suite over both transports: whatever carries a frame, the answer is the same bytes.
+//! One suite over all transports: whatever carries a frame, the answer is the same bytes.
 
 // Everything here is a test, which clippy sees in #[test] functions only.
 #![allow(clippy::unwrap_used)]
@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use entente_coordinator::link::grpc::GrpcLink;
+use entente_coordinator::link::stream::StreamLink;
 use entente_expert_node::inproc::InprocLink;
 use entente_expert_node::{Config, ExpertNode, NodeHandle, serve};
 use entente_membership::roster::{Roster, RosterNode};
@@ -105,13 +106,33 @@ fn open_inproc(node: NodeHandle) -> Open {
 fn open_grpc(node: NodeHandle) -> Open {
     let server = Server::start(node, "127.0.0.1:0");
     let (link, events) = dial(&name(), &server.address, &server.runtime);
-    Open { info: up(&events), link: Box::new(link), events, _server: Some(server) }
+    Open { info: up(&events), link, events, _server: Some(server) }
 }
 
-fn dial(name: &NodeName, address: &str, runtime: &Runtime) -> (GrpcLink, Receiver<LinkEvent>) {
+type Dial = fn(&NodeName, &str, &Runtime) -> (Box<dyn Link>, Receiver<LinkEvent>);
+
+fn dial(name: &NodeName, address: &str, on: &Runtime) -> (Box<dyn Link>, Receiver<LinkEvent>) {
     let (sender, events) = channel();
     let sink = Arc::new(Events(sender));
-    (GrpcLink::open(NODE, name.clone(), address.to_owned(), sink, runtime.handle()), events)
+    let link = GrpcLink::open(NODE, name.clone(), address.to_owned(), sink, on.handle());
+    (Box::new(link), events)
+}
+
+fn open_stream(node: NodeHandle) -> Open {
+    let server = Server::start(node, "127.0.0.1:0");
+    let (link, events) = dial_stream(&name(), &server.address, &server.runtime);
+    Open { info: up(&events), link, events, _server: Some(server) }
+}
+
+fn dial_stream(
+    name: &NodeName,
+    address: &str,
+    _: &Runtime,
+) -> (Box<dyn Link>, Receiver<LinkEvent>) {
+    let (sender, events) = channel();
+    let sink = Arc::new(Events(sender));
+    let link = StreamLink::open(NODE, name.clone(), address.to_owned(), sink).unwrap();
+    (Box::new(link), events)
 }
 
 /// A node that serves, on a runtime of its own.
@@ -191,19 +212,35 @@ fn expected(frame: &Dispatch, weights: WeightFormat) -> Vec<u8> {
 }
 
 /// Each check runs once over each transport.
-macro_rules! over_both_transports {
+macro_rules! over_all_transports {
     ($($check:ident),+ $(,)?) => {
         mod inproc { $(#[test] fn $check() { super::$check(super::open_inproc); })+ }
         mod grpc { $(#[test] fn $check() { super::$check(super::open_grpc); })+ }
+        mod stream { $(#[test] fn $check() { super::$check(super::open_stream); })+ }
     };
 }
 
-over_both_transports! {
+over_all_transports! {
     answers_are_the_bytes_that_the_experts_give,
     a_hundred_frames_in_flight_are_each_answered_with_their_own_rows,
     the_largest_frame_gets_through,
     what_must_not_be_computed_is_refused,
     a_draining_node_says_so,
+}
+
+/// Each check runs once over each transport that has a network in it.
+macro_rules! over_networks {
+    ($($check:ident),+ $(,)?) => {
+        mod network_grpc { $(#[test] fn $check() { super::$check(super::dial); })+ }
+        mod network_stream { $(#[test] fn $check() { super::$check(super::dial_stream); })+ }
+    };
+}
+
+over_networks! {
+    a_killed_node_is_noticed_at_once_and_found_again_as_another_incarnation,
+    a_node_that_stops_ends_the_link,
+    a_node_that_cannot_be_reached_is_reported_once_with_the_reason,
+    a_node_with_another_name_is_not_used,
 }
 
 fn answers_are_the_bytes_that_the_experts_give(open: fn(NodeHandle) -> Open) {
@@ -275,8 +312,7 @@ fn a_draining_node_says_so(open: fn(NodeHandle) -> Open) {
     assert_eq!(open.ask(frame(&open.info, 1, 1, 2)).result, Err(Refusal::Draining));
 }
 
-#[test]
-fn a_killed_node_is_noticed_at_once_and_found_again_as_another_incarnation() {
+fn a_killed_node_is_noticed_at_once_and_found_again_as_another_incarnation(dial: Dial) {
     let client = Runtime::new().unwrap();
     let server = Server::start(load(WeightFormat::F32), "127.0.0.1:0");
     let (link, events) = dial(&name(), &server.address, &client);
@@ -295,8 +331,7 @@ fn a_killed_node_is_noticed_at_once_and_found_again_as_another_incarnation() {
     assert_eq!(answer.result, Err(Refusal::StaleFence(Box::new(after.fence))));
 }
 
-#[test]
-fn a_node_that_stops_ends_the_link() {
+fn a_node_that_stops_ends_the_link(dial: Dial) {
     let client = Runtime::new().unwrap();
     let server = Server::start(load(WeightFormat::F32), "127.0.0.1:0");
     let (link, events) = dial(&name(), &server.address, &client);
@@ -304,11 +339,11 @@ fn a_node_that_stops_ends_the_link() {
     link.send(frame(&info, 1, 1, 2)).unwrap();
     assert!(matches!(events.recv_timeout(PATIENCE), Ok(LinkEvent::Answer(_))));
     server.stop();
-    assert_eq!(down(&events), "the node ended the stream");
+    let reason = down(&events);
+    assert!(reason.starts_with("the node ended the "), "{reason}");
 }
 
-#[test]
-fn a_node_that_cannot_be_reached_is_reported_once_with_the_reason() {
+fn a_node_that_cannot_be_reached_is_reported_once_with_the_reason(dial: Dial) {
     let client = Runtime::new().unwrap();
     // A port that was free a moment ago.
     let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -319,8 +354,7 @@ fn a_node_that_cannot_be_reached_is_reported_once_with_the_reason() {
     assert!(matches!(again, Err(RecvTimeoutError::Timeout)), "{again:?}");
 }
 
-#[test]
-fn a_node_with_another_name_is_not_used() {
+fn a_node_with_another_name_is_not_used(dial: Dial) {
     let server = Server::start(load(WeightFormat::F32), "127.0.0.1:0");
     let other = "fr-expert-2".parse().unwrap();
     let (link, events) = dial(&other, &server.address, &server.runtime);

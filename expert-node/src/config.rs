@@ -23,7 +23,7 @@ pub struct Config {
     pub listen: String,
     /// The checkpoint folder, in Hugging Face format.
     pub model: PathBuf,
-    /// How weights are kept: `f32` or `bf16`.
+    /// How weights are kept: `f32`, `bf16`, `q8` or `q4`.
     pub weights: WeightFormat,
     /// Threads for arithmetic; all cores when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

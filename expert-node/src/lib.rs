@@ -13,7 +13,7 @@
 //! - `store`: the experts placed here, and no other byte of the checkpoint;
 //! - [`core`]: whether a frame may be computed, a pure function;
 //! - `worker`: the queue and the thread that computes;
-//! - [`serve`] and [`inproc`]: the two doors, network and same process, to one [`NodeHandle`].
+//! - [`serve`] (gRPC and plain frames on one port) and [`inproc`]: the doors to one [`NodeHandle`].
 //!
 //! Invariants:
 //! - nothing is computed that was not admitted: region, fence, shape and experts are checked first;
@@ -35,6 +35,7 @@ mod node;
 mod run;
 mod service;
 mod store;
+mod stream;
 mod worker;
 
 use std::io;

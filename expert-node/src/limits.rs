@@ -28,3 +28,13 @@ pub const KEEPALIVE: Duration = Duration::from_secs(10);
 pub const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How long streams may take to end after that.
 pub const CLOSE_MAX: Duration = Duration::from_secs(1);
+/// Connections of the transport `stream`, each with a thread; a coordinator needs one.
+pub const STREAM_CONNECTIONS_MAX: usize = 64;
+/// How long a peer may take to say which protocol it speaks.
+pub const HELLO_MAX: Duration = Duration::from_secs(3);
+/// How long writing one answer may take before the peer is given up.
+pub const WRITE_MAX: Duration = Duration::from_secs(1);
+/// Accepted connections that wait for the gRPC server to take them.
+pub const ACCEPT_LEN_MAX: usize = 64;
+/// Pause after a connection could not be accepted.
+pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);

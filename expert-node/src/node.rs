@@ -97,6 +97,21 @@ impl NodeHandle {
 
     /// Takes a frame, without ever waiting: `reply` gets the rows or the reason why there are none.
     pub fn submit(&self, frame: Dispatch, reply: Reply) {
+        self.admit(frame, reply, Queue::push);
+    }
+
+    /// The same for a caller that would only wait for the answer: it computes what is queued, this
+    /// frame included, on its own thread, unless somebody else is computing.
+    pub fn compute(&self, frame: Dispatch, reply: Reply) {
+        self.admit(frame, reply, Queue::push_and_compute);
+    }
+
+    fn admit(
+        &self,
+        frame: Dispatch,
+        reply: Reply,
+        push: impl FnOnce(&Queue, Work) -> Result<(), Reply>,
+    ) {
         let draining = self.0.draining.load(Ordering::Relaxed);
         let (exchange, fence) = (frame.exchange, Some(self.0.facts.fence));
         let refuse = |reply: Reply, refusal| {
@@ -106,7 +121,7 @@ impl NodeHandle {
             return refuse(reply, refusal);
         }
         let due = Instant::now() + Duration::from_millis(frame.deadline_ms.into());
-        if let Err(reply) = self.0.queue.push(Work { frame, due, reply }) {
+        if let Err(reply) = push(&self.0.queue, Work { frame, due, reply }) {
             refuse(reply, Refusal::Busy);
         }
     }

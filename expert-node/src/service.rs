@@ -1,29 +1,34 @@
-//! The network door: the gRPC service that turns messages into frames and answers into messages.
+//! The network door: the gRPC service that turns messages into frames and answers into messages,
+//! and the usher who shows each connection to this door or to that of [`crate::stream`].
 //!
 //! Each stream is read by one task. Before it reads a frame it reserves the place of the answer in
 //! the stream's outgoing channel; so an answer never waits for room, the compute thread never
 //! blocks on a peer, and a peer that does not read its answers stops being read.
 
 use std::future::Future;
+use std::io;
+use std::sync::Arc;
 
 use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
 use entente_proto::ids::ExchangeId;
+use entente_proto::stream::PREFACE;
 use entente_proto::wire;
 use entente_proto::wire::exchange_server::{Exchange, ExchangeServer};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Error;
 use crate::limits::{
-    CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, HTTP2_FRAME_BYTES_MAX, KEEPALIVE,
-    STREAM_FRAMES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
+    ACCEPT_LEN_MAX, ACCEPT_RETRY, CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, HELLO_MAX,
+    HTTP2_FRAME_BYTES_MAX, KEEPALIVE, STREAM_FRAMES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
 };
 use crate::node::NodeHandle;
+use crate::stream::Connections;
 
 type Outgoing = Result<wire::Combine, Status>;
 
@@ -90,6 +95,57 @@ async fn read_frames(
     }
 }
 
+/// Ends its task when it is dropped, also when whoever held it was.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Takes connections and shows each to the door that its first byte asks for.
+async fn accept(
+    listener: TcpListener,
+    node: NodeHandle,
+    connections: Arc<Connections>,
+    grpc: mpsc::Sender<io::Result<TcpStream>>,
+) {
+    loop {
+        let socket = match listener.accept().await {
+            Ok((socket, _)) => socket,
+            Err(error) => {
+                // Too many open files, most often; it passes when some are closed.
+                tracing::warn!(%error, "a connection was not taken");
+                sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        let (node, connections, grpc) = (node.clone(), connections.clone(), grpc.clone());
+        tokio::spawn(async move {
+            if let Err(error) = usher(socket, node, &connections, grpc).await {
+                tracing::debug!(%error, "a connection was not served");
+            }
+        });
+    }
+}
+
+async fn usher(
+    socket: TcpStream,
+    node: NodeHandle,
+    connections: &Connections,
+    grpc: mpsc::Sender<io::Result<TcpStream>>,
+) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    let mut first = [0];
+    timeout(HELLO_MAX, socket.peek(&mut first)).await??;
+    if first[0] == PREFACE[0] {
+        return connections.serve(node, socket.into_std()?);
+    }
+    // Fails only when the server has ended.
+    grpc.send(Ok(socket)).await.map_err(io::Error::other)
+}
+
 /// Serves the node on `listener` until `shutdown` resolves. Then new frames are refused as
 /// DRAINING, what is queued is computed and answered, and streams are ended; all of that within a
 /// few seconds, whatever peers do.
@@ -100,6 +156,10 @@ pub async fn serve(
 ) -> Result<(), Error> {
     let (close, closing) = watch::channel(false);
     let mut closed = closing.clone();
+    let connections = Arc::new(Connections::default());
+    let (grpc, incoming) = mpsc::channel(ACCEPT_LEN_MAX);
+    let accepting =
+        AbortOnDrop(tokio::spawn(accept(listener, node.clone(), connections.clone(), grpc)));
     let service = ExchangeServer::new(Service { node: node.clone(), closing })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -109,6 +169,8 @@ pub async fn serve(
         if timeout(DRAIN_MAX, node.idle()).await.is_err() {
             tracing::warn!("stopping with frames that were not computed in time");
         }
+        drop(accepting);
+        connections.close();
         close.send_replace(true);
     };
     let server = Server::builder()
@@ -118,11 +180,7 @@ pub async fn serve(
         .max_frame_size(HTTP2_FRAME_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .serve_with_incoming_shutdown(
-            service,
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            drained,
-        );
+        .serve_with_incoming_shutdown(service, ReceiverStream::new(incoming), drained);
     let overdue = async {
         let _ = closed.wait_for(|closed| *closed).await;
         sleep(CLOSE_MAX).await;

@@ -1,9 +1,16 @@
-//! The queue of admitted frames and the one thread that computes them.
+//! The queue of admitted frames, and whoever computes them.
 //!
-//! One thread owns all computing; the kernels spread each call over the cores. Whatever waits when
-//! the thread comes back for more is taken together: all frames of one layer, of whichever
-//! coordinators, become one call of the kernels, which reads each expert's weights once for all of
-//! them. Kernels are batch-invariant, so company changes no value.
+//! One thread computes at a time, the one that holds the [`Worker`]; the kernels spread each call
+//! over the cores. Usually that is a thread of its own. A caller that has nothing better to do,
+//! because it waits for the answer anyway, computes on its own thread if nobody else does: a frame
+//! then changes threads nowhere between the socket and the kernels.
+//!
+//! Whatever waits is taken together: all frames of one layer, of whichever coordinators, become one
+//! call of the kernels, which reads each expert's weights once for all of them. Kernels are
+//! batch-invariant, so company changes no value.
+//!
+//! Invariant: a frame that is queued is computed. Whoever computes looks at the queue again after
+//! letting go of the worker, so a frame that came while it was held is not forgotten.
 
 #[cfg(test)]
 mod tests;
@@ -11,12 +18,11 @@ mod tests;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::Instant;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use entente_model::kernels::{FfnGroup, Kernels};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::ExpertId;
@@ -51,24 +57,80 @@ struct Load {
     bytes: usize,
 }
 
-/// The way to the compute thread. The thread ends when the last one is dropped.
-pub(crate) struct Queue {
-    works: SyncSender<Work>,
+/// The queue. Its thread ends when the queue is dropped.
+pub(crate) struct Queue(Arc<Shared>);
+
+struct Shared {
+    waiting: Mutex<Waiting>,
+    /// Tells the thread that something waits, or that the queue is closed.
+    changed: Condvar,
+    /// Held by whoever computes.
+    worker: Mutex<Worker>,
     load: watch::Sender<Load>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    works: VecDeque<Work>,
+    closed: bool,
+}
+
+/// A thread that panicked while it held a lock has left nothing half done: kernels' panics are
+/// caught, and queues are changed in single steps.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Queue {
     /// Starts the compute thread.
     pub(crate) fn start(kernels: Arc<dyn Kernels>, store: ExpertStore) -> io::Result<Self> {
-        let (works, received) = sync_channel(QUEUE_LEN_MAX);
         let load = watch::Sender::new(Load::default());
-        let worker = Worker { kernels, store, works: received, load: load.clone() };
-        thread::Builder::new().name("experts".to_owned()).spawn(move || worker.run())?;
-        Ok(Self { works, load })
+        let shared = Arc::new(Shared {
+            waiting: Mutex::default(),
+            changed: Condvar::new(),
+            worker: Mutex::new(Worker {
+                kernels,
+                store,
+                load: load.clone(),
+                buffers: Buffers::default(),
+            }),
+            load,
+        });
+        let of_thread = shared.clone();
+        thread::Builder::new().name("experts".to_owned()).spawn(move || of_thread.run())?;
+        Ok(Self(shared))
     }
 
     /// Queues without waiting; gives back whom to tell when there is no room.
     pub(crate) fn push(&self, work: Work) -> Result<(), Reply> {
+        self.0.admit(work)?;
+        self.0.changed.notify_one();
+        Ok(())
+    }
+
+    /// The same, and computes what waits on this thread unless somebody does so already.
+    pub(crate) fn push_and_compute(&self, work: Work) -> Result<(), Reply> {
+        self.0.admit(work)?;
+        self.0.compute_if_idle();
+        Ok(())
+    }
+
+    /// Resolves once nothing is queued or computed.
+    pub(crate) async fn idle(&self) {
+        // The sender lives as long as the queue, so this ends with an idle queue only.
+        let _ = self.0.load.subscribe().wait_for(|load| load.frames == 0).await;
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        lock(&self.0.waiting).closed = true;
+        self.0.changed.notify_one();
+    }
+}
+
+impl Shared {
+    fn admit(&self, work: Work) -> Result<(), Reply> {
         let bytes = work.bytes();
         let room = self.load.send_if_modified(|load| {
             let fits = load.frames < QUEUE_LEN_MAX
@@ -82,17 +144,44 @@ impl Queue {
         if !room {
             return Err(work.reply);
         }
-        self.works.try_send(work).map_err(|error| {
-            let (TrySendError::Full(work) | TrySendError::Disconnected(work)) = error;
-            release(&self.load, &work);
-            work.reply
-        })
+        lock(&self.waiting).works.push_back(work);
+        Ok(())
     }
 
-    /// Resolves once nothing is queued or computed.
-    pub(crate) async fn idle(&self) {
-        // The sender lives as long as the queue, so this ends with an idle queue only.
-        let _ = self.load.subscribe().wait_for(|load| load.frames == 0).await;
+    /// The compute thread.
+    fn run(&self) {
+        loop {
+            let mut waiting = lock(&self.waiting);
+            while waiting.works.is_empty() {
+                if waiting.closed {
+                    return;
+                }
+                waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(waiting);
+            self.drain(&mut lock(&self.worker));
+        }
+    }
+
+    fn compute_if_idle(&self) {
+        while !lock(&self.waiting).works.is_empty() {
+            match self.worker.try_lock() {
+                Ok(mut worker) => self.drain(&mut worker),
+                Err(TryLockError::Poisoned(worker)) => self.drain(&mut worker.into_inner()),
+                // Whoever holds it looks again after letting go.
+                Err(TryLockError::WouldBlock) => return,
+            }
+        }
+    }
+
+    fn drain(&self, worker: &mut Worker) {
+        loop {
+            let batch = take_batch(&mut lock(&self.waiting).works);
+            if batch.is_empty() {
+                return;
+            }
+            worker.compute_live(batch);
+        }
     }
 }
 
@@ -107,24 +196,35 @@ fn release(load: &watch::Sender<Load>, work: &Work) {
 struct Worker {
     kernels: Arc<dyn Kernels>,
     store: ExpertStore,
-    works: Receiver<Work>,
     load: watch::Sender<Load>,
+    buffers: Buffers,
+}
+
+/// Memory that is used again for every batch: to get megabytes from the system and give them back
+/// costs more than to fill them.
+#[derive(Default)]
+struct Buffers {
+    /// Rows of a batch.
+    inputs: Vec<f32>,
+    /// What the experts make of them.
+    outputs: Vec<f32>,
+    /// Answers; the allocation is taken over once all of them have left.
+    answers: BytesMut,
+}
+
+/// The first `len` values of a buffer that grows and never shrinks. They hold what was left there.
+fn prefix(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
 }
 
 impl Worker {
-    fn run(self) {
-        let mut waiting: VecDeque<Work> = VecDeque::new();
-        loop {
-            if waiting.is_empty() {
-                let Ok(work) = self.works.recv() else { return };
-                waiting.push_back(work);
-            }
-            // Bounded by the queue's load, which counts what waits here too.
-            waiting.extend(self.works.try_iter());
-            let batch = self.without_expired(take_batch(&mut waiting));
-            if !batch.is_empty() {
-                self.compute(batch);
-            }
+    fn compute_live(&mut self, batch: Vec<Work>) {
+        let batch = self.without_expired(batch);
+        if !batch.is_empty() {
+            self.compute(batch);
         }
     }
 
@@ -139,7 +239,7 @@ impl Worker {
 
     /// Computes frames of one layer and answers them. If the kernels panic, each frame is tried
     /// alone, so that only the one to blame is refused.
-    fn compute(&self, batch: Vec<Work>) {
+    fn compute(&mut self, batch: Vec<Work>) {
         let frames: Vec<&Dispatch> = batch.iter().map(|work| &work.frame).collect();
         let computed = catch_unwind(AssertUnwindSafe(|| self.run_experts(&frames)));
         match computed {
@@ -166,10 +266,11 @@ impl Worker {
 
     /// Runs all rows of frames of one layer through their experts in one call. Returns the rows of
     /// each frame's answer, one for each assignment, in order.
-    fn run_experts(&self, frames: &[&Dispatch]) -> Vec<Bytes> {
+    fn run_experts(&mut self, frames: &[&Dispatch]) -> Vec<Bytes> {
         let Some(first) = frames.first() else { return Vec::new() };
         let (layer, hidden, dtype) = (first.layer, first.hidden, first.dtype);
-        let mut x = vec![0.0; frames.iter().map(|f| f.row_count()).sum::<usize>() * hidden];
+        let Buffers { inputs, outputs: computed, answers } = &mut self.buffers;
+        let x = prefix(inputs, frames.iter().map(|f| f.row_count()).sum::<usize>() * hidden);
         let mut rows_of: BTreeMap<ExpertId, Vec<(u32, u32)>> = BTreeMap::new();
         let (mut row_base, mut outputs) = (0, 0);
         for frame in frames {
@@ -189,21 +290,21 @@ impl Worker {
                 rows,
             })
             .collect();
-        let mut y = vec![0.0; outputs as usize * hidden];
-        self.kernels.gated_ffn(&x, &groups, &mut y);
-        encode_answers(frames, &y)
+        let y = prefix(computed, outputs as usize * hidden);
+        self.kernels.gated_ffn(x, &groups, y);
+        encode_answers(frames, y, answers)
     }
 }
 
 /// Cuts outputs into the answers of the frames that they are for.
-fn encode_answers(frames: &[&Dispatch], mut outputs: &[f32]) -> Vec<Bytes> {
+fn encode_answers(frames: &[&Dispatch], mut outputs: &[f32], buffer: &mut BytesMut) -> Vec<Bytes> {
     let mut answers = Vec::with_capacity(frames.len());
     for frame in frames {
         let (mine, rest) = outputs.split_at(frame.assignments.len() * frame.hidden);
         outputs = rest;
-        let mut bytes = Vec::with_capacity(frame.answer_len());
-        frame.dtype.encode(mine, &mut bytes);
-        answers.push(bytes.into());
+        buffer.resize(frame.answer_len(), 0);
+        frame.dtype.encode_into(mine, buffer);
+        answers.push(buffer.split().freeze());
     }
     answers
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use entente_proto::frame::Dtype;
 use entente_proto::ids::{LayerId, NodeId, RegionSet};
@@ -56,6 +56,8 @@ pub struct Exchanger {
     deadline_us: u64,
     allowed_regions: RegionSet,
     row_dtype: Dtype,
+    /// Memory for the rows of an exchange, used again for the next.
+    encoded: BytesMut,
     metrics: Arc<Metrics>,
     readiness: watch::Sender<Readiness>,
 }
@@ -104,6 +106,7 @@ impl Exchanger {
             started: Instant::now(),
             deadline_us: deadline.as_micros() as u64,
             row_dtype,
+            encoded: BytesMut::new(),
             metrics,
         };
         exchanger.publish();
@@ -182,14 +185,15 @@ impl Exchanger {
     /// in ascending expert order. Blocks until everything came back or the deadline passed.
     pub fn exchange(&mut self, rows: Rows<'_>, out: &mut [f32]) -> Result<(), Failure> {
         let count = rows.values.len() / rows.hidden;
-        let mut encoded = Vec::with_capacity(rows.values.len() * self.row_dtype.size());
-        self.row_dtype.encode(rows.values, &mut encoded);
+        // Takes the allocation of an earlier exchange over; its frames have left by now.
+        self.encoded.resize(rows.values.len() * self.row_dtype.size(), 0);
+        self.row_dtype.encode_into(rows.values, &mut self.encoded);
         let now_us = self.now_us();
         let job = Job {
             layer: rows.layer,
             hidden: rows.hidden,
             dtype: self.row_dtype,
-            rows: Bytes::from(encoded),
+            rows: self.encoded.split().freeze(),
             choices: rows.choices,
             top_k: rows.top_k,
             policies: vec![self.allowed_regions.clone()],

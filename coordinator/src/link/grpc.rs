@@ -13,8 +13,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
-use entente_proto::ids::{ExchangeId, NodeId, NodeName};
+use entente_proto::frame::{Dispatch, MESSAGE_BYTES_MAX};
+use entente_proto::ids::{NodeId, NodeName};
 use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo, NotSent};
 use entente_proto::wire;
 use entente_proto::wire::exchange_client::ExchangeClient;
@@ -26,12 +26,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use super::{REDIAL_MAX, REDIAL_MIN, checked_answer};
+
 /// Frames that wait for the connection to take them; more are not taken.
 const QUEUE_LEN_MAX: usize = 256;
-/// First pause before dialling again; doubles up to [`REDIAL_MAX`].
-const REDIAL_MIN: Duration = Duration::from_millis(50);
-/// Longest pause before dialling again.
-const REDIAL_MAX: Duration = Duration::from_secs(1);
 /// How long a connection, and each of the two calls that open the link, may take.
 const DIAL_MAX: Duration = Duration::from_secs(3);
 /// Silence after which the node is asked for a sign of life, and how long it may take to give one.
@@ -185,24 +183,13 @@ impl Dialler {
         loop {
             match answers.message().await {
                 Ok(Some(message)) => {
-                    self.events.on_event(self.node, LinkEvent::Answer(answer(message)));
+                    self.events.on_event(self.node, LinkEvent::Answer(checked_answer(message)));
                 }
                 Ok(None) => return Broken::Ended,
                 Err(status) => return Broken::Call { call: "Stream", status },
             }
         }
     }
-}
-
-/// A malformed answer counts as a refusal of the frame that it names: the exchange asks another
-/// replica instead of waiting for rows that will not come.
-fn answer(message: wire::Combine) -> Answer {
-    let exchange = ExchangeId(message.exchange_id);
-    Answer::try_from(message).unwrap_or_else(|error| Answer {
-        exchange,
-        fence: None,
-        result: Err(Refusal::Invalid(format!("malformed answer: {error}"))),
-    })
 }
 
 async fn in_time<T>(

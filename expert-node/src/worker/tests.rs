@@ -222,5 +222,19 @@ fn a_full_queue_takes_nothing_and_empties_again() {
     for _ in 0..QUEUE_LEN_MAX - 1 {
         assert!(received.recv_timeout(Duration::from_secs(10)).unwrap().result.is_ok());
     }
-    assert_eq!(*queue.load.borrow(), Load::default());
+    assert_eq!(*queue.0.load.borrow(), Load::default());
+}
+
+#[test]
+fn a_caller_that_waits_computes_itself_unless_somebody_does() {
+    let (queue, fragile) = start();
+    let expected = alone(&queue, frame(1, 0, 0.5));
+    let (answers, received) = channel();
+    assert!(queue.push_and_compute(work(frame(1, 0, 0.5), &answers)).is_ok());
+    assert_eq!(received.try_recv().unwrap(), expected, "answered before the call returned");
+    while_held_up(&queue, &fragile, || {
+        assert!(queue.push_and_compute(work(frame(1, 0, 0.5), &answers)).is_ok());
+        assert!(received.try_recv().is_err(), "left to the thread that computes");
+    });
+    assert_eq!(received.recv_timeout(Duration::from_secs(10)).unwrap(), expected);
 }
