@@ -72,7 +72,20 @@ impl Client {
         sampling: Sampling,
         mut on_text: impl FnMut(&str) -> std::io::Result<()>,
     ) -> anyhow::Result<()> {
-        let mut response = self.post(style, prompt, sampling, true)?;
+        let (path, request) = self.request(style, prompt, sampling, true);
+        self.stream_chunks(path, &request, |chunk| {
+            on_text(text_of(style, &chunk["choices"][0], "delta"))
+        })
+    }
+
+    /// Posts `request`, which asks for a stream, and gives each chunk of the answer to `on_chunk`.
+    pub fn stream_chunks(
+        &self,
+        path: &str,
+        request: &Value,
+        mut on_chunk: impl FnMut(&Value) -> std::io::Result<()>,
+    ) -> anyhow::Result<()> {
+        let mut response = self.post(path, request)?;
         if !response.status().is_success() {
             success(&mut response)?;
         }
@@ -86,25 +99,27 @@ impl Client {
             if let Some(error) = error_message(&chunk) {
                 bail!("the server stopped: {error}");
             }
-            on_text(text_of(style, &chunk["choices"][0], "delta"))?;
+            on_chunk(&chunk)?;
         }
         Err(anyhow!("the stream ended before the answer did"))
     }
 
     /// The whole answer to `prompt`.
     pub fn answer(&self, prompt: &str, sampling: Sampling) -> anyhow::Result<String> {
-        let mut response = self.post(Style::Chat, prompt, sampling, false)?;
+        let (path, request) = self.request(Style::Chat, prompt, sampling, false);
+        let mut response = self.post(path, &request)?;
         let reply = success(&mut response)?;
         Ok(text_of(Style::Chat, &reply["choices"][0], "message").to_owned())
     }
 
-    fn post(
+    /// Where a prompt is posted, and the body.
+    fn request(
         &self,
         style: Style,
         prompt: &str,
         sampling: Sampling,
         stream: bool,
-    ) -> anyhow::Result<Response<Body>> {
+    ) -> (&'static str, Value) {
         let mut request = json!({
             "model": self.model,
             "max_tokens": sampling.max_tokens,
@@ -113,19 +128,22 @@ impl Client {
         if let Some(temperature) = sampling.temperature {
             request["temperature"] = json!(temperature);
         }
-        let path = match style {
+        match style {
             Style::Chat => {
                 request["messages"] = json!([{"role": "user", "content": prompt}]);
-                "chat/completions"
+                ("chat/completions", request)
             }
             Style::Completion => {
                 request["prompt"] = json!(prompt);
-                "completions"
+                ("completions", request)
             }
-        };
+        }
+    }
+
+    fn post(&self, path: &str, request: &Value) -> anyhow::Result<Response<Body>> {
         self.agent
             .post(format!("{}/v1/{path}", self.base))
-            .send_json(&request)
+            .send_json(request)
             .with_context(|| format!("cannot ask {}", self.base))
     }
 }

@@ -5,11 +5,12 @@
 //!   ([`role`]); `up` starts exactly these, so a cluster over several machines is the same
 //!   programs with other addresses.
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
+//! - `entente bench` measures, and `entente model` works with checkpoint folders.
 //!
 //! Conventions that scripts may rely on: data goes to standard output, messages and logs go to
 //! standard error, every flag has an environment variable, and exit codes are stable ([`exit`]).
 //!
-//! This crate holds no model, no protocol and no policy. It parses, starts, prints and stops.
+//! This crate holds no model, no protocol and no policy. It parses, starts, measures, prints and stops.
 
 mod bundled;
 mod client;
@@ -45,6 +46,10 @@ enum Verb {
     Chat(verbs::chat::ChatArgs),
     /// Measure how many held-out expressions a running cluster translates exactly.
     Eval(verbs::eval::EvalArgs),
+    /// Measure kernels, engine, exchanges or a running cluster beside the machine's limits.
+    Bench(verbs::bench::BenchArgs),
+    /// Work with checkpoint folders.
+    Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
     Coordinator(role::RoleArgs),
     /// Run one expert node: holds the experts that are placed on it and computes nothing else.
@@ -62,6 +67,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Up(args) => verbs::up::run(args, &cli.logging),
         Verb::Chat(args) => verbs::chat::run(args),
         Verb::Eval(args) => verbs::eval::run(args),
+        Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
+        Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),
     }
@@ -77,13 +84,16 @@ mod tests {
     fn every_flag_has_a_help_text_and_an_environment_variable() {
         let root = Cli::command();
         root.clone().debug_assert();
-        for command in root.get_subcommands().chain([&root]) {
-            for flag in command.get_arguments().filter(|flag| !flag.is_positional()) {
-                let id = format!("{} --{}", command.get_name(), flag.get_id());
-                assert!(flag.get_help().is_some(), "{id} has no help");
-                let env = flag.get_env().unwrap_or_else(|| panic!("{id} has no variable"));
-                assert!(env.to_string_lossy().starts_with("ENTENTE_"), "{id} reads {env:?}");
-            }
+        check(&root);
+    }
+
+    fn check(command: &clap::Command) {
+        for flag in command.get_arguments().filter(|flag| !flag.is_positional()) {
+            let id = format!("{} --{}", command.get_name(), flag.get_id());
+            assert!(flag.get_help().is_some(), "{id} has no help");
+            let env = flag.get_env().unwrap_or_else(|| panic!("{id} has no variable"));
+            assert!(env.to_string_lossy().starts_with("ENTENTE_"), "{id} reads {env:?}");
         }
+        command.get_subcommands().for_each(check);
     }
 }

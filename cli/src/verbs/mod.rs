@@ -1,8 +1,10 @@
 //! One file a verb. A verb holds its flags and what it does with them, and nothing that another
 //! verb needs too.
 
+pub mod bench;
 pub mod chat;
 pub mod coordinator;
 pub mod eval;
 pub mod expert_node;
+pub mod model;
 pub mod up;

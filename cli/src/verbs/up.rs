@@ -71,7 +71,7 @@ pub struct UpArgs {
     replicas: u16,
 
     /// Whether expert nodes are processes of their own or live inside their coordinator.
-    #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "grpc")]
+    #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "stream")]
     transport: Transport,
 
     /// Compute threads of each process; all cores if absent.
@@ -166,7 +166,7 @@ impl Cluster {
         let everyone = args.regions.members();
         // Expert nodes inside their coordinator are no processes and have no address.
         let is_process =
-            |m: &&Member| m.role == Role::Coordinator || args.transport == Transport::Grpc;
+            |m: &&Member| m.role == Role::Coordinator || args.transport != Transport::Inproc;
         let members: Vec<Member> = everyone.iter().filter(is_process).cloned().collect();
         let listeners = bind(&members, args.http)?;
         let addresses =

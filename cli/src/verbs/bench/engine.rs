@@ -1,0 +1,363 @@
+//! `entente bench engine`: prefill and decode through the engine, as llama-batched-bench counts.
+//!
+//! The engine runs in this process, without the API around it; with `--transport grpc` its experts
+//! are child processes. Tokens are drawn greedily and the end of sequence is ignored, so that the
+//! work is the same for every engine that is asked for the same sizes.
+//!
+//! - Prefill: one prompt, from handing it over until its first token is there.
+//! - Decode: as many sequences as the size says. The clock starts when the youngest has its first
+//!   token, so all prompts are computed, and stops when it has `--generate` more. Meanwhile each
+//!   step gave every sequence one token.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use clap::Args;
+use comfy_table::Table;
+use entente_coordinator::Started;
+use entente_coordinator::engine::output::StopConditions;
+use entente_coordinator::engine::sampler::Sampling;
+use entente_coordinator::engine::{EngineHandle, Event, Readiness, Request};
+use entente_model::config::FfnSpec;
+use entente_model::{Checkpoint, expert_bytes};
+use indicatif::ProgressBar;
+use serde::Serialize;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc::Receiver;
+
+use super::cluster::{Nodes, Wanted};
+use super::limits::{self, Measured, Probe};
+use super::random::Random;
+use super::stats::median;
+use crate::cluster::columns;
+use crate::cluster::plan::{NODES_MAX, Transport, Weights};
+use crate::logging::LogArgs;
+
+/// Pages of the cache that nobody touches cost nothing, so there is room for any size.
+const KV_CACHE_MIB: usize = 4_096;
+/// How long links to the nodes may take to come up.
+const LINKS_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The flags of `entente bench engine`.
+#[derive(Debug, Args)]
+pub struct EngineArgs {
+    /// Checkpoint folder in Hugging Face format.
+    #[arg(long, env = "ENTENTE_MODEL", value_name = "DIR")]
+    model: PathBuf,
+
+    /// Weight format.
+    #[arg(long, env = "ENTENTE_WEIGHTS", value_enum, default_value = "bf16")]
+    weights: Weights,
+
+    /// Whether expert nodes are processes of their own or live in this process.
+    #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "inproc")]
+    transport: Transport,
+
+    /// Expert nodes over which the experts are spread.
+    #[arg(long, env = "ENTENTE_NODES", value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(NODES_MAX)))]
+    nodes: u16,
+
+    /// Tokens of the prompts whose prefill is measured.
+    #[arg(long, env = "ENTENTE_PREFILL", value_name = "N,…", value_delimiter = ',')]
+    #[arg(default_value = "512", value_parser = clap::value_parser!(u16).range(1..))]
+    prefill: Vec<u16>,
+
+    /// Sequences that decode together.
+    #[arg(long, env = "ENTENTE_DECODE", value_name = "N,…", value_delimiter = ',')]
+    #[arg(default_value = "1,8,32", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    decode: Vec<u16>,
+
+    /// Tokens of the prompts of sequences that decode.
+    #[arg(long, env = "ENTENTE_PROMPT", value_name = "N", default_value_t = 64)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    prompt: u16,
+
+    /// Tokens of each sequence that are timed.
+    #[arg(long, env = "ENTENTE_GENERATE", value_name = "N", default_value_t = 64)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    generate: u16,
+
+    /// Rounds; medians are reported.
+    #[arg(long, env = "ENTENTE_ROUNDS", value_name = "N", default_value_t = 5)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+
+    /// Compute threads of each process; all cores if absent.
+    #[arg(long, env = "ENTENTE_THREADS", value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Names the prompts' random tokens.
+    #[arg(long, env = "ENTENTE_SEED", value_name = "N", default_value_t = 1)]
+    seed: u64,
+}
+
+/// Tokens a second by size: tokens of a prompt, or sequences.
+type BySize = BTreeMap<usize, f64>;
+
+/// One round as it was measured.
+#[derive(Debug, Serialize)]
+struct Round {
+    prefill_tok_s: BySize,
+    decode_tok_s: BySize,
+    #[serde(flatten)]
+    limits: Measured,
+}
+
+/// What was found; medians over the rounds.
+#[derive(Debug, Serialize)]
+pub struct Found {
+    model: PathBuf,
+    kernel_class: String,
+    transport: &'static str,
+    nodes: u16,
+    threads: usize,
+    prefill_tok_s: BySize,
+    decode_tok_s: BySize,
+    #[serde(flatten)]
+    limits: Measured,
+    /// Bytes of weights that one token alone must read.
+    active_bytes_per_token: u64,
+    /// Operations that one token of a prompt takes in the layers, attention's scores left out.
+    active_operations_per_token: u64,
+    rounds: Vec<Round>,
+}
+
+/// Measures.
+pub fn run(args: &EngineArgs, logging: &LogArgs) -> anyhow::Result<Found> {
+    let runtime = Runtime::new().context("cannot start the runtime")?;
+    let wanted = Wanted {
+        model: args.model.clone(),
+        weights: args.weights,
+        threads: args.threads,
+        transport: args.transport,
+        nodes: args.nodes,
+    };
+    let nodes = runtime.block_on(Nodes::start(wanted, logging))?;
+    let found = measure(args, &nodes, &runtime);
+    runtime.block_on(nodes.stop());
+    found
+}
+
+fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Result<Found> {
+    let mut config = nodes.coordinator.clone();
+    config.engine.kv_cache_mib = KV_CACHE_MIB;
+    let sequences_max = args.decode.iter().copied().max().unwrap_or(1);
+    config.engine.running_max = config.engine.running_max.max(sequences_max.into());
+    config.engine.waiting_max = config.engine.waiting_max.max(sequences_max.into());
+    let started = runtime.block_on(async {
+        let started = entente_coordinator::start(&config, |_, _| {}).await?;
+        links_up(&started.api.engine).await?;
+        anyhow::Ok(started)
+    })?;
+    let threads = limits::threads(args.threads);
+    let probe = Probe::new(args.weights.into(), threads);
+    let mut session = Session {
+        engine: &started.api.engine,
+        vocab: started.api.vocab,
+        random: Random::new(args.seed),
+    };
+    let steps = usize::from(args.rounds) * (args.prefill.len() + args.decode.len());
+    let bar = ProgressBar::new(steps as u64);
+    let mut rounds = Vec::new();
+    for _ in 0..args.rounds {
+        rounds.push(session.round(args, &probe, &bar)?);
+    }
+    bar.finish_and_clear();
+    found(args, threads, &started, rounds)
+}
+
+async fn links_up(engine: &EngineHandle) -> anyhow::Result<()> {
+    let mut readiness = engine.readiness();
+    let up = readiness.wait_for(|now| *now == Readiness::Ready);
+    match tokio::time::timeout(LINKS_DEADLINE, up).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(_)) => bail!("the engine ended"),
+        Err(_) => bail!("the expert nodes could not be reached within {LINKS_DEADLINE:?}"),
+    }
+}
+
+/// An engine that is asked for one thing after the other.
+struct Session<'a> {
+    engine: &'a EngineHandle,
+    vocab: usize,
+    random: Random,
+}
+
+impl Session<'_> {
+    fn round(
+        &mut self,
+        args: &EngineArgs,
+        probe: &Probe,
+        bar: &ProgressBar,
+    ) -> anyhow::Result<Round> {
+        let limits = probe.measure();
+        let (mut prefill_tok_s, mut decode_tok_s) = (BySize::new(), BySize::new());
+        for size in args.prefill.iter().map(|size| usize::from(*size)) {
+            prefill_tok_s.insert(size, self.prefill(size)?);
+            bar.inc(1);
+        }
+        for size in args.decode.iter().map(|size| usize::from(*size)) {
+            let speed = self.decode(size, args.prompt.into(), args.generate.into())?;
+            decode_tok_s.insert(size, speed);
+            bar.inc(1);
+        }
+        Ok(Round { prefill_tok_s, decode_tok_s, limits })
+    }
+
+    fn prefill(&mut self, tokens: usize) -> anyhow::Result<f64> {
+        self.settle()?;
+        let start = Instant::now();
+        let mut events = self.submit(tokens, 1)?;
+        next_token(&mut events)?;
+        Ok(tokens as f64 / start.elapsed().as_secs_f64())
+    }
+
+    fn decode(&mut self, sequences: usize, prompt: usize, tokens: usize) -> anyhow::Result<f64> {
+        self.settle()?;
+        // Older sequences may be ahead by as many steps as the prompts take together; they must
+        // still be there when the youngest is done.
+        let tokens_max = 1 + tokens + sequences;
+        let mut all = Vec::new();
+        for _ in 0..sequences {
+            all.push(self.submit(prompt, tokens_max)?);
+        }
+        let youngest = all.last_mut().context("at least one sequence")?;
+        next_token(youngest)?;
+        let start = Instant::now();
+        for _ in 0..tokens {
+            next_token(youngest)?;
+        }
+        Ok((sequences * tokens) as f64 / start.elapsed().as_secs_f64())
+    }
+
+    /// Runs one token through, so that nothing of an earlier measurement is still going on.
+    fn settle(&mut self) -> anyhow::Result<()> {
+        let mut events = self.submit(1, 1)?;
+        next_token(&mut events)
+    }
+
+    fn submit(&mut self, prompt: usize, tokens_max: usize) -> anyhow::Result<Receiver<Event>> {
+        let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 };
+        let request = Request {
+            prompt: self.random.tokens(prompt, self.vocab),
+            sampling,
+            // No token ends it.
+            stop: StopConditions { max_tokens: tokens_max, ..StopConditions::default() },
+            logprobs: None,
+            prompt_logprobs: None,
+        };
+        Ok(self.engine.submit(request)?)
+    }
+}
+
+fn next_token(events: &mut Receiver<Event>) -> anyhow::Result<()> {
+    match events.blocking_recv() {
+        Some(Event::Token { .. }) => Ok(()),
+        Some(Event::Failed(error)) => Err(error.into()),
+        other => Err(anyhow!("expected a token, got {other:?}")),
+    }
+}
+
+fn found(
+    args: &EngineArgs,
+    threads: usize,
+    started: &Started,
+    rounds: Vec<Round>,
+) -> anyhow::Result<Found> {
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let of_rounds = |of: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(of).collect::<Vec<_>>());
+    let by_size = |sizes: &[u16], of: &dyn Fn(&Round) -> &BySize| -> BySize {
+        let sizes = sizes.iter().map(|size| usize::from(*size));
+        sizes.map(|size| (size, of_rounds(&|round| of(round)[&size]))).collect()
+    };
+    let experts_bytes = expert_bytes(&checkpoint, args.weights.into())?;
+    let active_experts: u64 = active_experts(&checkpoint).sum();
+    Ok(Found {
+        model: args.model.clone(),
+        kernel_class: started.kernel_class.to_string(),
+        transport: match args.transport {
+            Transport::Stream => "stream",
+            Transport::Grpc => "grpc",
+            Transport::Inproc => "inproc",
+        },
+        nodes: args.nodes,
+        threads,
+        prefill_tok_s: by_size(&args.prefill, &|round| &round.prefill_tok_s),
+        decode_tok_s: by_size(&args.decode, &|round| &round.decode_tok_s),
+        limits: Measured {
+            read_bandwidth_gb_s: of_rounds(&|round| round.limits.read_bandwidth_gb_s),
+            multiply_peak_gflop_s: of_rounds(&|round| round.limits.multiply_peak_gflop_s),
+        },
+        active_bytes_per_token: started.step_weights_bytes + active_experts * experts_bytes,
+        active_operations_per_token: operations_per_token(&checkpoint),
+        rounds,
+    })
+}
+
+/// For each MoE layer, the experts that one row goes through.
+fn active_experts(checkpoint: &Checkpoint) -> impl Iterator<Item = u64> {
+    checkpoint.architecture().layers.iter().map(|layer| match layer.ffn {
+        FfnSpec::Dense { .. } => 0,
+        FfnSpec::Moe { top_k, .. } => top_k as u64,
+    })
+}
+
+fn operations_per_token(checkpoint: &Checkpoint) -> u64 {
+    let arch = checkpoint.architecture();
+    let attention = 2 * (arch.heads + arch.kv_heads) * arch.head_dim * arch.hidden;
+    let ffn = |ffn: &FfnSpec| match *ffn {
+        FfnSpec::Dense { inner } => 3 * arch.hidden * inner,
+        FfnSpec::Moe { experts, top_k, inner, .. } => {
+            3 * arch.hidden * inner * top_k + experts * arch.hidden
+        }
+    };
+    let weights: usize = arch.layers.iter().map(|layer| attention + ffn(&layer.ffn)).sum();
+    2 * weights as u64
+}
+
+impl super::Report for Found {
+    fn table(&self) -> Table {
+        let mut table = columns(["PHASE", "SIZE", "TOK/S", "OF LIMIT"]);
+        let peak = self.limits.multiply_peak_gflop_s * 1e9;
+        for (size, speed) in &self.prefill_tok_s {
+            let share = speed * self.active_operations_per_token as f64 / peak;
+            table.add_row(row("prefill", *size, *speed, Some(share)));
+        }
+        let read = self.limits.read_bandwidth_gb_s * 1e9;
+        for (size, speed) in &self.decode_tok_s {
+            // What several sequences share depends on the experts that they choose.
+            let share = (*size == 1).then(|| speed * self.active_bytes_per_token as f64 / read);
+            table.add_row(row("decode", *size, *speed, share));
+        }
+        table
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let Measured { read_bandwidth_gb_s, multiply_peak_gflop_s } = self.limits;
+        vec![
+            format!(
+                "{} of {} on {} threads, {} over {} nodes; medians of {} rounds",
+                self.kernel_class,
+                self.model.display(),
+                self.threads,
+                self.transport,
+                self.nodes,
+                self.rounds.len()
+            ),
+            format!(
+                "limits: {read_bandwidth_gb_s:.1} GB/s read, {multiply_peak_gflop_s:.0} GFLOP/s; \
+                 a token reads {:.1} MB",
+                self.active_bytes_per_token as f64 / 1e6
+            ),
+        ]
+    }
+}
+
+fn row(phase: &str, size: usize, speed: f64, share: Option<f64>) -> [String; 4] {
+    let share = share.map_or("-".to_owned(), |share| format!("{:.0} %", share * 100.0));
+    [phase.to_owned(), size.to_string(), format!("{speed:.1}"), share]
+}
