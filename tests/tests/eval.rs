@@ -26,6 +26,24 @@ fn the_phrasebook_translates_held_out_expressions_with_every_expert() {
     check_shares(cluster.http());
 }
 
+fn accuracy(weights: &str) -> f64 {
+    let cluster = Cluster::start(&["--regions", "fr=1", "--weights", weights]);
+    let end = run(&["eval", "--data-dir", cluster.data_dir(), "-o", "json"]);
+    assert_eq!(end.code(), Some(0), "{}", end.stderr);
+    let report: Value = serde_json::from_str(&end.stdout).unwrap();
+    report["accuracy"].as_f64().unwrap()
+}
+
+#[test]
+fn quantised_weights_cost_the_phrasebook_little() {
+    let bf16 = accuracy("bf16");
+    for (weights, loss_max) in [("q8", 0.003), ("q4", 0.015)] {
+        let quantised = accuracy(weights);
+        println!("{weights} {quantised}, bf16 {bf16}");
+        assert!(bf16 - quantised <= loss_max, "{weights} {quantised}, bf16 {bf16}");
+    }
+}
+
 /// Reads `entente_gate_rows_total{expert="E",layer="L"} N`.
 fn check_shares(base: &str) {
     let mut layers: BTreeMap<String, Vec<f64>> = BTreeMap::new();

@@ -142,6 +142,7 @@ fn answers_do_not_depend_on_the_transport() {
             &["--regions", "fr=2", "--transport", "inproc"],
             &["--regions", "fr=4", "--transport", "inproc", "--replicas", "2"],
             &["--regions", "fr=2,se=2", "--transport", "inproc"],
+            &["--regions", "fr=2,se=2", "--transport", "grpc"],
         ],
     );
 }
@@ -157,6 +158,17 @@ fn answers_do_not_depend_on_placement_with_16_bit_weights_either() {
             &["--regions", "fr=4", "--transport", "inproc"],
         ],
     );
+}
+
+#[test]
+fn answers_do_not_depend_on_placement_with_quantised_weights_either() {
+    for weights in ["q8", "q4"] {
+        check(
+            "mixtral",
+            weights,
+            &[&["--regions", "fr=2,se=2"], &["--regions", "fr=4", "--transport", "inproc"]],
+        );
+    }
 }
 
 #[test]
