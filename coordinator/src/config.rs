@@ -41,11 +41,11 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// Over the network, frames on a plain byte stream.
-    #[default]
-    Stream,
     /// Over the network, frames in a gRPC stream.
+    #[default]
     Grpc,
+    /// Over the network, frames on a plain byte stream: less work for each frame.
+    Stream,
     /// In this process: the expert nodes of the region run here.
     Inproc,
 }

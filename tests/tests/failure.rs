@@ -54,10 +54,19 @@ fn a_new_request_is_answered_the_same_after_a_node_is_lost() {
 
 #[test]
 fn running_generations_go_on_unchanged_when_a_node_is_lost() {
+    lose_a_node_in_the_middle("grpc");
+}
+
+#[test]
+fn running_generations_go_on_unchanged_when_a_node_is_lost_behind_a_byte_stream() {
+    lose_a_node_in_the_middle("stream");
+}
+
+fn lose_a_node_in_the_middle(transport: &str) {
     const STREAMS: usize = 8;
     const TOKENS: usize = 300;
     let golden = Golden::load("mixtral");
-    let cluster = start(&golden, &["--replicas", "2"]);
+    let cluster = start(&golden, &["--replicas", "2", "--transport", transport]);
     let url = format!("{}/v1/completions", cluster.http());
     let ids_and_text = |chunks: &mut dyn Iterator<Item = Value>| {
         let mut all = (Vec::new(), String::new(), Vec::new());

@@ -61,10 +61,10 @@ pub enum Weights {
 /// How rows travel from a coordinator to its expert nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// Expert nodes are processes of their own, reached by frames on a plain byte stream.
-    Stream,
     /// Expert nodes are processes of their own, reached by gRPC.
     Grpc,
+    /// Expert nodes are processes of their own, reached by frames on a plain byte stream.
+    Stream,
     /// Expert nodes live inside the coordinator's process.
     Inproc,
 }

@@ -71,7 +71,7 @@ pub struct UpArgs {
     replicas: u16,
 
     /// Whether expert nodes are processes of their own or live inside their coordinator.
-    #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "stream")]
+    #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "grpc")]
     transport: Transport,
 
     /// Compute threads of each process; all cores if absent.
