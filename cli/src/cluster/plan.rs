@@ -69,6 +69,17 @@ pub enum Transport {
     Inproc,
 }
 
+impl Transport {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Stream => "stream",
+            Self::Inproc => "inproc",
+        }
+    }
+}
+
 impl From<Weights> for WeightFormat {
     fn from(weights: Weights) -> Self {
         match weights {

@@ -279,11 +279,7 @@ fn found(
     Ok(Found {
         model: args.model.clone(),
         kernel_class: started.kernel_class.to_string(),
-        transport: match args.transport {
-            Transport::Stream => "stream",
-            Transport::Grpc => "grpc",
-            Transport::Inproc => "inproc",
-        },
+        transport: args.transport.name(),
         nodes: args.nodes,
         threads,
         prefill_tok_s: by_size(&args.prefill, &|round| &round.prefill_tok_s),

@@ -107,7 +107,7 @@ pub fn run(args: &ExchangeArgs) -> anyhow::Result<Found> {
             });
         }
     }
-    Ok(Found { transport: "grpc", tls_cipher, exchanges })
+    Ok(Found { transport: args.transport.name(), tls_cipher, exchanges })
 }
 
 /// Runs `exchange` for so long, after some runs that do not count.
