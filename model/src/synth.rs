@@ -1,6 +1,6 @@
 //! Checkpoints of any shape with random weights, for measuring and for tests of the machinery.
 //!
-//! A folder that [`write`] makes is an ordinary Hugging Face Mixtral checkpoint in bf16 with a
+//! A folder that [`write()`] makes is an ordinary Hugging Face Mixtral checkpoint in bf16 with a
 //! tokenizer and a chat template; nothing that reads it can tell that nobody trained it, except by
 //! what it says. Weights are drawn so that activations stay sane: each matrix with a standard
 //! deviation of `1 / sqrt(fan-in)`, smaller with depth where a matrix writes to the residual

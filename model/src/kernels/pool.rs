@@ -85,6 +85,11 @@ impl Pool {
         Self { shared, turn: Mutex::new(()), workers }
     }
 
+    /// Threads that take part in a loop, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
     /// Calls `task` once for every number in `0..tasks` and returns when all calls have returned.
     /// A panic in a task reaches the caller once no thread is inside the loop any more; tasks that
     /// had not begun may then be left out.

@@ -15,7 +15,7 @@ use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
 use super::Cpu;
 use super::elementwise::silu;
 use super::isa::{Isa, LANES};
-use super::matmul::multiply;
+use super::matmul::{LIGHT_ROWS_MAX, multiply};
 use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_tile, tile_rows};
 
 /// Rows that go through together: bounds the intermediate values, which are rows times inner.
@@ -95,24 +95,30 @@ fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &[f32], parts: &[Part<'_>], y: &mut [f32]) 
     let mut input = cpu.words.take(input_at);
     let mut inner = cpu.words.take(inner_at);
 
+    let light = sections.iter().all(|section| section.rows.len() <= LIGHT_ROWS_MAX);
     let out = Scatter::new(&mut input);
-    for_each(cpu, &sections, |s| s.input.count(), |s, t| s.gather(cpu.isa, x, t, &out));
+    let tasks = tasks_of(&sections, |s| s.input.count());
+    // A few rows are packed sooner than another thread is woken.
+    cpu.run(!light, tasks.len(), |i| sections[tasks[i].0].gather(cpu.isa, x, tasks[i].1, &out));
     let out = Scatter::new(&mut inner);
-    for_each(cpu, &sections, Section::inner_groups, |s, g| s.expand(cpu.isa, &input, g, &out));
+    let tasks = tasks_of(&sections, |s| s.inner_groups());
+    cpu.run_neighbours(true, light, tasks.len(), |i| {
+        sections[tasks[i].0].expand(cpu.isa, &input, tasks[i].1, &out);
+    });
     let out = Scatter::new(y);
-    for_each(cpu, &sections, |s| s.ffn.down.panels(), |s, p| s.contract(cpu.isa, &inner, p, &out));
+    let tasks = tasks_of(&sections, |s| s.ffn.down.panels());
+    cpu.run_neighbours(true, light, tasks.len(), |i| {
+        sections[tasks[i].0].contract(cpu.isa, &inner, tasks[i].1, &out);
+    });
 }
 
-/// Runs `task` for every section and each of its `count` parts, as one parallel loop.
-fn for_each<'a, I: Isa>(
-    cpu: &Cpu<I>,
-    sections: &[Section<'a>],
-    count: impl Fn(&Section<'a>) -> usize,
-    task: impl Fn(&Section<'a>, usize) + Sync,
-) {
+/// Every section with each of its `count` parts, neighbours beside each other.
+fn tasks_of(
+    sections: &[Section<'_>],
+    count: impl Fn(&Section<'_>) -> usize,
+) -> Vec<(usize, usize)> {
     let parts = |(s, section)| (0..count(section)).map(move |part| (s, part));
-    let tasks: Vec<(usize, usize)> = sections.iter().enumerate().flat_map(parts).collect();
-    cpu.run(true, tasks.len(), |i| task(&sections[tasks[i].0], tasks[i].1));
+    sections.iter().enumerate().flat_map(parts).collect()
 }
 
 impl Section<'_> {

@@ -17,7 +17,10 @@ use super::tile::{Block, Tiles, for_rows, pack_tile, tile_rows};
 
 /// Up to this many rows, weights come from memory faster than they are used, and asking for them
 /// early keeps it so across the pages, where the processor's own prefetching stops.
-const PREFETCH_ROWS_MAX: usize = 4;
+const PREFETCH_ROWS_MAX: usize = LIGHT_ROWS_MAX;
+
+/// Most rows for which reading the weights takes longer than multiplying them.
+pub const LIGHT_ROWS_MAX: usize = 4;
 
 /// How far ahead weights are asked for, in lines.
 const PREFETCH_LINES: usize = 48;
@@ -42,7 +45,8 @@ pub fn matmul<I: Isa>(cpu: &Cpu<I>, x: &[f32], products: &mut [(&Matrix, &mut [f
     let tiles = Tiles::new(rows, tile_rows::<I>(layout), layout.words(inputs));
     let mut packed = cpu.words.take(tiles.total());
     let out = Scatter::new(&mut packed);
-    cpu.run(parallel, tiles.count(), |t| {
+    let light = rows <= LIGHT_ROWS_MAX;
+    cpu.run(parallel && !light, tiles.count(), |t| {
         let ((first, count), (at, len)) = (tiles.tile(t), tiles.span(t));
         // SAFETY: tiles do not overlap, and each is given to one task.
         let out = unsafe { out.slice(at, len) };
@@ -54,7 +58,7 @@ pub fn matmul<I: Isa>(cpu: &Cpu<I>, x: &[f32], products: &mut [(&Matrix, &mut [f
         products.iter().enumerate().flat_map(|(i, (w, _))| panels(i, w)).collect();
     let products: Vec<(&Matrix, Scatter<'_, f32>)> =
         products.iter_mut().map(|(w, y)| (*w, Scatter::new(y))).collect();
-    cpu.run(parallel, tasks.len(), |task| {
+    cpu.run_neighbours(parallel, light, tasks.len(), |task| {
         let (i, p) = tasks[task];
         let (w, y) = &products[i];
         multiply_panel(cpu.isa, w, p, &tiles, &packed, y);

@@ -47,6 +47,11 @@ pub(super) struct Cpu<I> {
     scores: Scratch<[f32; LANES]>,
 }
 
+/// Shares of light work for each thread: enough that a thread which is held up holds up little.
+const SHARES_PER_THREAD: usize = 8;
+/// Most neighbours in a share.
+const NEIGHBOURS_MAX: usize = 8;
+
 impl<I: Isa> Cpu<I> {
     fn new(isa: I, format: WeightFormat, threads: usize) -> Self {
         let (words, scores) = (Scratch::new(), Scratch::new());
@@ -56,6 +61,23 @@ impl<I: Isa> Cpu<I> {
     /// A parallel loop, on this thread alone unless `parallel`.
     fn run(&self, parallel: bool, tasks: usize, task: impl Fn(usize) + Sync) {
         if parallel { self.pool.run(tasks, task) } else { (0..tasks).for_each(task) }
+    }
+
+    /// A parallel loop whose neighbouring tasks read neighbouring memory. `light` tasks, which wait
+    /// for memory more than they compute, are taken several neighbours at a time, so that what a
+    /// thread has asked for ahead is what it needs next.
+    fn run_neighbours(
+        &self,
+        parallel: bool,
+        light: bool,
+        tasks: usize,
+        task: impl Fn(usize) + Sync,
+    ) {
+        let shares = SHARES_PER_THREAD * self.pool.threads();
+        let share = if light { (tasks / shares).clamp(1, NEIGHBOURS_MAX) } else { 1 };
+        self.run(parallel, tasks.div_ceil(share), |i| {
+            (i * share..tasks.min((i + 1) * share)).for_each(&task);
+        });
     }
 
     /// A parallel loop over chunks, on this thread alone unless `parallel`.
