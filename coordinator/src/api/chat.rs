@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use entente_model::{ChatMessage, TemplateError};
 use serde_json::{Value, json};
 
-use super::choice::{Answer, Usage, finish_reason};
+use super::choice::{Answer, Envelope, finish_reason};
 use super::request::{Chat, Common, MESSAGES_MAX};
 use super::stream::{self, Format};
 use super::{Api, ApiError};
@@ -33,31 +32,16 @@ pub async fn create(
     let (logprobs, n) = (chat.top_logprobs()?, common.n()?);
     let (sampling, stop) =
         (common.sampling(&api.generation)?, common.stop(max_tokens, &api.generation)?);
-    let mut pending = api.submit(n, || Request {
+    let pending = api.submit(n, || Request {
         prompt: prompt.clone(),
         sampling: sampling.clone(),
         stop: stop.clone(),
         logprobs,
         prompt_logprobs: None,
     })?;
-    let writer = Writer {
-        id: format!("chatcmpl-{}", uuid::Uuid::new_v4()),
-        created_s: super::now_s(),
-        return_token_ids: common.return_token_ids,
-        include_usage: common.include_usage(),
-        usage: Usage { prompt_tokens: prompt.len(), completion_tokens: 0 },
-        begun: vec![false; pending.len()],
-        prompt,
-        api,
-    };
-    if common.stream {
-        return stream::respond(pending, writer).await;
-    }
-    let mut answers = Vec::with_capacity(pending.len());
-    for pending in &mut pending {
-        answers.push(pending.collect().await?);
-    }
-    Ok(Json(writer.whole(answers)).into_response())
+    let envelope = Envelope::new(api, "chatcmpl", &common, prompt.len());
+    let writer = Writer { envelope, begun: vec![false; pending.len()], prompt };
+    stream::respond(pending, writer, common.stream).await
 }
 
 /// The conversation as tokens.
@@ -86,39 +70,16 @@ fn refuse(error: TemplateError) -> ApiError {
     ApiError::invalid("messages", error.to_string())
 }
 
+/// What chunks of a stream call themselves.
+const CHUNK: &str = "chat.completion.chunk";
+
 struct Writer {
-    api: Arc<Api>,
-    id: String,
-    created_s: u64,
-    return_token_ids: bool,
-    include_usage: bool,
-    usage: Usage,
+    envelope: Envelope,
     prompt: Vec<u32>,
     begun: Vec<bool>,
 }
 
 impl Writer {
-    fn object(&self, kind: &str, choices: Vec<Value>, usage: Option<Usage>) -> Value {
-        let mut object = json!({
-            "id": self.id,
-            "object": kind,
-            "created": self.created_s,
-            "model": self.api.model_name,
-            "choices": choices,
-        });
-        if let Some(usage) = usage {
-            object["usage"] = usage.json();
-        }
-        object
-    }
-
-    fn whole(self, answers: Vec<Answer>) -> Value {
-        let completion_tokens = answers.iter().map(|answer| answer.token_ids.len()).sum();
-        let usage = Usage { completion_tokens, ..self.usage };
-        let choices = answers.into_iter().enumerate().map(|(i, a)| self.choice(i, a)).collect();
-        self.object("chat.completion", choices, Some(usage))
-    }
-
     fn choice(&self, index: usize, answer: Answer) -> Value {
         let (reason, stop) = answer.finish.as_ref().map_or(("length", None), finish_reason);
         let scored = (!answer.scores.is_empty()).then(|| self.logprobs(&answer.scores));
@@ -129,7 +90,7 @@ impl Writer {
             "finish_reason": reason,
             "stop_reason": stop,
         });
-        if self.return_token_ids {
+        if self.envelope.return_token_ids {
             choice["prompt_token_ids"] = self.prompt.clone().into();
             choice["token_ids"] = answer.token_ids.into();
         }
@@ -138,7 +99,7 @@ impl Writer {
 
     fn logprobs(&self, scores: &[ScoredToken]) -> Value {
         let content: Vec<Value> =
-            scores.iter().map(|score| scored_token(&self.api, score)).collect();
+            scores.iter().map(|score| scored_token(&self.envelope.api, score)).collect();
         json!({ "content": content })
     }
 
@@ -154,7 +115,7 @@ impl Writer {
         self.begun[index] = true;
         let mut choice =
             self.chunk(index, json!({ "role": "assistant", "content": "" }), (None, None));
-        if self.return_token_ids {
+        if self.envelope.return_token_ids {
             choice["prompt_token_ids"] = self.prompt.clone().into();
         }
         choice
@@ -172,6 +133,12 @@ fn scored_token(api: &Api, score: &ScoredToken) -> Value {
 }
 
 impl Format for Writer {
+    fn whole(self, answers: Vec<Answer>) -> Value {
+        let usage = self.envelope.usage_of(&answers);
+        let choices = answers.into_iter().enumerate().map(|(i, a)| self.choice(i, a)).collect();
+        self.envelope.object("chat.completion", choices, Some(usage))
+    }
+
     fn event(&mut self, index: usize, event: Event) -> Vec<Value> {
         let mut choices = Vec::new();
         if !self.begun[index] {
@@ -179,13 +146,13 @@ impl Format for Writer {
         }
         match event {
             Event::Token { id, text, score } => {
-                self.usage.completion_tokens += 1;
-                let silent = text.is_empty() && score.is_none() && !self.return_token_ids;
+                self.envelope.usage.completion_tokens += 1;
+                let silent = text.is_empty() && score.is_none() && !self.envelope.return_token_ids;
                 let mut choice = self.chunk(index, json!({ "content": text }), (None, None));
                 if let Some(score) = score {
                     choice["logprobs"] = self.logprobs(&[score]);
                 }
-                if self.return_token_ids {
+                if self.envelope.return_token_ids {
                     choice["token_ids"] = json!([id]);
                 }
                 choices.extend((!silent).then_some(choice));
@@ -199,13 +166,10 @@ impl Format for Writer {
             }
             Event::Prompt(_) | Event::Failed(_) => {}
         }
-        let kind = "chat.completion.chunk";
-        choices.into_iter().map(|choice| self.object(kind, vec![choice], None)).collect()
+        self.envelope.chunks(CHUNK, choices)
     }
 
     fn end(&mut self) -> Vec<Value> {
-        let usage = self.include_usage.then_some(self.usage);
-        let kind = "chat.completion.chunk";
-        usage.map(|usage| self.object(kind, Vec::new(), Some(usage))).into_iter().collect()
+        self.envelope.last_chunk(CHUNK)
     }
 }

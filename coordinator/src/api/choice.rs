@@ -1,7 +1,12 @@
-//! One answer under way: its prompt, its events, and the whole of it once it has ended.
+//! One answer under way: its prompt, its events, and the whole of it once it has ended; and what
+//! all objects that tell of the answers to one request have in common.
 
+use std::sync::Arc;
+
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use super::request::Common;
 use super::{Api, ApiError};
 use crate::engine::output::Finish;
 use crate::engine::sampler::ScoredToken;
@@ -88,11 +93,70 @@ pub struct Usage {
 
 impl Usage {
     /// OpenAI's object.
-    pub fn json(self) -> serde_json::Value {
-        serde_json::json!({
+    pub fn json(self) -> Value {
+        json!({
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         })
+    }
+}
+
+/// What every object of one response has in common.
+pub struct Envelope {
+    /// For the model's name and the texts of tokens.
+    pub api: Arc<Api>,
+    id: String,
+    created_s: u64,
+    /// Whether choices carry token ids.
+    pub return_token_ids: bool,
+    include_usage: bool,
+    /// Counted while the answers grow.
+    pub usage: Usage,
+}
+
+impl Envelope {
+    /// Begins a response; its id starts with `prefix`.
+    pub fn new(api: Arc<Api>, prefix: &str, common: &Common, prompt_tokens: usize) -> Self {
+        Self {
+            api,
+            id: format!("{prefix}-{}", uuid::Uuid::new_v4()),
+            created_s: super::now_s(),
+            return_token_ids: common.return_token_ids,
+            include_usage: common.include_usage(),
+            usage: Usage { prompt_tokens, completion_tokens: 0 },
+        }
+    }
+
+    /// One object of the response.
+    pub fn object(&self, kind: &str, choices: Vec<Value>, usage: Option<Usage>) -> Value {
+        let mut object = json!({
+            "id": self.id,
+            "object": kind,
+            "created": self.created_s,
+            "model": self.api.model_name,
+            "choices": choices,
+        });
+        if let Some(usage) = usage {
+            object["usage"] = usage.json();
+        }
+        object
+    }
+
+    /// Chunks of a stream, one for each choice.
+    pub fn chunks(&self, kind: &str, choices: Vec<Value>) -> Vec<Value> {
+        choices.into_iter().map(|choice| self.object(kind, vec![choice], None)).collect()
+    }
+
+    /// The last chunk of a stream, if the client wants to know the usage.
+    pub fn last_chunk(&self, kind: &str) -> Vec<Value> {
+        let usage = self.include_usage.then_some(self.usage);
+        usage.map(|usage| self.object(kind, Vec::new(), Some(usage))).into_iter().collect()
+    }
+
+    /// The usage of complete answers.
+    pub fn usage_of(&self, answers: &[Answer]) -> Usage {
+        let completion_tokens = answers.iter().map(|answer| answer.token_ids.len()).sum();
+        Usage { completion_tokens, ..self.usage }
     }
 }

@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::{Map, Value, json};
 
-use super::choice::{Answer, Usage, finish_reason};
+use super::choice::{Answer, Envelope, finish_reason};
 use super::request::{Common, Completion, PROMPTS_MAX, Prompt};
 use super::stream::{self, Format};
 use super::{Api, ApiError};
@@ -46,24 +45,12 @@ pub async fn create(
     }
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
     let writer = Writer {
-        id: format!("cmpl-{}", uuid::Uuid::new_v4()),
-        created_s: super::now_s(),
+        envelope: Envelope::new(api, "cmpl", &common, prompt_tokens),
         echo: completion.echo,
         wants_logprobs: logprobs.is_some(),
-        return_token_ids: common.return_token_ids,
-        include_usage: common.include_usage(),
-        usage: Usage { prompt_tokens, completion_tokens: 0 },
         states: pending.iter().map(|p| ChoiceState::new(p.prompt.clone())).collect(),
-        api,
     };
-    if common.stream {
-        return stream::respond(pending, writer).await;
-    }
-    let mut answers = Vec::with_capacity(pending.len());
-    for pending in &mut pending {
-        answers.push(pending.collect().await?);
-    }
-    Ok(Json(writer.whole(answers)).into_response())
+    stream::respond(pending, writer, common.stream).await
 }
 
 fn prompts(api: &Api, prompt: &Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
@@ -99,40 +86,17 @@ impl ChoiceState {
     }
 }
 
+/// What objects of this endpoint call themselves.
+const KIND: &str = "text_completion";
+
 struct Writer {
-    api: Arc<Api>,
-    id: String,
-    created_s: u64,
+    envelope: Envelope,
     echo: bool,
     wants_logprobs: bool,
-    return_token_ids: bool,
-    include_usage: bool,
-    usage: Usage,
     states: Vec<ChoiceState>,
 }
 
 impl Writer {
-    fn object(&self, choices: Vec<Value>, usage: Option<Usage>) -> Value {
-        let mut object = json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created_s,
-            "model": self.api.model_name,
-            "choices": choices,
-        });
-        if let Some(usage) = usage {
-            object["usage"] = usage.json();
-        }
-        object
-    }
-
-    fn whole(mut self, answers: Vec<Answer>) -> Value {
-        let completion_tokens = answers.iter().map(|answer| answer.token_ids.len()).sum();
-        let usage = Usage { completion_tokens, ..self.usage };
-        let choices = answers.into_iter().enumerate().map(|(i, a)| self.choice(i, a)).collect();
-        self.object(choices, Some(usage))
-    }
-
     fn choice(&mut self, index: usize, answer: Answer) -> Value {
         let mut choice = self.begin(index, &answer.prompt_scores);
         let logprobs = self.logprobs(index, answer.scores.into_iter().map(Some));
@@ -144,7 +108,7 @@ impl Writer {
         if self.wants_logprobs {
             merge(&mut choice["logprobs"], logprobs);
         }
-        if self.return_token_ids {
+        if self.envelope.return_token_ids {
             choice["token_ids"] = answer.token_ids.into();
         }
         choice
@@ -153,20 +117,20 @@ impl Writer {
     /// A choice that holds what comes before the first generated token.
     fn begin(&mut self, index: usize, prompt_scores: &[Option<ScoredToken>]) -> Value {
         let prompt = std::mem::take(&mut self.states[index].prompt);
-        let text = if self.echo { self.api.text(&prompt) } else { String::new() };
+        let text = if self.echo { self.envelope.api.text(&prompt) } else { String::new() };
         let mut choice = json!({
             "index": index, "text": text, "logprobs": null, "finish_reason": null,
             "stop_reason": null,
         });
         if self.wants_logprobs {
-            let mut logprobs = Logprobs::new(&self.api, self.states[index].text_offset);
+            let mut logprobs = Logprobs::new(&self.envelope.api, self.states[index].text_offset);
             for (id, score) in prompt.iter().zip(prompt_scores) {
                 logprobs.push(*id, score.as_ref());
             }
             self.states[index].text_offset = logprobs.offset;
             choice["logprobs"] = logprobs.json();
         }
-        if self.return_token_ids {
+        if self.envelope.return_token_ids {
             choice["prompt_token_ids"] = prompt.into();
         }
         self.states[index].begun = true;
@@ -178,7 +142,7 @@ impl Writer {
         index: usize,
         scores: impl Iterator<Item = Option<ScoredToken>>,
     ) -> Value {
-        let mut logprobs = Logprobs::new(&self.api, self.states[index].text_offset);
+        let mut logprobs = Logprobs::new(&self.envelope.api, self.states[index].text_offset);
         for score in scores.flatten() {
             logprobs.push(score.token.id, Some(&score));
         }
@@ -195,23 +159,29 @@ impl Writer {
 }
 
 impl Format for Writer {
+    fn whole(mut self, answers: Vec<Answer>) -> Value {
+        let usage = self.envelope.usage_of(&answers);
+        let choices = answers.into_iter().enumerate().map(|(i, a)| self.choice(i, a)).collect();
+        self.envelope.object(KIND, choices, Some(usage))
+    }
+
     fn event(&mut self, index: usize, event: Event) -> Vec<Value> {
         let mut choices = Vec::new();
         let begins = !self.states[index].begun;
         match event {
             Event::Prompt(scores) => choices.push(self.begin(index, &scores)),
             Event::Token { id, text, score } => {
-                if begins && (self.echo || self.return_token_ids) {
+                if begins && (self.echo || self.envelope.return_token_ids) {
                     choices.push(self.begin(index, &[]));
                 }
                 self.states[index].begun = true;
-                self.usage.completion_tokens += 1;
-                let silent = text.is_empty() && score.is_none() && !self.return_token_ids;
+                self.envelope.usage.completion_tokens += 1;
+                let silent = text.is_empty() && score.is_none() && !self.envelope.return_token_ids;
                 let mut choice = self.delta(index, text, (None, None));
                 if self.wants_logprobs {
                     choice["logprobs"] = self.logprobs(index, std::iter::once(score));
                 }
-                if self.return_token_ids {
+                if self.envelope.return_token_ids {
                     choice["token_ids"] = json!([id]);
                 }
                 choices.extend((!silent).then_some(choice));
@@ -222,15 +192,11 @@ impl Format for Writer {
             }
             Event::Failed(_) => {}
         }
-        choices.into_iter().map(|choice| self.object(vec![choice], None)).collect()
+        self.envelope.chunks(KIND, choices)
     }
 
     fn end(&mut self) -> Vec<Value> {
-        if self.include_usage {
-            vec![self.object(Vec::new(), Some(self.usage))]
-        } else {
-            Vec::new()
-        }
+        self.envelope.last_chunk(KIND)
     }
 }
 

@@ -1,4 +1,5 @@
-//! Server-sent events: the answers of one request, merged as they grow.
+//! From what the engine says to what the client reads: whole, or as server-sent events that merge
+//! the answers of one request as they grow.
 //!
 //! The first event of every answer is awaited before the response starts, so that a request that
 //! cannot be served gets a status code rather than a stream that begins with an error.
@@ -6,6 +7,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 
+use axum::Json;
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt};
@@ -13,11 +15,13 @@ use serde_json::Value;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::ApiError;
-use super::choice::Pending;
+use super::choice::{Answer, Pending};
 use crate::engine::{EngineError, Event};
 
-/// Writes the chunks of one kind of endpoint.
+/// Writes the answers of one kind of endpoint.
 pub trait Format: Send + 'static {
+    /// Everything at once.
+    fn whole(self, answers: Vec<Answer>) -> Value;
     /// Chunks for one event of answer `index`.
     fn event(&mut self, index: usize, event: Event) -> Vec<Value>;
     /// Chunks after all answers have ended.
@@ -34,8 +38,23 @@ struct Streamer<F> {
     queue: VecDeque<String>,
 }
 
-/// Answers with a stream of what `pending` produce, written by `format`.
-pub async fn respond<F: Format>(pending: Vec<Pending>, format: F) -> Result<Response, ApiError> {
+/// Answers with what `pending` produce, written by `format`.
+pub async fn respond<F: Format>(
+    mut pending: Vec<Pending>,
+    format: F,
+    stream: bool,
+) -> Result<Response, ApiError> {
+    if stream {
+        return stream_of(pending, format).await;
+    }
+    let mut answers = Vec::with_capacity(pending.len());
+    for pending in &mut pending {
+        answers.push(pending.collect().await?);
+    }
+    Ok(Json(format.whole(answers)).into_response())
+}
+
+async fn stream_of<F: Format>(pending: Vec<Pending>, format: F) -> Result<Response, ApiError> {
     let open = pending.len();
     let mut source = Source::new();
     let mut first = Vec::new();
