@@ -161,7 +161,11 @@ fn score<I: Isa, const G: usize>(
             isa.store(score, &mut scores[g]);
         }
     }
-    most.map(|most| greatest(isa, most))
+    let mut greatest_of = [0.0; G];
+    for g in 0..G {
+        greatest_of[g] = greatest(isa, most[g]);
+    }
+    greatest_of
 }
 
 /// The 16 products of a block's keys with each head's query. Four chains a head, value `d` in
@@ -171,11 +175,10 @@ fn dot_keys<I: Isa, const G: usize>(isa: I, keys: &[Line], q: &[&[f32]; G]) -> [
     let mut chains = [[isa.splat(0.0); 4]; G];
     let (fours, rest) = keys.as_chunks::<4>();
     for (i, four) in fours.iter().enumerate() {
-        let q: [&[f32]; G] = q.map(|q| &q[4 * i..4 * i + 4]);
         for j in 0..4 {
             let key = isa.load_line(&four[j]);
             for g in 0..G {
-                chains[g][j] = isa.fma(key, isa.splat(q[g][j]), chains[g][j]);
+                chains[g][j] = isa.fma(key, isa.splat(q[g][4 * i + j]), chains[g][j]);
             }
         }
     }
@@ -185,7 +188,14 @@ fn dot_keys<I: Isa, const G: usize>(isa: I, keys: &[Line], q: &[&[f32]; G]) -> [
             chains[g][j] = isa.fma(key, isa.splat(q[g][4 * fours.len() + j]), chains[g][j]);
         }
     }
-    chains.map(|[a, b, c, d]| isa.add(isa.add(a, b), isa.add(c, d)))
+    // A loop, not `map`: what std calls is compiled without the instructions of this context, and
+    // every operation in it would become a call.
+    let mut dots = [isa.splat(0.0); G];
+    for g in 0..G {
+        let [a, b, c, d] = chains[g];
+        dots[g] = isa.add(isa.add(a, b), isa.add(c, d));
+    }
+    dots
 }
 
 /// Turns scores into weights `exp(score - greatest)`, which are exactly zero for lanes that are
@@ -205,7 +215,11 @@ fn weigh<I: Isa, const G: usize>(
             isa.store(weight, &mut scores[g]);
         }
     }
-    sums.map(|sums| 1.0 / sum(isa, sums))
+    let mut scale = [0.0; G];
+    for g in 0..G {
+        scale[g] = 1.0 / sum(isa, sums[g]);
+    }
+    scale
 }
 
 /// Lines `line..line + C` of the weighted values of `G` heads.
