@@ -96,7 +96,7 @@ pub struct Started {
 }
 
 /// Loads the model, opens the links and starts the engine, which serves once every expert has a
-/// live replica. `progress` is told bytes read of bytes to read.
+/// live replica. `progress` counts layers.
 pub async fn start(
     config: &Config,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
@@ -123,8 +123,8 @@ pub async fn start(
     })
 }
 
-/// Runs a coordinator until `shutdown` resolves. `progress` is told bytes read of bytes to read;
-/// `on_ready` once every expert has a live replica.
+/// Runs a coordinator until `shutdown` resolves. `progress` counts layers;
+/// `on_ready` is told once every expert has a live replica.
 pub async fn run(
     config: Config,
     listener: Option<std::net::TcpListener>,
@@ -132,7 +132,6 @@ pub async fn run(
     on_ready: impl FnOnce(Ready) + Send + 'static,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
-    config.engine.check().map_err(Error::Config)?;
     // Bind before loading: an address in use should not cost a minute of reading.
     let listener = listen(&config.http, listener)?;
     let address = listener.local_addr().map_err(|source| listen_error(&config.http, source))?;

@@ -185,8 +185,7 @@ impl Shared {
     }
 }
 
-fn release(load: &watch::Sender<Load>, work: &Work) {
-    let bytes = work.bytes();
+fn release(load: &watch::Sender<Load>, bytes: usize) {
     load.send_modify(|load| {
         load.frames -= 1;
         load.bytes -= bytes;
@@ -259,9 +258,11 @@ impl Worker {
         }
     }
 
+    /// Answers first: who waits for the queue to be idle closes connections after that.
     fn finish(&self, work: Work, result: Result<Bytes, Refusal>) {
-        release(&self.load, &work);
+        let bytes = work.bytes();
         work.answer(result);
+        release(&self.load, bytes);
     }
 
     /// Runs all rows of frames of one layer through their experts in one call. Returns the rows of

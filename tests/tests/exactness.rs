@@ -178,5 +178,14 @@ fn answers_do_not_depend_on_the_number_of_threads() {
 
 #[test]
 fn answers_of_a_dense_model_do_not_depend_on_company() {
-    check("mistral-swa", "f32", &[&["--regions", "fr=2,se=2"]]);
+    check(
+        "mistral-swa",
+        "f32",
+        &[
+            &["--regions", "fr=2"],
+            &["--regions", "fr=4", "--replicas", "2"],
+            &["--regions", "fr=2,se=2"],
+            &["--regions", "fr=2,se=2", "--transport", "inproc"],
+        ],
+    );
 }

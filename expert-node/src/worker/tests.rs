@@ -222,6 +222,8 @@ fn a_full_queue_takes_nothing_and_empties_again() {
     for _ in 0..QUEUE_LEN_MAX - 1 {
         assert!(received.recv_timeout(Duration::from_secs(10)).unwrap().result.is_ok());
     }
+    // The last frame is given back just after its answer.
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(queue.idle());
     assert_eq!(*queue.0.load.borrow(), Load::default());
 }
 
@@ -237,4 +239,15 @@ fn a_caller_that_waits_computes_itself_unless_somebody_does() {
         assert!(received.try_recv().is_err(), "left to the thread that computes");
     });
     assert_eq!(received.recv_timeout(Duration::from_secs(10)).unwrap(), expected);
+}
+
+#[test]
+fn a_frame_counts_as_unfinished_until_it_is_answered() {
+    let (queue, _fragile) = start();
+    let (seen, loads) = channel();
+    let load = queue.0.load.clone();
+    let reply = Box::new(move |_| seen.send(load.borrow().frames).unwrap());
+    let due = Instant::now() + Duration::from_secs(60);
+    assert!(queue.push(Work { frame: frame(1, 0, 0.5), due, reply }).is_ok());
+    assert_eq!(loads.recv_timeout(Duration::from_secs(10)), Ok(1));
 }
