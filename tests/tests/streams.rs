@@ -114,3 +114,17 @@ fn a_client_that_disconnects_frees_its_slot_and_its_cache() {
     let generated = http::metric(cluster.http(), "entente_generation_tokens_total");
     assert!(generated < 8_000.0, "{generated} tokens were generated for nobody");
 }
+
+#[test]
+fn an_echoed_prompt_is_streamed_also_when_nothing_is_generated() {
+    let golden = Golden::load("mixtral");
+    let cluster = cluster(&golden);
+    let url = format!("{}/v1/completions", cluster.http());
+    let prompt = &golden.cases[0].prompt;
+    for logprobs in [Value::Null, json!(1)] {
+        let body = json!({"prompt": prompt, "max_tokens": 0, "echo": true, "logprobs": logprobs});
+        let text: String =
+            http::stream(&url, &body).map(|chunk| http::chunk_text(&chunk).to_owned()).collect();
+        assert_eq!(text, *prompt, "logprobs {logprobs}");
+    }
+}

@@ -167,14 +167,14 @@ impl Format for Writer {
 
     fn event(&mut self, index: usize, event: Event) -> Vec<Value> {
         let mut choices = Vec::new();
-        let begins = !self.states[index].begun;
+        // The prompt's own event begins a choice; whatever else comes first must do so itself.
+        let begins = !self.states[index].begun && !matches!(event, Event::Prompt(_));
+        if begins && (self.echo || self.envelope.return_token_ids) {
+            choices.push(self.begin(index, &[]));
+        }
         match event {
             Event::Prompt(scores) => choices.push(self.begin(index, &scores)),
             Event::Token { id, text, score } => {
-                if begins && (self.echo || self.envelope.return_token_ids) {
-                    choices.push(self.begin(index, &[]));
-                }
-                self.states[index].begun = true;
                 self.envelope.usage.completion_tokens += 1;
                 let silent = text.is_empty() && score.is_none() && !self.envelope.return_token_ids;
                 let mut choice = self.delta(index, text, (None, None));
