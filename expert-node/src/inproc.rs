@@ -32,4 +32,8 @@ impl Link for InprocLink {
         self.handle.compute(frame, Box::new(reply));
         Ok(())
     }
+
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
 }

@@ -52,4 +52,10 @@ pub struct NotSent;
 pub trait Link: Send + Sync {
     /// Queues a frame for sending, without blocking. An answer, or [`LinkEvent::Down`], follows.
     fn send(&self, frame: Dispatch) -> Result<(), NotSent>;
+
+    /// Whether the node computes while the caller goes on. Otherwise [`Link::send`] returns when
+    /// the answer is there, and there is nothing to be gained from having several frames out.
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
 }

@@ -25,7 +25,7 @@
 mod frames;
 mod standing;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 
@@ -142,6 +142,9 @@ pub enum Failure {
         /// A node that owes an answer.
         node: NodeId,
     },
+    /// Another exchange of the same step failed.
+    #[error("given up with another exchange of its step")]
+    GivenUp,
 }
 
 /// Hands out the names of frames. Each exchange gets a block of its own, so that an answer tells by
@@ -243,9 +246,14 @@ impl Exchange {
         (exchange, commands)
     }
 
-    /// Whether the name is one of this exchange's frames.
-    pub fn owns(&self, id: ExchangeId) -> bool {
-        id.0 / FRAMES_MAX == self.block / FRAMES_MAX
+    /// What the names of all frames of this exchange have in common, and those of no other.
+    pub fn number(&self) -> u64 {
+        self.block / FRAMES_MAX
+    }
+
+    /// The number of the exchange that a frame of this name would belong to.
+    pub fn number_of(id: ExchangeId) -> u64 {
+        id.0 / FRAMES_MAX
     }
 
     /// How far the exchange is.

@@ -13,6 +13,8 @@
 //!                                     Exchange::combine ──► sums, in ascending expert order
 //! ```
 //!
+//! Several exchanges may be in flight at once; [`exchanges`] gives each its events.
+//!
 //! Invariants:
 //! - **The result does not depend on who computed it.** Placement, choice of replica, order of
 //!   answers, failures and retries change no bit: each (row, expert) is added once, in ascending
@@ -27,6 +29,7 @@
 //! origin), weights, tokens, requests. Expert choices reveal text, so no error names an expert.
 
 pub mod exchange;
+pub mod exchanges;
 pub mod gate;
 pub mod placement;
 pub mod view;

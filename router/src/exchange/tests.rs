@@ -11,15 +11,15 @@ use super::*;
 use crate::placement;
 use crate::view::NodeView;
 
-const LAYER: LayerId = LayerId(2);
-const DEADLINE_US: u64 = 1_000_000;
+pub(crate) const LAYER: LayerId = LayerId(2);
+pub(crate) const DEADLINE_US: u64 = 1_000_000;
 
-fn region(code: &str) -> Region {
+pub(crate) fn region(code: &str) -> Region {
     code.parse().unwrap()
 }
 
 /// SplitMix64: all that a test needs of randomness.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -30,11 +30,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
         (self.next() % bound as u64) as usize
     }
 
-    fn one_in(&mut self, n: usize) -> bool {
+    pub(crate) fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
 
@@ -44,7 +44,7 @@ impl Random {
 }
 
 /// A view of live nodes `0..fr` in fr (home) and `100..100 + se` in se.
-fn view(fr: u32, se: u32, experts: u16, replicas: u16) -> ClusterView {
+pub(crate) fn view(fr: u32, se: u32, experts: u16, replicas: u16) -> ClusterView {
     let nodes: Vec<PlacementNode> = (0..fr)
         .map(|id| (id, "fr"))
         .chain((100..100 + se).map(|id| (id, "se")))
@@ -72,7 +72,13 @@ fn view(fr: u32, se: u32, experts: u16, replicas: u16) -> ClusterView {
 }
 
 /// A job of random rows through random experts.
-fn job(random: &mut Random, rows: usize, experts: usize, top_k: usize, dtype: Dtype) -> Job {
+pub(crate) fn job(
+    random: &mut Random,
+    rows: usize,
+    experts: usize,
+    top_k: usize,
+    dtype: Dtype,
+) -> Job {
     let hidden = 3;
     let values: Vec<f32> = (0..rows * hidden).map(|_| random.value()).collect();
     let mut bytes = Vec::new();
@@ -109,7 +115,7 @@ fn expert(id: ExpertId, row: &[f32]) -> Vec<f32> {
 }
 
 /// The answer of a healthy node.
-fn compute(frame: &Dispatch) -> Answer {
+pub(crate) fn compute(frame: &Dispatch) -> Answer {
     let size = frame.hidden * frame.dtype.size();
     let mut row = vec![0.0; frame.hidden];
     let mut rows = Vec::new();
@@ -121,12 +127,12 @@ fn compute(frame: &Dispatch) -> Answer {
     Answer { exchange: frame.exchange, fence: Some(frame.fence), result: Ok(rows.into()) }
 }
 
-fn refuse(frame: &Dispatch, refusal: Refusal) -> Answer {
+pub(crate) fn refuse(frame: &Dispatch, refusal: Refusal) -> Answer {
     Answer { exchange: frame.exchange, fence: Some(frame.fence), result: Err(refusal) }
 }
 
 /// The sums, computed without nodes, frames or retries.
-fn expected(job: &Job) -> Vec<u32> {
+pub(crate) fn expected(job: &Job) -> Vec<u32> {
     let rows = job.policy_of_row.len();
     let mut values = vec![0.0; rows * job.hidden];
     job.dtype.decode(&job.rows, &mut values);
@@ -150,7 +156,7 @@ fn combined(exchange: &Exchange) -> Vec<u32> {
     sums.iter().map(|v| v.to_bits()).collect()
 }
 
-fn sends(commands: Vec<Command>) -> Vec<(NodeId, Dispatch)> {
+pub(crate) fn sends(commands: Vec<Command>) -> Vec<(NodeId, Dispatch)> {
     commands.into_iter().map(|Command::Send { node, frame }| (node, frame)).collect()
 }
 
@@ -479,7 +485,8 @@ fn a_name_tells_which_exchange_it_belongs_to() {
         (exchange, sends(commands)[0].1.exchange)
     };
     let ((first, id), (second, _)) = (start(), start());
-    assert!(first.owns(id) && !second.owns(id));
+    assert_eq!(Exchange::number_of(id), first.number());
+    assert_ne!(Exchange::number_of(id), second.number());
 }
 
 #[test]
