@@ -56,6 +56,10 @@ pub enum Transport {
 pub struct EngineConfig {
     /// Rows (decoding sequences and prompt tokens together) of one step.
     pub step_rows_max: usize,
+    /// Rows that each half of a step must have for the step to be cut in two, so that one half
+    /// attends while the other is with its experts. Pays the earlier, the further away nodes are;
+    /// without effect where expert nodes run in this process.
+    pub micro_batch_rows_min: usize,
     /// Sequences that are worked on at once.
     pub running_max: usize,
     /// Sequences that wait beyond those; more are refused with 503.
@@ -70,6 +74,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             step_rows_max: 512,
+            micro_batch_rows_min: 128,
             running_max: 128,
             waiting_max: 256,
             kv_cache_mib: 256,
@@ -83,6 +88,7 @@ impl EngineConfig {
     pub fn check(&self) -> Result<(), String> {
         let bounds = [
             ("step_rows_max", self.step_rows_max, 1, entente_proto::frame::ROWS_MAX),
+            ("micro_batch_rows_min", self.micro_batch_rows_min, 1, 65_536),
             ("running_max", self.running_max, 1, 4_096),
             ("waiting_max", self.waiting_max, 1, 65_536),
             ("kv_cache_mib", self.kv_cache_mib, 1, 1 << 20),

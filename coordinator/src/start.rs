@@ -263,8 +263,14 @@ fn start_engine(
     let vocab = architecture.vocab;
     let context_len = architecture.max_positions.min(blocks * BLOCK_LEN);
     let tokenizer = Arc::new(loaded.tokenizer);
-    let forward =
-        Forward::new(architecture, loaded.weights, loaded.kernels, blocks, metrics.clone());
+    let forward = Forward::new(
+        architecture,
+        loaded.weights,
+        loaded.kernels,
+        blocks,
+        config.engine.micro_batch_rows_min,
+        metrics.clone(),
+    );
     let scheduler = SchedulerConfig {
         step_rows_max: config.engine.step_rows_max,
         running_max: config.engine.running_max,

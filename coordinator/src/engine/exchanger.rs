@@ -1,12 +1,14 @@
-//! Drives one exchange at a time through the links: the shell around
-//! [`entente_router::exchange`].
+//! Drives exchanges through the links: the shell around [`entente_router::exchanges`].
 //!
 //! It owns the engine's view of the cluster, since the same events that answer an exchange also
 //! tell which nodes are up, and it publishes whether all experts can be reached the moment that
-//! changes, also while an exchange waits. All decisions are the router's; this file only has the clock, the
-//! links and the inbox.
+//! changes, also while an exchange waits. All decisions are the router's; this file only has the
+//! clock, the links and the inbox.
+//!
+//! Invariant: between two steps nothing is in flight. A step finishes what it starts, and where one
+//! exchange fails the others of its step are given up with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +17,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounde
 use entente_proto::frame::Dtype;
 use entente_proto::ids::{LayerId, NodeId, RegionSet};
 use entente_proto::link::{Link, LinkEvent, LinkEvents};
-use entente_router::exchange::{Command, Exchange, ExchangeIds, Failure, Job, Status};
+use entente_router::exchange::{Command, Failure, Job, Status};
+use entente_router::exchanges::{Exchanges, Ticket};
 use entente_router::gate::Choice;
 use entente_router::view::ClusterView;
 use tokio::sync::watch;
@@ -51,13 +54,13 @@ pub struct Exchanger {
     links: BTreeMap<NodeId, Box<dyn Link>>,
     inbox: Inbox,
     view: ClusterView,
-    ids: ExchangeIds,
+    exchanges: Exchanges,
     started: Instant,
     deadline_us: u64,
     allowed_regions: RegionSet,
     row_dtype: Dtype,
-    /// Memory for the rows of an exchange, used again for the next.
-    encoded: BytesMut,
+    /// Memory for the rows of exchanges, used again for the next; as many as were in flight.
+    spare: Vec<BytesMut>,
     metrics: Arc<Metrics>,
     readiness: watch::Sender<Readiness>,
 }
@@ -85,6 +88,14 @@ pub struct Rows<'a> {
     pub top_k: usize,
 }
 
+/// An exchange that was started, for [`Exchanger::finish`].
+#[must_use = "what is started must be finished"]
+pub struct InFlight {
+    ticket: Ticket,
+    /// Where the rows came from; empty, but with their memory once they are gone.
+    buffer: BytesMut,
+}
+
 impl Exchanger {
     /// An exchanger whose links fill `inbox`.
     pub fn new(
@@ -102,11 +113,11 @@ impl Exchanger {
             links,
             inbox,
             view,
-            ids: ExchangeIds::new(),
+            exchanges: Exchanges::new(),
             started: Instant::now(),
             deadline_us: deadline.as_micros() as u64,
             row_dtype,
-            encoded: BytesMut::new(),
+            spare: Vec::new(),
             metrics,
         };
         exchanger.publish();
@@ -144,13 +155,25 @@ impl Exchanger {
     /// Takes what links have reported, without waiting.
     pub fn absorb(&mut self) {
         while let Ok((node, event)) = self.inbox.try_recv() {
-            self.note(node, event);
+            self.take(node, event);
         }
     }
 
-    /// Takes one event outside an exchange.
+    /// Takes one event: keeps the view up to date, and tells the exchanges that it concerns.
     pub fn take(&mut self, node: NodeId, event: LinkEvent) {
-        self.note(node, event);
+        let now_us = self.now_us();
+        let commands = match event {
+            LinkEvent::Answer(answer) => self.exchanges.on_answer(&self.view, node, answer, now_us),
+            event => match self.note(node, event) {
+                None => Vec::new(),
+                Some(true) => self.exchanges.on_view_changed(&self.view, now_us),
+                Some(false) => {
+                    self.metrics.link_breaks.inc_by(u64::from(!self.exchanges.is_empty()));
+                    self.exchanges.on_link_down(&self.view, node, now_us)
+                }
+            },
+        };
+        self.perform(commands);
     }
 
     /// Keeps the view up to date. `Some` when the node came (true) or went (false).
@@ -162,7 +185,7 @@ impl Exchanger {
 
     fn change(&mut self, node: NodeId, event: LinkEvent) -> Option<bool> {
         match event {
-            LinkEvent::Answer(_) => None, // Nobody waits for it any more.
+            LinkEvent::Answer(_) => None,
             LinkEvent::Up(info) => match self.view.node_up(node, &info) {
                 Ok(()) => {
                     tracing::info!(node = %info.name, "expert node is up");
@@ -181,71 +204,84 @@ impl Exchanger {
         }
     }
 
-    /// Sends `rows` through their experts and adds `weight x result` to `out`, `[rows, hidden]`,
-    /// in ascending expert order. Blocks until everything came back or the deadline passed.
-    pub fn exchange(&mut self, rows: Rows<'_>, out: &mut [f32]) -> Result<(), Failure> {
+    /// Whether nodes compute while this thread does something else: then it pays to have several
+    /// exchanges in flight.
+    pub fn overlaps(&self) -> bool {
+        self.links.values().any(|link| link.is_asynchronous())
+    }
+
+    /// Sends `rows` to their experts, without waiting for them.
+    pub fn start(&mut self, rows: Rows<'_>) -> InFlight {
         let count = rows.values.len() / rows.hidden;
         // Takes the allocation of an earlier exchange over; its frames have left by now.
-        self.encoded.resize(rows.values.len() * self.row_dtype.size(), 0);
-        self.row_dtype.encode_into(rows.values, &mut self.encoded);
+        let mut buffer = self.spare.pop().unwrap_or_default();
+        buffer.resize(rows.values.len() * self.row_dtype.size(), 0);
+        self.row_dtype.encode_into(rows.values, &mut buffer);
         let now_us = self.now_us();
         let job = Job {
             layer: rows.layer,
             hidden: rows.hidden,
             dtype: self.row_dtype,
-            rows: self.encoded.split().freeze(),
+            rows: buffer.split().freeze(),
             choices: rows.choices,
             top_k: rows.top_k,
             policies: vec![self.allowed_regions.clone()],
             policy_of_row: vec![0; count],
             deadline_us: now_us + self.deadline_us,
         };
-        let (mut exchange, commands) = Exchange::start(job, &self.view, &mut self.ids, now_us);
-        self.perform(&mut exchange, commands);
-        loop {
-            match exchange.status() {
-                Status::Done => break,
-                Status::Failed(failure) => return Err(failure),
-                Status::Waiting { until_us } => self.wait(&mut exchange, until_us),
-            }
-        }
-        exchange.combine(out);
-        Ok(())
+        let (ticket, commands) = self.exchanges.start(job, &self.view, now_us);
+        self.perform(commands);
+        InFlight { ticket, buffer }
     }
 
-    /// Waits for one event, or for the time at which the exchange wants to be woken.
-    fn wait(&mut self, exchange: &mut Exchange, until_us: u64) {
-        let timeout = Duration::from_micros(until_us.saturating_sub(self.now_us()));
-        let received = self.inbox.recv_timeout(timeout);
-        let now_us = self.now_us();
-        let commands = match received {
-            Ok((node, LinkEvent::Answer(answer))) => {
-                exchange.on_answer(&self.view, node, answer, now_us)
-            }
-            Ok((node, event)) => match self.note(node, event) {
-                None => Vec::new(),
-                Some(true) => exchange.on_view_changed(&self.view, now_us),
-                Some(false) => {
-                    self.metrics.link_breaks.inc();
-                    exchange.on_link_down(&self.view, node, now_us)
-                }
-            },
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                exchange.on_tick(&self.view, now_us)
+    /// Adds `weight x result` to `out`, `[rows, hidden]`, in ascending expert order. Blocks until
+    /// everything came back or the deadline passed; other exchanges go on meanwhile.
+    ///
+    /// # Errors
+    /// When the exchange failed. All others in flight are given up then.
+    pub fn finish(&mut self, in_flight: InFlight, out: &mut [f32]) -> Result<(), Failure> {
+        let InFlight { ticket, buffer } = in_flight;
+        let outcome = loop {
+            match self.exchanges.status(&ticket) {
+                Some(Status::Waiting { .. }) => self.wait(),
+                Some(Status::Done) => break Ok(()),
+                Some(Status::Failed(failure)) => break Err(failure),
+                None => break Err(Failure::GivenUp),
             }
         };
-        self.perform(exchange, commands);
+        if outcome.is_err() {
+            self.exchanges.clear();
+        }
+        if let Some(exchange) = self.exchanges.take(ticket) {
+            exchange.combine(out);
+        }
+        self.spare.push(buffer);
+        outcome
     }
 
-    /// Sends what the machine wants sent. A link that does not take its frame is one more event.
-    fn perform(&mut self, exchange: &mut Exchange, commands: Vec<Command>) {
-        let mut commands = std::collections::VecDeque::from(commands);
+    /// Waits for one event, or for the time at which an exchange wants to be woken.
+    fn wait(&mut self) {
+        let until_us = self.exchanges.wake_us().unwrap_or(0);
+        let timeout = Duration::from_micros(until_us.saturating_sub(self.now_us()));
+        match self.inbox.recv_timeout(timeout) {
+            Ok((node, event)) => self.take(node, event),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                let commands = self.exchanges.on_tick(&self.view, self.now_us());
+                self.perform(commands);
+            }
+        }
+    }
+
+    /// Sends what the machines want sent. A link that does not take its frame is one more event.
+    fn perform(&mut self, commands: Vec<Command>) {
+        let mut commands = VecDeque::from(commands);
         while let Some(Command::Send { node, frame }) = commands.pop_front() {
             let id = frame.exchange;
             self.metrics.frames_sent.inc();
             let sent = self.links.get(&node).is_some_and(|link| link.send(frame).is_ok());
             if !sent {
-                commands.extend(exchange.on_not_sent(&self.view, id, self.now_us()));
+                let now_us = self.now_us();
+                commands.extend(self.exchanges.on_not_sent(&self.view, id, now_us));
             }
         }
     }

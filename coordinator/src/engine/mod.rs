@@ -290,7 +290,10 @@ impl Engine {
         let logit_rows = self.logit_rows(&chunks);
         let step = StepRows { chunks: &chunks, logit_rows: &logit_rows };
         match self.forward.run(&step, &mut self.exchanger) {
-            Ok(logits) => self.deliver(&chunks, &logit_rows, &logits),
+            Ok(logits) => {
+                self.deliver(&chunks, &logit_rows, &logits);
+                self.forward.reuse(logits);
+            }
             Err(failure) => {
                 tracing::error!(%failure, requests = chunks.len(), "a step failed");
                 for chunk in &chunks {
