@@ -56,9 +56,12 @@ pub enum Transport {
 pub struct EngineConfig {
     /// Rows (decoding sequences and prompt tokens together) of one step.
     pub step_rows_max: usize,
+    /// Prompt tokens of a step in which other sequences decode: more of them bring a prompt to its
+    /// end sooner, fewer make the others' tokens come more evenly.
+    pub prefill_rows_beside_decode_max: usize,
     /// Rows that each half of a step must have for the step to be cut in two, so that one half
-    /// attends while the other is with its experts. Pays the earlier, the further away nodes are;
-    /// without effect where expert nodes run in this process.
+    /// attends while the other is with its experts. Both halves read the weights, which small ones
+    /// do not make up for. Without effect where expert nodes run in this process.
     pub micro_batch_rows_min: usize,
     /// Sequences that are worked on at once.
     pub running_max: usize,
@@ -74,6 +77,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             step_rows_max: 512,
+            prefill_rows_beside_decode_max: 128,
             micro_batch_rows_min: 128,
             running_max: 128,
             waiting_max: 256,
@@ -88,6 +92,12 @@ impl EngineConfig {
     pub fn check(&self) -> Result<(), String> {
         let bounds = [
             ("step_rows_max", self.step_rows_max, 1, entente_proto::frame::ROWS_MAX),
+            (
+                "prefill_rows_beside_decode_max",
+                self.prefill_rows_beside_decode_max,
+                1,
+                entente_proto::frame::ROWS_MAX,
+            ),
             ("micro_batch_rows_min", self.micro_batch_rows_min, 1, 65_536),
             ("running_max", self.running_max, 1, 4_096),
             ("waiting_max", self.waiting_max, 1, 65_536),

@@ -273,6 +273,7 @@ fn start_engine(
     );
     let scheduler = SchedulerConfig {
         step_rows_max: config.engine.step_rows_max,
+        prefill_rows_beside_decode_max: config.engine.prefill_rows_beside_decode_max,
         running_max: config.engine.running_max,
         waiting_max: config.engine.waiting_max,
         blocks,

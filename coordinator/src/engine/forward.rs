@@ -113,7 +113,11 @@ impl<'a> Positions<'a> {
 /// Cuts the rows of a step into micro-batches: two halves if each has `rows_min` rows, else one.
 fn micro_batches(rows: usize, rows_min: usize) -> Vec<Range<usize>> {
     let half = rows.div_ceil(2);
-    if rows / 2 >= rows_min { vec![0..half, half..rows] } else { vec![0..rows; 1] }
+    if rows / 2 >= rows_min {
+        vec![0..half, half..rows]
+    } else {
+        std::iter::once(0..rows).collect()
+    }
 }
 
 impl Forward {
@@ -339,10 +343,13 @@ mod tests {
 
     #[test]
     fn a_step_is_halved_once_both_halves_are_large_enough() {
-        assert_eq!(micro_batches(7, 4), [0..7]);
-        assert_eq!(micro_batches(8, 4), [0..4, 4..8]);
+        let lens = |rows, rows_min| -> Vec<usize> {
+            micro_batches(rows, rows_min).iter().map(Range::len).collect()
+        };
+        assert_eq!(lens(7, 4), [7]);
+        assert_eq!(lens(512, usize::MAX), [512]);
+        assert_eq!(lens(8, 4), [4, 4]);
         assert_eq!(micro_batches(9, 4), [0..5, 5..9]);
-        assert_eq!(micro_batches(512, usize::MAX), [0..512]);
     }
 
     #[test]

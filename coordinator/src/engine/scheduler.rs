@@ -6,7 +6,8 @@
 //! is why joining, leaving and recomputing need no special cases.
 //!
 //! Invariants:
-//! - rows of sequences that decode come first, so a prefill never holds a decode back;
+//! - rows of sequences that decode come first, so a prefill never holds a decode back, and beside
+//!   them a step has few rows of prompts, so that it does not make them wait for long;
 //! - a step never has more than `step_rows_max` rows, and every chunk's positions have blocks;
 //! - when blocks run out the youngest sequence gives its own back and waits at the head of the
 //!   queue: never an error, and never a different token, since rows do not depend on company;
@@ -31,6 +32,8 @@ pub struct SequenceId(pub u64);
 pub struct SchedulerConfig {
     /// Rows of one step.
     pub step_rows_max: usize,
+    /// Rows of prompts in a step in which others decode.
+    pub prefill_rows_beside_decode_max: usize,
     /// Sequences that have blocks at once.
     pub running_max: usize,
     /// Sequences that wait.
@@ -191,6 +194,9 @@ impl Scheduler {
         let mut rows_left = self.config.step_rows_max;
         let mut chunks = Vec::new();
         for decoding in [true, false] {
+            if !decoding && !chunks.is_empty() {
+                rows_left = rows_left.min(self.config.prefill_rows_beside_decode_max);
+            }
             // Oldest first; a preemption takes from the end and so never skips anybody.
             let mut at = 0;
             while at < self.running.len() && rows_left > 0 {
@@ -314,7 +320,13 @@ mod tests {
     use super::*;
 
     fn scheduler(step_rows_max: usize, blocks: usize) -> Scheduler {
-        Scheduler::new(SchedulerConfig { step_rows_max, running_max: 8, waiting_max: 4, blocks })
+        Scheduler::new(SchedulerConfig {
+            step_rows_max,
+            prefill_rows_beside_decode_max: step_rows_max,
+            running_max: 8,
+            waiting_max: 4,
+            blocks,
+        })
     }
 
     fn submit(s: &mut Scheduler, id: u64, tokens: &[u32], max: usize) -> Result<(), Refused> {
@@ -344,6 +356,54 @@ mod tests {
         assert_eq!(step(&mut s), [(1, 3, 1), (2, 3, 3)]);
         assert_eq!(step(&mut s), [(1, 4, 1), (2, 6, 3)]);
         assert_eq!(step(&mut s), [(1, 5, 1), (2, 9, 1)]);
+    }
+
+    #[test]
+    fn beside_a_decode_a_prefill_goes_on_in_small_chunks() {
+        let mut s = scheduler(16, 64);
+        s.config.prefill_rows_beside_decode_max = 3;
+        submit(&mut s, 1, &[1; 20], 32).unwrap();
+        assert_eq!(step(&mut s), [(1, 0, 16)]);
+        submit(&mut s, 2, &[2; 20], 32).unwrap();
+        // Nobody decodes yet: the rest of one prompt and the beginning of the next.
+        assert_eq!(step(&mut s), [(1, 16, 4), (2, 0, 12)]);
+        assert_eq!(step(&mut s), [(1, 20, 1), (2, 12, 3)]);
+        s.remove(SequenceId(1));
+        assert_eq!(step(&mut s), [(2, 15, 5)]);
+    }
+
+    #[test]
+    fn a_decode_is_in_every_step_whatever_prompts_arrive() {
+        for seed in 0..50_u64 {
+            let mut s = scheduler(8 + seed as usize % 9, 256);
+            s.config.prefill_rows_beside_decode_max = 1 + seed as usize % 5;
+            let mut decoding = std::collections::BTreeSet::new();
+            for turn in 0..200 {
+                let draw = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(turn);
+                if draw % 3 == 0 {
+                    let prompt = vec![draw as u32; 1 + (draw >> 8) as usize % 90];
+                    // A full queue refuses; there is enough to do then.
+                    let _ = submit(&mut s, turn.into(), &prompt, 512);
+                }
+                let plan = s.plan();
+                let planned = |id: &SequenceId| plan.iter().any(|chunk| chunk.id == *id);
+                let left_out = decoding.iter().find(|id| !planned(id));
+                assert_eq!(left_out, None, "seed {seed}, turn {turn}");
+                for chunk in &plan {
+                    s.computed(chunk);
+                    if chunk.reaches_end {
+                        s.append(chunk.id, 7);
+                        decoding.insert(chunk.id);
+                    }
+                }
+                if draw % 5 == 0
+                    && let Some(done) = decoding.pop_first()
+                {
+                    s.remove(done);
+                }
+            }
+            assert_eq!(s.preemptions(), 0, "seed {seed}: there are blocks for everybody");
+        }
     }
 
     #[test]
