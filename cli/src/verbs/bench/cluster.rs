@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
+use super::relay;
 use crate::cluster::data_dir::DataDir;
 use crate::cluster::plan::{self, Common, Member, Regions, Role, Transport, Weights};
 use crate::cluster::report::log_tail;
@@ -29,6 +30,8 @@ pub struct Wanted {
     pub transport: Transport,
     /// How many.
     pub nodes: u16,
+    /// How far away they are to be, in each direction.
+    pub link_delay: Duration,
 }
 
 /// Nodes that are ready. Those that are processes end when this is stopped or dropped.
@@ -54,8 +57,9 @@ impl Nodes {
         }
         let addresses: Vec<SocketAddr> =
             listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>()?;
+        let dialled = dialled(&addresses, wanted.link_delay)?;
         let address_of =
-            |(at, member): (usize, &Member)| (member.clone(), addresses.get(at).copied());
+            |(at, member): (usize, &Member)| (member.clone(), dialled.get(at).copied());
         let common = Common {
             model: wanted.model,
             weights: wanted.weights,
@@ -85,6 +89,15 @@ impl Nodes {
     pub async fn stop(self) {
         self.supervisor.stop().await;
     }
+}
+
+/// Where the coordinator finds nodes that listen at `addresses` but are to be further away.
+fn dialled(addresses: &[SocketAddr], delay: Duration) -> anyhow::Result<Vec<SocketAddr>> {
+    if delay.is_zero() {
+        return Ok(addresses.to_vec());
+    }
+    let relays = addresses.iter().map(|address| relay::open(*address, delay));
+    relays.collect::<Result<_, _>>().context("cannot open a relay")
 }
 
 async fn ready(

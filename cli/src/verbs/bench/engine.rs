@@ -60,6 +60,18 @@ pub struct EngineArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(NODES_MAX)))]
     nodes: u16,
 
+    /// Microseconds by which every byte to and from an expert node arrives later, as from another
+    /// site.
+    #[arg(long, env = "ENTENTE_LINK_DELAY_US", value_name = "US", default_value_t = 0)]
+    #[arg(value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    link_delay_us: u32,
+
+    /// Rows that each half of a step must have for the step to be cut in two; the configuration's
+    /// default if absent.
+    #[arg(long, env = "ENTENTE_MICRO_BATCH_ROWS_MIN", value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    micro_batch_rows_min: Option<u16>,
+
     /// Tokens of the prompts whose prefill is measured.
     #[arg(long, env = "ENTENTE_PREFILL", value_name = "N,…", value_delimiter = ',')]
     #[arg(default_value = "512", value_parser = clap::value_parser!(u16).range(1..))]
@@ -114,6 +126,7 @@ pub struct Found {
     kernel_class: String,
     transport: &'static str,
     nodes: u16,
+    link_delay_us: u32,
     threads: usize,
     prefill_tok_s: BySize,
     decode_tok_s: BySize,
@@ -135,6 +148,7 @@ pub fn run(args: &EngineArgs, logging: &LogArgs) -> anyhow::Result<Found> {
         threads: args.threads,
         transport: args.transport,
         nodes: args.nodes,
+        link_delay: Duration::from_micros(args.link_delay_us.into()),
     };
     let nodes = runtime.block_on(Nodes::start(wanted, logging))?;
     let found = measure(args, &nodes, &runtime);
@@ -145,6 +159,9 @@ pub fn run(args: &EngineArgs, logging: &LogArgs) -> anyhow::Result<Found> {
 fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Result<Found> {
     let mut config = nodes.coordinator.clone();
     config.engine.kv_cache_mib = KV_CACHE_MIB;
+    if let Some(rows_min) = args.micro_batch_rows_min {
+        config.engine.micro_batch_rows_min = rows_min.into();
+    }
     let sequences_max = args.decode.iter().copied().max().unwrap_or(1);
     config.engine.running_max = config.engine.running_max.max(sequences_max.into());
     config.engine.waiting_max = config.engine.waiting_max.max(sequences_max.into());
@@ -281,6 +298,7 @@ fn found(
         kernel_class: started.kernel_class.to_string(),
         transport: args.transport.name(),
         nodes: args.nodes,
+        link_delay_us: args.link_delay_us,
         threads,
         prefill_tok_s: by_size(&args.prefill, &|round| &round.prefill_tok_s),
         decode_tok_s: by_size(&args.decode, &|round| &round.decode_tok_s),

@@ -12,6 +12,7 @@ mod exchange;
 mod kernels;
 mod limits;
 mod random;
+mod relay;
 mod serve;
 mod stats;
 

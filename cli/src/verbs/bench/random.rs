@@ -32,10 +32,14 @@ impl Random {
         (0..len).map(|_| FIRST_TOKEN + self.below(ids) as u32).collect()
     }
 
+    /// A number in `[0, 1)`.
+    pub fn uniform(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
     /// Seconds until the next event of a Poisson process with `rate` events a second.
     pub fn gap_s(&mut self, rate: f64) -> f64 {
-        let uniform = (self.next() >> 11) as f64 / (1_u64 << 53) as f64;
-        -(1.0 - uniform).ln() / rate
+        -(1.0 - self.uniform()).ln() / rate
     }
 }
 

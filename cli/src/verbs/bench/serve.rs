@@ -1,26 +1,27 @@
-//! `entente bench serve`: open-loop load on a running cluster, as its users would make it.
+//! `entente bench serve`: load on a running cluster, as its users would make it.
 //!
-//! Requests arrive when a Poisson process says so, whether or not earlier ones were answered: a
-//! server that falls behind shows it in its times, which a closed loop would hide. Each request has
-//! a thread of its own and reads its stream through the public API.
+//! First a closed loop finds the capacity: so many requests are kept running for a while, each
+//! thread sending its next as soon as its last is answered. Then an open loop sends requests at a
+//! share of that, when a Poisson process says so, whether or not earlier ones were answered: a
+//! server that falls behind shows it in its times, which a closed loop would hide. With `--rate`
+//! the rate is given and the first part left out.
+//!
+//! A request's clock starts when it was due, so what this process may be late counts too.
 
-use std::thread;
+mod traffic;
+
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use clap::Args;
 use comfy_table::Table;
 use serde::Serialize;
-use serde_json::{Value, json};
 
-use super::random::Random;
+use self::traffic::{Lengths, Mix, Outcome};
 use super::stats::Percentiles;
 use crate::client::Client;
 use crate::cluster::{Endpoint, columns};
 use crate::exit::Misuse;
-
-/// Prompts use the ids below this, which every byte-level vocabulary has.
-const VOCAB: usize = 256;
 
 /// The flags of `entente bench serve`.
 #[derive(Debug, Args)]
@@ -28,141 +29,112 @@ pub struct ServeArgs {
     #[command(flatten)]
     endpoint: Endpoint,
 
-    /// Requests that arrive in a second, on average.
-    #[arg(long, env = "ENTENTE_RATE", value_name = "R", default_value_t = 1.0)]
-    rate: f64,
+    /// Share of the capacity at which requests arrive; the capacity is measured first.
+    #[arg(long, env = "ENTENTE_LOAD", value_name = "SHARE", default_value_t = 0.8)]
+    load: f64,
 
-    /// Requests in all.
+    /// Requests that arrive in a second, on average, instead of a share of the capacity.
+    #[arg(long, env = "ENTENTE_RATE", value_name = "R", conflicts_with = "load")]
+    rate: Option<f64>,
+
+    /// Requests in all, once the capacity is known.
     #[arg(long, env = "ENTENTE_REQUESTS", value_name = "N", default_value_t = 200)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=10_000))]
     requests: u16,
 
-    /// Lengths of prompts, of which each request takes one by chance.
-    #[arg(long, env = "ENTENTE_PROMPT_TOKENS", value_name = "N,…", value_delimiter = ',')]
-    #[arg(default_value = "64,512", value_parser = clap::value_parser!(u16).range(1..))]
-    prompt_tokens: Vec<u16>,
+    /// Requests that run at once while the capacity is measured.
+    #[arg(long, env = "ENTENTE_CONCURRENCY", value_name = "N", default_value_t = 32)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1_024))]
+    concurrency: u16,
+
+    /// How long the capacity is measured, a third of it to warm up.
+    #[arg(long, env = "ENTENTE_CAPACITY_SECONDS", value_name = "S", default_value_t = 30)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=3_600))]
+    capacity_seconds: u16,
+
+    /// Lengths of prompts, from shortest to longest, drawn log-uniformly.
+    #[arg(long, env = "ENTENTE_PROMPT_TOKENS", value_name = "MIN-MAX", default_value = "32-512")]
+    prompt_tokens: Lengths,
 
     /// Lengths of answers, likewise.
-    #[arg(long, env = "ENTENTE_OUTPUT_TOKENS", value_name = "N,…", value_delimiter = ',')]
-    #[arg(default_value = "16,128", value_parser = clap::value_parser!(u16).range(1..))]
-    output_tokens: Vec<u16>,
+    #[arg(long, env = "ENTENTE_OUTPUT_TOKENS", value_name = "MIN-MAX", default_value = "16-128")]
+    output_tokens: Lengths,
 
     /// Names the arrival times, lengths and prompts.
     #[arg(long, env = "ENTENTE_SEED", value_name = "N", default_value_t = 1)]
     seed: u64,
 }
 
-/// One request before it is sent.
-struct Planned {
-    at: Duration,
-    body: Value,
-}
-
-/// What became of a request.
-#[derive(Debug, Default)]
-struct Outcome {
-    /// From its arrival until its first token, in ms.
-    ttft_ms: Option<f64>,
-    /// Between pieces of the answer, in ms.
-    gaps_ms: Vec<f64>,
-    tokens: usize,
-    error: Option<String>,
-}
-
 /// What was found.
 #[derive(Debug, Serialize)]
 pub struct Found {
+    /// Requests a second that a closed loop got answered; absent with `--rate`.
+    capacity_requests_s: Option<f64>,
+    /// Requests a second that arrived on average.
     rate: f64,
     requests: usize,
     errors: usize,
     first_error: Option<String>,
     seconds: f64,
     requests_s: f64,
+    prompt_tok_s: f64,
     output_tok_s: f64,
     /// From arrival to first token.
     ttft_ms: Percentiles,
-    /// Between pieces of one answer: a token each, or what became text at once.
+    /// Between pieces of one answer: a token each, or what came at once.
     itl_ms: Percentiles,
     itl_max_ms: f64,
 }
 
-/// Sends everything and waits for the last answer.
+/// Measures the capacity unless the rate is given, then sends everything and waits for the end.
 pub fn run(args: &ServeArgs) -> anyhow::Result<Found> {
-    if !(args.rate.is_finite() && args.rate > 0.0) {
-        bail!(Misuse(format!("--rate {} is no number of requests a second", args.rate)));
-    }
     let client = Client::connect(&args.endpoint.url()?)?;
-    let planned = plan(args, client.model());
-    let start = Instant::now();
-    let outcomes: Vec<Outcome> = thread::scope(|scope| {
-        let mut asked = Vec::with_capacity(planned.len());
-        for request in &planned {
-            thread::sleep(request.at.saturating_sub(start.elapsed()));
-            let (client, due) = (&client, start + request.at);
-            asked.push(scope.spawn(move || ask(client, &request.body, due)));
-        }
-        asked.into_iter().map(|asked| asked.join().expect("asking does not panic")).collect()
-    });
-    Ok(found(args.rate, start.elapsed().as_secs_f64(), &outcomes))
-}
-
-fn plan(args: &ServeArgs, model: &str) -> Vec<Planned> {
-    let mut random = Random::new(args.seed);
-    let mut at_s = 0.0;
-    let mut request = || {
-        at_s += random.gap_s(args.rate);
-        let prompt = args.prompt_tokens[random.below(args.prompt_tokens.len())];
-        let output = args.output_tokens[random.below(args.output_tokens.len())];
-        let body = json!({
-            "model": model,
-            "prompt": random.tokens(prompt.into(), VOCAB),
-            "max_tokens": output,
-            "temperature": 0.0,
-            "ignore_eos": true,
-            "stream": true,
-            "return_token_ids": true,
-        });
-        Planned { at: Duration::from_secs_f64(at_s), body }
+    let mix = |seed| Mix::new(seed, client.model(), args.prompt_tokens, args.output_tokens);
+    let capacity = match args.rate {
+        Some(_) => None,
+        // Other prompts than the open loop's, which would be in the prefix cache then.
+        None => Some(capacity(args, &client, mix(!args.seed))?),
     };
-    (0..args.requests).map(|_| request()).collect()
+    let rate = args.rate.or(capacity.map(|capacity| capacity * args.load)).unwrap_or_default();
+    if !(rate.is_finite() && rate > 0.0) {
+        bail!(Misuse(format!("{rate} requests a second is no rate; see --rate and --load")));
+    }
+    let start = Instant::now();
+    let outcomes = traffic::open_loop(&client, mix(args.seed), args.requests, rate);
+    Ok(found(capacity, rate, start.elapsed().as_secs_f64(), &outcomes))
 }
 
-fn ask(client: &Client, body: &Value, due: Instant) -> Outcome {
-    let mut outcome = Outcome::default();
-    let mut last: Option<Instant> = None;
-    let answered = client.stream_chunks("completions", body, |chunk| {
-        let tokens = chunk["choices"][0]["token_ids"].as_array().map_or(0, Vec::len);
-        if tokens == 0 {
-            return Ok(());
-        }
-        let now = Instant::now();
-        let ms = |since: Instant| now.duration_since(since).as_secs_f64() * 1e3;
-        match last.replace(now) {
-            None => outcome.ttft_ms = Some(ms(due)),
-            Some(last) => outcome.gaps_ms.push(ms(last)),
-        }
-        outcome.tokens += tokens;
-        Ok(())
-    });
-    outcome.error = answered.err().map(|error| format!("{error:#}"));
-    outcome
+/// Requests a second that are answered when there are always enough of them. Each counts by the
+/// share of its tokens that arrived after the warm-up, in which all begin at once, and before the
+/// end, which cuts some off.
+fn capacity(args: &ServeArgs, client: &Client, mix: Mix) -> anyhow::Result<f64> {
+    let long = Duration::from_secs(args.capacity_seconds.into());
+    let begin = Instant::now() + long / 3;
+    let outcomes = traffic::closed_loop(client, mix, args.concurrency.into(), long);
+    let answered: f64 = outcomes.iter().map(|outcome| outcome.share_after(begin)).sum();
+    match outcomes.iter().find_map(|outcome| outcome.error.as_ref()) {
+        Some(error) if answered == 0.0 => bail!("no request was answered: {error}"),
+        _ => Ok(answered / (long - long / 3).as_secs_f64()),
+    }
 }
 
-fn found(rate: f64, seconds: f64, outcomes: &[Outcome]) -> Found {
-    let answered = outcomes.iter().filter(|outcome| outcome.error.is_none());
-    let ttft_ms: Vec<f64> = answered.clone().filter_map(|outcome| outcome.ttft_ms).collect();
-    let gaps_ms: Vec<f64> =
-        answered.clone().flat_map(|outcome| outcome.gaps_ms.iter().copied()).collect();
-    let tokens: usize = outcomes.iter().map(|outcome| outcome.tokens).sum();
-    let answered = answered.count();
+fn found(capacity: Option<f64>, rate: f64, seconds: f64, outcomes: &[Outcome]) -> Found {
+    let answered: Vec<&Outcome> = outcomes.iter().filter(|o| o.error.is_none()).collect();
+    let ttft_ms: Vec<f64> = answered.iter().filter_map(|outcome| outcome.ttft_ms()).collect();
+    let gaps_ms: Vec<f64> = answered.iter().flat_map(|outcome| outcome.gaps_ms()).collect();
+    let per_s = |of: &dyn Fn(&Outcome) -> usize| {
+        answered.iter().map(|outcome| of(outcome)).sum::<usize>() as f64 / seconds
+    };
     Found {
+        capacity_requests_s: capacity,
         rate,
         requests: outcomes.len(),
-        errors: outcomes.len() - answered,
+        errors: outcomes.len() - answered.len(),
         first_error: outcomes.iter().find_map(|outcome| outcome.error.clone()),
         seconds,
-        requests_s: answered as f64 / seconds,
-        output_tok_s: tokens as f64 / seconds,
+        requests_s: answered.len() as f64 / seconds,
+        prompt_tok_s: per_s(&|outcome| outcome.prompt_tokens),
+        output_tok_s: per_s(&Outcome::tokens),
         ttft_ms: Percentiles::of(&ttft_ms),
         itl_ms: Percentiles::of(&gaps_ms),
         itl_max_ms: gaps_ms.iter().copied().fold(0.0, f64::max),
@@ -180,17 +152,23 @@ impl super::Report for Found {
     }
 
     fn notes(&self) -> Vec<String> {
-        let mut notes = vec![format!(
-            "{} requests at {} a second in {:.1} s: {:.2} requests/s, {:.1} tok/s, {} errors; \
-             longest gap {:.1} ms",
+        let mut notes = Vec::new();
+        notes.extend(self.capacity_requests_s.map(|capacity| {
+            let share = self.rate / capacity * 100.0;
+            format!("capacity {capacity:.2} requests/s, load {share:.0} %")
+        }));
+        notes.push(format!(
+            "{} requests at {:.2} a second in {:.1} s: {:.2} requests/s, {:.1} tok/s of prompts, \
+             {:.1} tok/s of answers, {} errors; longest gap {:.1} ms",
             self.requests,
             self.rate,
             self.seconds,
             self.requests_s,
+            self.prompt_tok_s,
             self.output_tok_s,
             self.errors,
             self.itl_max_ms
-        )];
+        ));
         notes.extend(self.first_error.iter().map(|error| format!("first error: {error}")));
         notes
     }
