@@ -128,13 +128,15 @@ impl Cluster {
 }
 
 const REQUESTS: u32 = 6;
+/// Enough that all are still running when each has begun.
+const TOKENS: usize = 200;
 
 fn request(number: u32) -> Request {
     let temperature = if number.is_multiple_of(2) { 0.0 } else { 0.8 };
     Request {
         prompt: (0..20 + 17 * number).map(|i| 3 + (i * 7 + number * 31) % 200).collect(),
         sampling: Sampling { temperature, top_p: 1.0, top_k: 0, min_p: 0.0, seed: number.into() },
-        stop: StopConditions { max_tokens: 40, ..StopConditions::default() },
+        stop: StopConditions { max_tokens: TOKENS, ..StopConditions::default() },
         logprobs: Some(2),
         prompt_logprobs: Some(1),
     }
@@ -191,6 +193,8 @@ fn a_node_that_dies_with_both_halves_out_changes_nothing(transport: Transport) {
         begun.push(heard.collect());
     }
     cluster.kill(1);
+    let generated = cluster.started.api.metrics.generation_tokens.get();
+    assert!(generated < u64::from(REQUESTS) * TOKENS as u64 / 2, "{generated} tokens were there");
     for (begun, events) in begun.iter_mut().zip(&mut all) {
         *begun += &rest(events);
     }
