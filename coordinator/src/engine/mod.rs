@@ -12,6 +12,7 @@
 pub mod blocks;
 pub mod exchanger;
 pub mod forward;
+pub mod logits;
 pub mod output;
 pub mod sampler;
 pub mod scheduler;
