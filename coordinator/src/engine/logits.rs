@@ -84,6 +84,27 @@ impl Weighing {
         logits.chunks(BLOCK_LEN).map(|block| self.block_sum(block))
     }
 
+    /// Which of [`BINS`] a logit of any weight belongs to; likelier ones come first.
+    pub fn bin(&self, logit: f32) -> usize {
+        (((self.max - logit) * self.scale * BINS_PER_UNIT) as usize).min(BINS - 1)
+    }
+
+    /// The sum of the weights of each bin.
+    pub fn bin_sums(&self, logits: &[f32]) -> Vec<f64> {
+        let mut sums = vec![0.0; BINS];
+        for part in logits.chunks(SCAN_LEN) {
+            // In a loop of their own, which becomes vector instructions.
+            let mut weights = [0.0; SCAN_LEN];
+            for (weight, logit) in weights.iter_mut().zip(part) {
+                *weight = self.weight(*logit);
+            }
+            for (weight, logit) in weights.iter().zip(part) {
+                sums[self.bin(*logit)] += f64::from(*weight);
+            }
+        }
+        sums
+    }
+
     fn block_sum(&self, block: &[f32]) -> f64 {
         let (vectors, rest) = block.as_chunks::<LANES>();
         let mut lanes = [0.0_f32; LANES];
@@ -101,6 +122,10 @@ impl Weighing {
 
 /// Below this `exp` is taken for 0.
 const EXP_MIN: f32 = -87.0;
+/// Bins of logits, after scaling, in a factor e of weight.
+const BINS_PER_UNIT: f32 = 16.0;
+/// Bins in all: the last one has what weighs next to nothing.
+pub const BINS: usize = 1_394;
 /// Adding it rounds to an integer, which then stands in the lowest bits.
 const ROUND: f32 = 12_582_912.0;
 

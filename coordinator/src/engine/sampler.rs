@@ -46,10 +46,6 @@ pub struct ScoredToken {
     pub top: Vec<TokenLogprob>,
 }
 
-/// Likeliest tokens among which top-p looks first; so many times more each time they do not do.
-const TOP_P_FIRST: usize = 64;
-const TOP_P_GROWTH: usize = 16;
-
 /// Chooses the token at `position` from `logits` (one per token of the vocabulary).
 pub fn sample(logits: &[f32], sampling: &Sampling, position: usize) -> u32 {
     if sampling.temperature == 0.0 {
@@ -103,8 +99,7 @@ fn filter(logits: &[f32], sampling: &Sampling, weighing: &Weighing) -> Vec<(u32,
         top_k => {
             let mut kept = weighed(logits, sampling, top_k);
             if sampling.top_p < 1.0 {
-                let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
-                kept.truncate(covering_len(&kept, sampling, total).unwrap_or(kept.len()));
+                kept.truncate(covering_len(&kept, sampling.top_p));
             }
             kept
         }
@@ -115,21 +110,30 @@ fn filter(logits: &[f32], sampling: &Sampling, weighing: &Weighing) -> Vec<(u32,
     kept
 }
 
-/// The likeliest tokens of the whole vocabulary whose probabilities reach top-p.
+/// The likeliest tokens of the whole vocabulary whose probabilities reach top-p, in the order of
+/// their ids. Weights are added up in bins of like logits first, so that only those tokens need to
+/// be sorted among which the last one to be kept is.
 fn likeliest_within(logits: &[f32], sampling: &Sampling, weighing: &Weighing) -> Vec<(u32, f64)> {
-    let total = Weighing { weight_min: 0.0, ..*weighing }.block_sums(logits).sum();
-    let mut count = TOP_P_FIRST;
-    loop {
-        let mut kept = weighed(logits, sampling, count);
-        if let Some(len) = covering_len(&kept, sampling, total) {
-            kept.truncate(len);
-            return kept;
-        }
-        if kept.len() < count {
-            return kept;
-        }
-        count *= TOP_P_GROWTH;
-    }
+    let weighing = Weighing { weight_min: 0.0, ..*weighing };
+    let sums = weighing.bin_sums(logits);
+    let enough = f64::from(sampling.top_p) * sums.iter().sum::<f64>();
+    let mut sum = 0.0;
+    let reaches = |more: f64, sum: &mut f64| {
+        *sum += more;
+        *sum >= enough
+    };
+    let bin = sums.iter().position(|more| reaches(*more, &mut sum)).unwrap_or(sums.len() - 1);
+    sum = sums[..bin].iter().sum();
+    let weight = |logit: f32| f64::from(weighing.weight(logit));
+    let tokens = (0_u32..).zip(logits.iter().copied());
+    let is_member = |logit: f32| weighing.bin(logit) == bin && weight(logit) > 0.0;
+    let mut members: Vec<(u32, f32)> = tokens.clone().filter(|(_, x)| is_member(*x)).collect();
+    members.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    // The one that crosses the threshold is kept: the set has to reach it.
+    let last = members.iter().find(|(_, logit)| reaches(weight(*logit), &mut sum));
+    let Some(&(last_id, last)) = last.or(members.last()) else { return Vec::new() };
+    let kept = tokens.filter(|(id, logit)| *logit > last || (*logit == last && *id <= last_id));
+    kept.map(|(id, logit)| (id, weight(logit))).collect()
 }
 
 /// The `count` likeliest tokens, likeliest first, with their unnormalised weights.
@@ -141,16 +145,16 @@ fn weighed(logits: &[f32], sampling: &Sampling, count: usize) -> Vec<(u32, f64)>
     ids.into_iter().map(|id| (id, ((logit(id) - max) / temperature).exp())).collect()
 }
 
-/// How many of the first tokens reach the share top-p of `total` together, if all of them do. The
-/// one that crosses the threshold is one of them: the set has to reach it.
-fn covering_len(kept: &[(u32, f64)], sampling: &Sampling, total: f64) -> Option<usize> {
-    let enough = f64::from(sampling.top_p) * total;
+/// How many of the first tokens reach the share `top_p` together. The one that crosses the
+/// threshold is one of them: the set has to reach it.
+fn covering_len(kept: &[(u32, f64)], top_p: f32) -> usize {
+    let enough = f64::from(top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
     let mut sum = 0.0;
     let crossing = kept.iter().position(|(_, weight)| {
         sum += weight;
         sum >= enough
     });
-    crossing.map(|at| at + 1)
+    crossing.map_or(kept.len(), |at| at + 1)
 }
 
 fn draw(candidates: &[(u32, f64)], uniform: f64) -> Option<u32> {
