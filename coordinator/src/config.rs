@@ -50,6 +50,17 @@ pub enum Transport {
     Inproc,
 }
 
+/// Whether sequences that repeat themselves are decoded several tokens a step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Speculation {
+    /// Where it is expected to pay. The answers are the same, to the last digit.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+}
+
 /// Bounds of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -71,6 +82,10 @@ pub struct EngineConfig {
     pub kv_cache_mib: usize,
     /// Longest time that one exchange may take, restoring of replicas included.
     pub exchange_deadline_ms: u64,
+    /// Whether tokens are guessed and verified.
+    pub speculation: Speculation,
+    /// Tokens that are guessed at once for one sequence at most.
+    pub draft_tokens_max: usize,
 }
 
 impl Default for EngineConfig {
@@ -83,6 +98,8 @@ impl Default for EngineConfig {
             waiting_max: 256,
             kv_cache_mib: 256,
             exchange_deadline_ms: 10_000,
+            speculation: Speculation::Auto,
+            draft_tokens_max: 16,
         }
     }
 }
@@ -103,6 +120,7 @@ impl EngineConfig {
             ("waiting_max", self.waiting_max, 1, 65_536),
             ("kv_cache_mib", self.kv_cache_mib, 1, 1 << 20),
             ("exchange_deadline_ms", self.exchange_deadline_ms as usize, 1, 600_000),
+            ("draft_tokens_max", self.draft_tokens_max, 1, 64),
         ];
         match bounds.into_iter().find(|(_, value, min, max)| !(*min..=*max).contains(value)) {
             None => Ok(()),

@@ -26,6 +26,10 @@ pub struct Metrics {
     pub preemptions: IntCounter,
     /// Prompt rows taken from the prefix cache instead of being computed.
     pub prefix_rows_reused: IntCounter,
+    /// Tokens that were guessed and computed.
+    pub draft_tokens: IntCounter,
+    /// Guessed tokens that were right.
+    pub accepted_tokens: IntCounter,
     /// Finished requests by reason.
     pub finished: IntCounterVec,
     /// Frames sent to expert nodes, repeated ones included.
@@ -75,6 +79,14 @@ impl Metrics {
             prefix_rows_reused: counter(
                 "prefix_rows_reused_total",
                 "Rows taken from the prefix cache instead of being computed.",
+            ),
+            draft_tokens: counter(
+                "speculation_draft_tokens_total",
+                "Tokens guessed from earlier text and computed.",
+            ),
+            accepted_tokens: counter(
+                "speculation_accepted_tokens_total",
+                "Guessed tokens that were what the model said.",
             ),
             finished: counters(
                 "requests_finished_total",

@@ -20,7 +20,7 @@ use entente_proto::link::{Link, LinkEvents};
 use entente_router::view::{ClusterView, NodeView};
 
 use crate::api::{self, Api};
-use crate::config::{Config, Transport};
+use crate::config::{Config, Speculation, Transport};
 use crate::engine::exchanger::{self, Exchanger};
 use crate::engine::forward::Forward;
 use crate::engine::scheduler::SchedulerConfig;
@@ -278,8 +278,13 @@ fn start_engine(
         waiting_max: config.engine.waiting_max,
         blocks,
     };
+    let draft_tokens_max = match config.engine.speculation {
+        Speculation::Auto => config.engine.draft_tokens_max,
+        Speculation::Off => 0,
+    };
     let parts = Parts {
         scheduler,
+        draft_tokens_max,
         forward,
         exchanger,
         tokenizer: tokenizer.clone(),

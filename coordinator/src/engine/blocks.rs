@@ -130,6 +130,12 @@ impl Blocks {
         });
     }
 
+    /// Takes back what `table` has beyond `positions` positions.
+    pub fn shrink(&mut self, table: &mut Vec<u32>, positions: usize) {
+        let mut surplus = table.split_off(Self::needed(positions).min(table.len()));
+        self.release(&mut surplus);
+    }
+
     /// Takes back what one sequence used.
     pub fn release(&mut self, table: &mut Vec<u32>) {
         // From the end, so that the beginning of a sequence, which others share, is kept longest.

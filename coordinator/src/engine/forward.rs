@@ -360,6 +360,7 @@ mod tests {
             tokens: vec![1; len],
             blocks,
             reaches_end: true,
+            draft_len: 0,
         };
         let chunks = [chunk(BLOCK_LEN - 1, 2, vec![5, 3]), chunk(0, 1, vec![9])];
         let positions = Positions::of(&chunks);

@@ -6,15 +6,17 @@
 //! engine that they are gone by closing their event channel, so a client that disconnects frees
 //! its slot and its cache before the next step.
 //!
-//! The pure parts are [`scheduler`], [`sampler`] and [`output`]; [`forward`] and [`exchanger`] do
+//! The pure parts are [`scheduler`], [`speculation`], [`sampler`] and [`output`]; [`forward`] and [`exchanger`] do
 //! the arithmetic and the talking.
 
 pub mod blocks;
 pub mod exchanger;
 pub mod forward;
+pub mod logits;
 pub mod output;
 pub mod sampler;
 pub mod scheduler;
+pub mod speculation;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +32,7 @@ use self::forward::{Forward, StepRows};
 use self::output::{Finish, StopConditions, TextStream};
 use self::sampler::{Sampling, ScoredToken};
 use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
+use self::speculation::{Candidate, HitRate, Speculator};
 use crate::metrics::Metrics;
 
 /// Events beyond one a token: prompt scores, the end, and one to spare.
@@ -141,11 +144,16 @@ struct Generation {
     generated: usize,
     /// Scores of prompt tokens so far; `None` when not wanted or already sent.
     prompt_scores: Option<Vec<Option<ScoredToken>>>,
+    /// How often the lookup was right about this one.
+    hit_rate: HitRate,
+    /// What the lookup says comes next in this step, drafted or not.
+    guesses: Vec<u32>,
 }
 
 /// The owner of everything; runs on its own thread.
 pub struct Engine {
     scheduler: Scheduler,
+    speculator: Speculator,
     forward: Forward,
     exchanger: Exchanger,
     tokenizer: Arc<Tokenizer>,
@@ -160,6 +168,8 @@ pub struct Engine {
 pub struct Parts {
     /// Bounds.
     pub scheduler: SchedulerConfig,
+    /// Tokens that are guessed at once for one sequence at most; 0 for none.
+    pub draft_tokens_max: usize,
     /// The model's part.
     pub forward: Forward,
     /// The way to the experts.
@@ -180,6 +190,7 @@ impl Engine {
         parts.metrics.kv_blocks_total.set(parts.scheduler.blocks as i64);
         let mut engine = Self {
             scheduler: Scheduler::new(parts.scheduler),
+            speculator: Speculator::new(parts.draft_tokens_max),
             forward: parts.forward,
             exchanger: parts.exchanger,
             tokenizer: parts.tokenizer,
@@ -241,6 +252,8 @@ impl Engine {
             position: request.prompt.len(),
             generated: 0,
             prompt_scores: request.prompt_logprobs.map(|_| vec![None]),
+            hit_rate: self.speculator.prior(),
+            guesses: Vec::new(),
             request,
         };
         self.generations.insert(id, generation);
@@ -282,11 +295,16 @@ impl Engine {
     }
 
     fn step(&mut self) {
-        let chunks = self.scheduler.plan();
+        let mut chunks = self.scheduler.plan();
         if chunks.is_empty() {
             return;
         }
-        let _timer = self.metrics.step_seconds.start_timer();
+        let timer = self.metrics.step_seconds.start_timer();
+        // A step that computes prompts is not made longer, since somebody waits for its end.
+        let decodes = chunks.iter().all(Chunk::decodes);
+        if decodes && self.speculator.draft_tokens_max() > 0 {
+            self.draft(&mut chunks);
+        }
         let logit_rows = self.logit_rows(&chunks);
         let step = StepRows { chunks: &chunks, logit_rows: &logit_rows };
         match self.forward.run(&step, &mut self.exchanger) {
@@ -303,6 +321,30 @@ impl Engine {
                     }
                 }
             }
+        }
+        let seconds = timer.stop_and_record();
+        if decodes {
+            self.speculator.observe_step(chunks.iter().map(|c| c.tokens.len()).sum(), seconds);
+        }
+    }
+
+    /// Looks up what each sequence may say next, and adds it to its chunk where that pays.
+    fn draft(&mut self, chunks: &mut [Chunk]) {
+        let len_max = self.speculator.draft_tokens_max();
+        let mut candidates = Vec::with_capacity(chunks.len());
+        for chunk in &*chunks {
+            let guesses = speculation::lookup(self.scheduler.tokens(chunk.id), len_max);
+            let len = guesses.len();
+            let generation = self.generations.get_mut(&chunk.id);
+            let generation = generation.expect("what is scheduled is being generated");
+            generation.guesses = guesses;
+            candidates.push(Candidate { hit_rate: generation.hit_rate, len });
+        }
+        let rows_free = self.scheduler.step_rows_max() - chunks.len();
+        let lens = self.speculator.choose(&candidates, chunks.len(), rows_free);
+        for (chunk, len) in chunks.iter_mut().zip(lens) {
+            self.scheduler.extend(chunk, &self.generations[&chunk.id].guesses[..len]);
+            self.metrics.draft_tokens.inc_by(chunk.draft_len as u64);
         }
     }
 
@@ -327,23 +369,38 @@ impl Engine {
         let mut wanted = logit_rows.iter().zip(logits.chunks_exact(self.vocab)).peekable();
         let mut first_row = 0;
         for chunk in chunks {
-            self.scheduler.computed(chunk);
+            self.scheduler.computed(chunk.id, chunk.known_len());
             let end_row = first_row + chunk.tokens.len();
+            let mut is_known = true;
             while let Some((row, logits)) = wanted.next_if(|(row, _)| **row < end_row) {
-                let position = chunk.start + row - first_row;
-                self.deliver_row(chunk, position, logits);
+                // Behind a wrong guess no row means anything.
+                is_known = is_known && self.deliver_row(chunk, row - first_row, logits);
             }
             first_row = end_row;
             self.finish_prompt(chunk);
         }
     }
 
-    fn deliver_row(&mut self, chunk: &Chunk, position: usize, logits: &[f32]) {
-        let Some(generation) = self.generations.get_mut(&chunk.id) else { return };
-        generation.score_prompt(position, logits);
-        if chunk.reaches_end && position + 1 == generation.position {
-            self.sample(chunk.id, logits);
+    /// Uses row `at` of a chunk, whose token is known. Returns whether that of the next row is.
+    fn deliver_row(&mut self, chunk: &Chunk, at: usize, logits: &[f32]) -> bool {
+        let Some(generation) = self.generations.get_mut(&chunk.id) else { return false };
+        generation.score_prompt(chunk.start + at, logits);
+        if !chunk.reaches_end || at + 1 < chunk.known_len() {
+            return true;
         }
+        let draft_at = at + 1 - chunk.known_len();
+        let (token, score) = generation.draw(logits);
+        let hit = generation.guesses.get(draft_at).map(|guess| *guess == token);
+        if let Some(hit) = hit {
+            self.speculator.observe_token(&mut generation.hit_rate, hit);
+        }
+        self.advance(chunk.id, token, score);
+        let accepted = draft_at < chunk.draft_len && hit == Some(true);
+        if accepted {
+            self.scheduler.computed(chunk.id, 1);
+            self.metrics.accepted_tokens.inc();
+        }
+        accepted
     }
 
     /// Sends prompt scores once they are complete, and ends requests that wanted nothing else.
@@ -360,13 +417,11 @@ impl Engine {
         }
     }
 
-    fn sample(&mut self, id: SequenceId, logits: &[f32]) {
+    /// Takes the token that follows the known ones, and tells the client of it.
+    fn advance(&mut self, id: SequenceId, token: u32, score: Option<ScoredToken>) {
         let Some(generation) = self.generations.get_mut(&id) else { return };
         generation.send_prompt_scores();
-        let request = &generation.request;
-        let token = sampler::sample(logits, &request.sampling, generation.position);
-        let score = request.logprobs.map(|top_len| sampler::score(logits, token, top_len));
-        let ends = request.stop.token_ids.contains(&token);
+        let ends = generation.request.stop.token_ids.contains(&token);
         if generation.generated == 0 {
             self.metrics.ttft_seconds.observe(generation.arrived.elapsed().as_secs_f64());
         }
@@ -410,11 +465,11 @@ impl Engine {
 }
 
 impl Generation {
-    /// Whether the row at `position` predicts something that is asked for.
+    /// Whether the row at `position` predicts something that is asked for; every guess's does.
     fn wants_logits(&self, chunk: &Chunk, position: usize) -> bool {
         let samples = self.request.stop.max_tokens > 0
             && chunk.reaches_end
-            && position + 1 == chunk.start + chunk.tokens.len();
+            && position + 1 >= chunk.start + chunk.known_len();
         samples || self.wants_prompt_score(position)
     }
 
@@ -424,6 +479,13 @@ impl Generation {
         let predicted = position + 1;
         predicted < self.request.prompt.len()
             && self.prompt_scores.as_ref().is_some_and(|scores| scores.len() <= predicted)
+    }
+
+    /// Draws the token that follows the known ones, with its score if that is asked for.
+    fn draw(&self, logits: &[f32]) -> (u32, Option<ScoredToken>) {
+        let Request { sampling, logprobs, .. } = &self.request;
+        let token = sampler::sample(logits, sampling, self.position);
+        (token, logprobs.map(|top_len| sampler::score(logits, token, top_len)))
     }
 
     fn score_prompt(&mut self, position: usize, logits: &[f32]) {

@@ -3,10 +3,15 @@
 //! re-batched step draws the same token.
 //!
 //! Order of the filters: temperature, top-k, top-p, min-p, as in Hugging Face transformers. Ties
-//! go to the lower token id throughout.
+//! go to the lower token id throughout. Tokens that survive lie side by side in the order of their
+//! ids, each as wide as its weight, and the random number points at one of them.
+//!
+//! Only what must see the whole vocabulary does, by the loops of [`logits`](super::logits).
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use super::logits::{self, BLOCK_LEN, Weighing};
 
 /// How a request wants its tokens chosen. Validated by the API.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,22 +49,22 @@ pub struct ScoredToken {
 /// Chooses the token at `position` from `logits` (one per token of the vocabulary).
 pub fn sample(logits: &[f32], sampling: &Sampling, position: usize) -> u32 {
     if sampling.temperature == 0.0 {
-        return argmax(logits);
+        return logits::argmax(logits);
     }
-    let candidates = filter(logits, sampling);
-    draw(&candidates, uniform(sampling.seed, position))
+    let uniform = uniform(sampling.seed, position);
+    let weighing = weighing(logits, sampling);
+    let token = if sampling.top_k == 0 && sampling.top_p >= 1.0 {
+        draw_from_all(logits, &weighing, uniform)
+    } else {
+        draw(&filter(logits, sampling, &weighing), uniform)
+    };
+    // Rounding can leave a sliver at the end; it belongs to the likeliest.
+    token.unwrap_or_else(|| logits::argmax(logits))
 }
 
-/// The most likely token; the lowest id among equals. NaN never wins.
-pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    let mut best_logit = f32::NEG_INFINITY;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > best_logit {
-            (best, best_logit) = (id, logit);
-        }
-    }
-    best as u32
+fn weighing(logits: &[f32], sampling: &Sampling) -> Weighing {
+    let scale = 1.0 / sampling.temperature;
+    Weighing { max: logits::max(logits), scale, weight_min: sampling.min_p }
 }
 
 /// Uniform in [0, 1), a function of seed and position only (ChaCha8, one stream a position).
@@ -69,66 +74,106 @@ fn uniform(seed: u64, position: usize) -> f64 {
     (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Tokens that survive the filters with their unnormalised weights, likeliest first.
-fn filter(logits: &[f32], sampling: &Sampling) -> Vec<(u32, f64)> {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let likelier =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    if (1..order.len()).contains(&sampling.top_k) {
-        order.select_nth_unstable_by(sampling.top_k - 1, likelier);
-        order.truncate(sampling.top_k);
-    }
-    order.sort_unstable_by(likelier);
-    let max = f64::from(logits[order[0] as usize]);
-    let temperature = f64::from(sampling.temperature);
-    let weight = |id: u32| ((f64::from(logits[id as usize]) - max) / temperature).exp();
-    let mut kept: Vec<(u32, f64)> = order.into_iter().map(|id| (id, weight(id))).collect();
-    if sampling.top_p < 1.0 {
-        let total: f64 = kept.iter().map(|(_, w)| w).sum();
-        let enough = f64::from(sampling.top_p) * total;
-        let mut sum = 0.0;
-        // Keep the token that crosses the threshold: the set has to reach it.
-        let cut = kept.iter().position(|(_, w)| {
-            sum += w;
-            sum >= enough
-        });
-        kept.truncate(cut.map_or(kept.len(), |at| at + 1));
-    }
+/// Draws from the whole vocabulary: a block by the blocks' sums, then a token within.
+fn draw_from_all(logits: &[f32], weighing: &Weighing, uniform: f64) -> Option<u32> {
+    let sums: Vec<f64> = weighing.block_sums(logits).collect();
+    let mut left = uniform * sums.iter().sum::<f64>();
+    let at = sums.iter().position(|sum| {
+        let is_here = left < *sum;
+        left -= if is_here { 0.0 } else { *sum };
+        is_here
+    })?;
+    let block = logits[at * BLOCK_LEN..].iter().take(BLOCK_LEN);
+    let mut weights = block.map(|logit| f64::from(weighing.weight(*logit)));
+    let within = weights.position(|weight| {
+        left -= weight;
+        left < 0.0
+    })?;
+    Some((at * BLOCK_LEN + within) as u32)
+}
+
+/// Tokens that survive top-k, top-p and min-p with their weights, in the order of their ids.
+fn filter(logits: &[f32], sampling: &Sampling, weighing: &Weighing) -> Vec<(u32, f64)> {
+    let mut kept = match sampling.top_k {
+        0 => likeliest_within(logits, sampling, weighing),
+        top_k => {
+            let mut kept = weighed(logits, sampling, top_k);
+            if sampling.top_p < 1.0 {
+                kept.truncate(covering_len(&kept, sampling.top_p));
+            }
+            kept
+        }
+    };
     // The likeliest token has weight 1, so min_p compares with the weights directly.
-    kept.retain(|(_, w)| *w >= f64::from(sampling.min_p));
+    kept.retain(|(_, weight)| *weight >= f64::from(sampling.min_p));
+    kept.sort_unstable_by_key(|(id, _)| *id);
     kept
 }
 
-fn draw(candidates: &[(u32, f64)], uniform: f64) -> u32 {
-    let total: f64 = candidates.iter().map(|(_, w)| w).sum();
-    let mut left = uniform * total;
-    for (id, weight) in candidates {
-        left -= weight;
-        if left < 0.0 {
-            return *id;
-        }
-    }
-    // Rounding can leave a sliver; it belongs to the last candidate.
-    candidates.last().map_or(0, |(id, _)| *id)
+/// The likeliest tokens of the whole vocabulary whose probabilities reach top-p, in the order of
+/// their ids. Weights are added up in bins of like logits first, so that only those tokens need to
+/// be sorted among which the last one to be kept is.
+fn likeliest_within(logits: &[f32], sampling: &Sampling, weighing: &Weighing) -> Vec<(u32, f64)> {
+    let weighing = Weighing { weight_min: 0.0, ..*weighing };
+    let sums = weighing.bin_sums(logits);
+    let enough = f64::from(sampling.top_p) * sums.iter().sum::<f64>();
+    let mut sum = 0.0;
+    let reaches = |more: f64, sum: &mut f64| {
+        *sum += more;
+        *sum >= enough
+    };
+    let bin = sums.iter().position(|more| reaches(*more, &mut sum)).unwrap_or(sums.len() - 1);
+    sum = sums[..bin].iter().sum();
+    let weight = |logit: f32| f64::from(weighing.weight(logit));
+    let tokens = (0_u32..).zip(logits.iter().copied());
+    let is_member = |logit: f32| weighing.bin(logit) == bin && weight(logit) > 0.0;
+    let mut members: Vec<(u32, f32)> = tokens.clone().filter(|(_, x)| is_member(*x)).collect();
+    members.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    // The one that crosses the threshold is kept: the set has to reach it.
+    let last = members.iter().find(|(_, logit)| reaches(weight(*logit), &mut sum));
+    let Some(&(last_id, last)) = last.or(members.last()) else { return Vec::new() };
+    let kept = tokens.filter(|(id, logit)| *logit > last || (*logit == last && *id <= last_id));
+    kept.map(|(id, logit)| (id, weight(logit))).collect()
 }
 
-/// Log-probability of `id` and of the `top_len` likeliest tokens: `x - log(sum(exp(x)))` in f64.
+/// The `count` likeliest tokens, likeliest first, with their unnormalised weights.
+fn weighed(logits: &[f32], sampling: &Sampling, count: usize) -> Vec<(u32, f64)> {
+    let ids = logits::likeliest(logits, count);
+    let logit = |id: u32| f64::from(logits[id as usize]);
+    let max = ids.first().map_or(0.0, |id| logit(*id));
+    let temperature = f64::from(sampling.temperature);
+    ids.into_iter().map(|id| (id, ((logit(id) - max) / temperature).exp())).collect()
+}
+
+/// How many of the first tokens reach the share `top_p` together. The one that crosses the
+/// threshold is one of them: the set has to reach it.
+fn covering_len(kept: &[(u32, f64)], top_p: f32) -> usize {
+    let enough = f64::from(top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    let mut sum = 0.0;
+    let crossing = kept.iter().position(|(_, weight)| {
+        sum += weight;
+        sum >= enough
+    });
+    crossing.map_or(kept.len(), |at| at + 1)
+}
+
+fn draw(candidates: &[(u32, f64)], uniform: f64) -> Option<u32> {
+    let mut left = uniform * candidates.iter().map(|(_, weight)| weight).sum::<f64>();
+    let chosen = candidates.iter().find(|(_, weight)| {
+        left -= weight;
+        left < 0.0
+    });
+    chosen.map(|(id, _)| *id)
+}
+
+/// Log-probability of `id` and of the `top_len` likeliest tokens: `x - log(sum(exp(x)))`.
 pub fn score(logits: &[f32], id: u32, top_len: usize) -> ScoredToken {
-    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|x| (f64::from(*x) - max).exp()).sum();
-    let log_sum = max + sum.ln();
+    let weighing = Weighing { max: logits::max(logits), scale: 1.0, weight_min: 0.0 };
+    let log_sum = f64::from(weighing.max) + weighing.block_sums(logits).sum::<f64>().ln();
     let logprob =
         |id: u32| TokenLogprob { id, logprob: (f64::from(logits[id as usize]) - log_sum) as f32 };
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let likelier =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let top_len = top_len.min(order.len());
-    if top_len > 0 && top_len < order.len() {
-        order.select_nth_unstable_by(top_len - 1, likelier);
-    }
-    order.truncate(top_len);
-    order.sort_unstable_by(likelier);
-    ScoredToken { token: logprob(id), top: order.into_iter().map(logprob).collect() }
+    let top = logits::likeliest(logits, top_len);
+    ScoredToken { token: logprob(id), top: top.into_iter().map(logprob).collect() }
 }
 
 #[cfg(test)]
@@ -137,11 +182,6 @@ mod tests {
 
     const PLAIN: Sampling =
         Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 42 };
-
-    #[test]
-    fn the_lower_id_wins_a_tie_and_nan_never_wins() {
-        assert_eq!(argmax(&[f32::NAN, 1.0, 3.0, 3.0]), 2);
-    }
 
     #[test]
     fn frequencies_follow_the_probabilities() {
@@ -171,13 +211,71 @@ mod tests {
     fn each_filter_keeps_what_it_should() {
         let logits: Vec<f32> = [0.4f32, 0.3, 0.2, 0.1].iter().map(|p| p.ln()).collect();
         let ids = |sampling: Sampling| -> Vec<u32> {
-            filter(&logits, &sampling).into_iter().map(|(id, _)| id).collect()
+            let weighing = weighing(&logits, &sampling);
+            filter(&logits, &sampling, &weighing).into_iter().map(|(id, _)| id).collect()
         };
         assert_eq!(ids(PLAIN), [0, 1, 2, 3]);
         assert_eq!(ids(Sampling { top_k: 2, ..PLAIN }), [0, 1]);
         assert_eq!(ids(Sampling { top_p: 0.6, ..PLAIN }), [0, 1]);
         assert_eq!(ids(Sampling { top_p: 0.75, ..PLAIN }), [0, 1, 2]);
         assert_eq!(ids(Sampling { min_p: 0.6, ..PLAIN }), [0, 1]);
+    }
+
+    /// The filters and the draw as one would write them down: the survivors in the order of ids,
+    /// and the end of each one's part of [0, 1).
+    fn obvious(logits: &[f32], sampling: &Sampling) -> Vec<(u32, f64)> {
+        let likelihood = |id: &u32| -> f64 {
+            (f64::from(logits[*id as usize]) / f64::from(sampling.temperature)).exp()
+        };
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        ids.sort_by(|a, b| likelihood(b).total_cmp(&likelihood(a)).then(a.cmp(b)));
+        ids.truncate(if sampling.top_k == 0 { ids.len() } else { sampling.top_k });
+        let total: f64 = ids.iter().map(likelihood).sum();
+        let mut sum = 0.0;
+        let mut kept = Vec::new();
+        for id in &ids {
+            if sum < f64::from(sampling.top_p) * total {
+                kept.push(*id);
+            }
+            sum += likelihood(id);
+        }
+        kept.retain(|id| likelihood(id) >= f64::from(sampling.min_p) * likelihood(&ids[0]));
+        kept.sort_unstable();
+        let total: f64 = kept.iter().map(likelihood).sum();
+        let mut end = 0.0;
+        let part = |id: u32| {
+            end += likelihood(&id) / total;
+            (id, end)
+        };
+        kept.into_iter().map(part).collect()
+    }
+
+    #[test]
+    fn draws_are_those_of_the_obvious_sampler() {
+        let logits = |flatness: f64| -> Vec<f32> {
+            let bits = |i: u64| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+            (0..9_000).map(|i| (bits(i) as f64 / flatness) as f32).collect()
+        };
+        let filters =
+            [(0, 1.0, 0.0), (0, 1.0, 0.02), (40, 1.0, 0.0), (0, 0.9, 0.0), (500, 0.8, 0.1)];
+        for (top_k, top_p, min_p) in filters {
+            for (logits, temperature) in
+                [(logits(1e6), 0.7), (logits(1e6), 1.5), (logits(1e8), 1.0)]
+            {
+                let sampling = Sampling { temperature, top_p, top_k, min_p, seed: 7 };
+                let parts = obvious(&logits, &sampling);
+                for position in 0..200 {
+                    let uniform = uniform(7, position);
+                    // Near a border a neighbour will do: the sums differ in their last digits.
+                    let from = parts.partition_point(|(_, end)| *end <= uniform - 1e-6);
+                    let to = parts.partition_point(|(_, end)| *end <= uniform + 1e-6);
+                    let near = &parts[from..=to.min(parts.len() - 1)];
+                    let token = sample(&logits, &sampling, position);
+                    let is_near = near.iter().any(|(id, _)| *id == token);
+                    assert!(is_near, "{sampling:?} at {position}: {token}, not one of {near:?}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -13,6 +13,9 @@
 //!   queue: never an error, and never a different token, since rows do not depend on company;
 //! - a sequence that begins like an earlier one takes that one's full blocks as far as they go, but
 //!   always computes its last token itself, whose logits somebody waits for;
+//! - a draft, which is a guess at tokens to come, takes rows and blocks that nobody else wanted in
+//!   this step, and gives the blocks back before the next is planned; blocks get names from known
+//!   tokens only;
 //! - a sequence that could not fit alone is refused when it is submitted.
 //!
 //! What it does not know: tokens' meaning, sampling, the model, time, who waits for the answer.
@@ -65,6 +68,8 @@ pub enum Refused {
 struct Sequence {
     id: SequenceId,
     tokens: Vec<u32>,
+    /// Tokens that there may be one day.
+    positions_max: usize,
     /// Tokens whose keys and values are in the cache.
     computed: usize,
     blocks: Vec<u32>,
@@ -129,12 +134,26 @@ pub struct Chunk {
     pub id: SequenceId,
     /// Position of the first row.
     pub start: usize,
-    /// The rows' tokens.
+    /// The rows' tokens: known ones, then the draft.
     pub tokens: Vec<u32>,
+    /// How many of the tokens, at the end, are guesses.
+    pub draft_len: usize,
     /// Blocks of the sequence, covering the chunk.
     pub blocks: Vec<u32>,
-    /// Whether the chunk ends with the last known token, so that the next one is to be sampled.
+    /// Whether the last known token is among the rows, so that the next one is to be sampled.
     pub reaches_end: bool,
+}
+
+impl Chunk {
+    /// Rows whose tokens are known.
+    pub fn known_len(&self) -> usize {
+        self.tokens.len() - self.draft_len
+    }
+
+    /// Whether this is the one row of a sequence that decodes, but for its draft.
+    pub fn decodes(&self) -> bool {
+        self.reaches_end && self.known_len() == 1
+    }
 }
 
 /// See the module.
@@ -175,7 +194,9 @@ impl Scheduler {
             return Err(Refused::QueueFull { waiting_max: self.config.waiting_max });
         }
         let (names, blocks) = (vec![BlockName::root(&salt)], Vec::new());
-        self.waiting.push_back(Sequence { id, tokens, computed: 0, blocks, names, reuses });
+        let computed = 0;
+        let sequence = Sequence { id, tokens, positions_max, computed, blocks, names, reuses };
+        self.waiting.push_back(sequence);
         Ok(())
     }
 
@@ -190,6 +211,9 @@ impl Scheduler {
 
     /// Plans the next step: chunks, decoding sequences first. Empty when nothing is to be done.
     pub fn plan(&mut self) -> Vec<Chunk> {
+        for sequence in &mut self.running {
+            self.blocks.shrink(&mut sequence.blocks, sequence.tokens.len());
+        }
         let preemptions = self.preemptions;
         let mut rows_left = self.config.step_rows_max;
         let mut chunks = Vec::new();
@@ -258,12 +282,34 @@ impl Scheduler {
         }
     }
 
-    /// Records that a chunk's rows are in the cache now.
-    pub fn computed(&mut self, chunk: &Chunk) {
-        if let Some(sequence) = self.running.iter_mut().find(|s| s.id == chunk.id) {
-            debug_assert_eq!(sequence.computed, chunk.start);
+    /// All known tokens of a running sequence; none of another.
+    pub fn tokens(&self, id: SequenceId) -> &[u32] {
+        let sequence = self.running.iter().find(|sequence| sequence.id == id);
+        sequence.map_or(&[], |sequence| &sequence.tokens)
+    }
+
+    /// Puts the beginning of `draft` behind the last known token, in `chunk`: as much as the
+    /// sequence may still grow by beside the token that is drawn anyway, and as unused blocks
+    /// allow. How many rows the step has room for is the caller's to know.
+    pub fn extend(&mut self, chunk: &mut Chunk, draft: &[u32]) {
+        let Some(sequence) = self.running.iter_mut().find(|s| s.id == chunk.id) else { return };
+        let end = sequence.tokens.len();
+        debug_assert!(chunk.decodes() && chunk.draft_len == 0 && chunk.start + 1 == end);
+        let mut len = draft.len().min(sequence.positions_max.saturating_sub(end + 1));
+        if !self.blocks.grow(&mut sequence.blocks, end + len) {
+            len = len.min(sequence.blocks.len() * BLOCK_LEN - end);
+        }
+        chunk.tokens.extend(&draft[..len]);
+        chunk.draft_len = len;
+        chunk.blocks.clone_from(&sequence.blocks);
+    }
+
+    /// Records that the next `rows` rows of a sequence, whose tokens are known, are in the cache.
+    pub fn computed(&mut self, id: SequenceId, rows: usize) {
+        if let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) {
             let full_before = sequence.computed / BLOCK_LEN;
-            sequence.computed += chunk.tokens.len();
+            sequence.computed += rows;
+            debug_assert!(sequence.computed <= sequence.tokens.len());
             for index in full_before..sequence.computed / BLOCK_LEN {
                 let name = sequence.block_name(index);
                 self.blocks.name(sequence.blocks[index], name);
@@ -288,6 +334,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Rows of one step at most.
+    pub fn step_rows_max(&self) -> usize {
+        self.config.step_rows_max
+    }
+
     /// Blocks in use.
     pub fn blocks_used(&self) -> usize {
         self.blocks.used()
@@ -310,6 +361,7 @@ fn chunk(sequence: &Sequence, len: usize) -> Chunk {
         id: sequence.id,
         start: sequence.computed,
         tokens: sequence.tokens[sequence.computed..end].to_vec(),
+        draft_len: 0,
         blocks: sequence.blocks.clone(),
         reaches_end: end == sequence.tokens.len(),
     }
@@ -338,7 +390,7 @@ mod tests {
     fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize)> {
         let plan = scheduler.plan();
         for chunk in &plan {
-            scheduler.computed(chunk);
+            scheduler.computed(chunk.id, chunk.tokens.len());
             if chunk.reaches_end {
                 scheduler.append(chunk.id, 7);
             }
@@ -390,7 +442,7 @@ mod tests {
                 let left_out = decoding.iter().find(|id| !planned(id));
                 assert_eq!(left_out, None, "seed {seed}, turn {turn}");
                 for chunk in &plan {
-                    s.computed(chunk);
+                    s.computed(chunk.id, chunk.tokens.len());
                     if chunk.reaches_end {
                         s.append(chunk.id, 7);
                         decoding.insert(chunk.id);
@@ -449,6 +501,83 @@ mod tests {
     }
 
     #[test]
+    fn a_draft_is_computed_beside_the_last_token_and_only_its_right_part_counts() {
+        let mut s = scheduler(64, 8);
+        submit(&mut s, 1, &[1; 15], 64).unwrap();
+        step(&mut s);
+        let mut plan = s.plan();
+        s.extend(&mut plan[0], &[7, 7, 9, 9]);
+        assert_eq!((plan[0].known_len(), &plan[0].tokens[..]), (1, &[7, 7, 7, 9, 9][..]));
+        assert_eq!(plan[0].blocks.len(), 2);
+        s.computed(SequenceId(1), 1);
+        // Two guesses were right, and the third row drew something else.
+        for token in [7, 7] {
+            s.append(SequenceId(1), token);
+            s.computed(SequenceId(1), 1);
+        }
+        s.append(SequenceId(1), 8);
+        let next = s.plan().remove(0);
+        assert_eq!((next.start, &next.tokens[..], next.draft_len), (18, &[8][..], 0));
+    }
+
+    #[test]
+    fn a_draft_never_goes_beyond_what_the_sequence_may_grow_to() {
+        let mut s = scheduler(64, 8);
+        submit(&mut s, 1, &[1; 4], 7).unwrap();
+        step(&mut s);
+        // Five of seven tokens are known and the sixth is drawn anyway.
+        let mut plan = s.plan();
+        s.extend(&mut plan[0], &[7; 9]);
+        assert_eq!(plan[0].draft_len, 1);
+        s.computed(SequenceId(1), 1);
+        s.append(SequenceId(1), 7);
+        s.computed(SequenceId(1), 1);
+        s.append(SequenceId(1), 7);
+        assert_eq!(s.tokens(SequenceId(1)).len(), 7);
+    }
+
+    #[test]
+    fn a_draft_takes_unused_blocks_only_and_gives_them_back() {
+        let mut s = scheduler(64, 3);
+        submit(&mut s, 1, &[1; 14], 48).unwrap();
+        submit(&mut s, 2, &[2; 14], 48).unwrap();
+        step(&mut s);
+        let mut plan = s.plan();
+        s.extend(&mut plan[0], &[5; 6]);
+        s.extend(&mut plan[1], &[6; 6]);
+        // The first took the only free block; the second got what fits into its own.
+        assert_eq!((plan[0].draft_len, plan[1].draft_len), (6, 1));
+        assert_eq!((s.blocks_used(), s.preemptions()), (3, 0));
+        for id in [1, 2] {
+            s.computed(SequenceId(id), 1);
+            s.append(SequenceId(id), 3);
+        }
+        s.plan();
+        assert_eq!((s.blocks_used(), s.preemptions()), (2, 0));
+    }
+
+    #[test]
+    fn a_block_is_named_after_what_was_drawn_and_not_after_a_guess() {
+        let mut s = scheduler(64, 16);
+        submit(&mut s, 1, &[1; 14], 64).unwrap();
+        step(&mut s);
+        let mut plan = s.plan();
+        // The guesses fill the block; the first of them is wrong.
+        s.extend(&mut plan[0], &[9; 4]);
+        s.computed(SequenceId(1), 1);
+        s.append(SequenceId(1), 7);
+        let mut guessed = vec![1; 14];
+        guessed.extend([7, 9, 9, 9, 9]);
+        submit(&mut s, 2, &guessed, 64).unwrap();
+        assert_eq!(step(&mut s), [(1, 15, 1), (2, 0, 19)]);
+        // Now it is full of known tokens, and another sequence may have it.
+        let mut known = vec![1; 14];
+        known.extend([7, 7, 7]);
+        submit(&mut s, 3, &known, 64).unwrap();
+        assert_eq!(step(&mut s).last(), Some(&(3, 16, 1)));
+    }
+
+    #[test]
     fn what_cannot_fit_is_refused_and_so_is_a_full_queue() {
         let mut s = scheduler(64, 2);
         let refused = submit(&mut s, 1, &[1], 33).unwrap_err();
@@ -474,7 +603,7 @@ mod tests {
                 steps += 1;
                 assert!(steps < 2_000, "no progress with {blocks} blocks");
                 for chunk in s.plan() {
-                    s.computed(&chunk);
+                    s.computed(chunk.id, chunk.tokens.len());
                     if !chunk.reaches_end {
                         continue;
                     }

@@ -1,22 +1,24 @@
 //! `entente bench engine`: prefill and decode through the engine, as llama-batched-bench counts.
 //!
 //! The engine runs in this process, without the API around it; with `--transport grpc` its experts
-//! are child processes. Tokens are drawn greedily and the end of sequence is ignored, so that the
-//! work is the same for every engine that is asked for the same sizes.
+//! are child processes. Tokens are drawn greedily, unless a temperature is given, and the end of
+//! sequence is ignored, so that the work is the same for every engine that is asked for the same
+//! sizes. Speculation is off unless it is asked for, since its gain is one of the text.
 //!
 //! - Prefill: one prompt, from handing it over until its first token is there.
 //! - Decode: as many sequences as the size says. The clock starts when the youngest has its first
-//!   token, so all prompts are computed, and stops when it has `--generate` more. Meanwhile each
-//!   step gave every sequence one token.
+//!   token, so all prompts are computed, and stops when it has `--generate` more. What counts are
+//!   the tokens that all sequences got meanwhile: one each in a step, or more with speculation.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use comfy_table::Table;
 use entente_coordinator::Started;
+use entente_coordinator::config::Speculation as EngineSpeculation;
 use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::Sampling;
 use entente_coordinator::engine::{EngineHandle, Event, Readiness, Request};
@@ -102,9 +104,37 @@ pub struct EngineArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
+    /// Whether the engine guesses tokens from earlier text.
+    #[arg(long, env = "ENTENTE_SPECULATION", value_enum, default_value = "off")]
+    speculation: Speculation,
+
+    /// How tokens are drawn. With 0, the likeliest, a random model of few tokens (`entente model
+    /// synth --vocab 512`) soon repeats itself, with 1 it never does.
+    #[arg(long, env = "ENTENTE_TEMPERATURE", value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+
     /// Names the prompts' random tokens.
     #[arg(long, env = "ENTENTE_SEED", value_name = "N", default_value_t = 1)]
     seed: u64,
+}
+
+/// Whether the engine guesses tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Speculation {
+    /// Where it expects to gain.
+    Auto,
+    /// Never.
+    Off,
+}
+
+impl From<Speculation> for EngineSpeculation {
+    fn from(speculation: Speculation) -> Self {
+        match speculation {
+            Speculation::Auto => Self::Auto,
+            Speculation::Off => Self::Off,
+        }
+    }
 }
 
 /// Tokens a second by size: tokens of a prompt, or sequences.
@@ -128,8 +158,14 @@ pub struct Found {
     nodes: u16,
     link_delay_us: u32,
     threads: usize,
+    speculation: Speculation,
+    temperature: f32,
     prefill_tok_s: BySize,
     decode_tok_s: BySize,
+    /// Tokens that were guessed and computed, in all rounds.
+    draft_tokens: u64,
+    /// How many of them were right.
+    accepted_tokens: u64,
     #[serde(flatten)]
     limits: Measured,
     /// Bytes of weights that one token alone must read.
@@ -162,6 +198,7 @@ fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Resul
     if let Some(rows_min) = args.micro_batch_rows_min {
         config.engine.micro_batch_rows_min = rows_min.into();
     }
+    config.engine.speculation = args.speculation.into();
     let sequences_max = args.decode.iter().copied().max().unwrap_or(1);
     config.engine.running_max = config.engine.running_max.max(sequences_max.into());
     config.engine.waiting_max = config.engine.waiting_max.max(sequences_max.into());
@@ -173,7 +210,13 @@ fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Resul
     let threads = limits::threads(args.threads);
     let probe = Probe::new(args.weights.into(), threads);
     let mut session = Session {
+        args,
         engine: &started.api.engine,
+        // A step gives a sequence so many tokens at most.
+        step_tokens_max: match args.speculation {
+            Speculation::Auto => 1 + config.engine.draft_tokens_max,
+            Speculation::Off => 1,
+        },
         vocab: started.api.vocab,
         random: Random::new(args.seed),
     };
@@ -181,7 +224,7 @@ fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Resul
     let bar = ProgressBar::new(steps as u64);
     let mut rounds = Vec::new();
     for _ in 0..args.rounds {
-        rounds.push(session.round(args, &probe, &bar)?);
+        rounds.push(session.round(&probe, &bar)?);
     }
     bar.finish_and_clear();
     found(args, threads, &started, rounds)
@@ -199,27 +242,23 @@ async fn links_up(engine: &EngineHandle) -> anyhow::Result<()> {
 
 /// An engine that is asked for one thing after the other.
 struct Session<'a> {
+    args: &'a EngineArgs,
     engine: &'a EngineHandle,
+    step_tokens_max: usize,
     vocab: usize,
     random: Random,
 }
 
 impl Session<'_> {
-    fn round(
-        &mut self,
-        args: &EngineArgs,
-        probe: &Probe,
-        bar: &ProgressBar,
-    ) -> anyhow::Result<Round> {
+    fn round(&mut self, probe: &Probe, bar: &ProgressBar) -> anyhow::Result<Round> {
         let limits = probe.measure();
         let (mut prefill_tok_s, mut decode_tok_s) = (BySize::new(), BySize::new());
-        for size in args.prefill.iter().map(|size| usize::from(*size)) {
+        for size in self.args.prefill.iter().map(|size| usize::from(*size)) {
             prefill_tok_s.insert(size, self.prefill(size)?);
             bar.inc(1);
         }
-        for size in args.decode.iter().map(|size| usize::from(*size)) {
-            let speed = self.decode(size, args.prompt.into(), args.generate.into())?;
-            decode_tok_s.insert(size, speed);
+        for size in self.args.decode.iter().map(|size| usize::from(*size)) {
+            decode_tok_s.insert(size, self.decode(size)?);
             bar.inc(1);
         }
         Ok(Round { prefill_tok_s, decode_tok_s, limits })
@@ -227,41 +266,48 @@ impl Session<'_> {
 
     fn prefill(&mut self, tokens: usize) -> anyhow::Result<f64> {
         self.settle()?;
+        let prompt = self.random.tokens(tokens, self.vocab);
         let start = Instant::now();
-        let mut events = self.submit(tokens, 1)?;
+        let mut events = self.submit(prompt, 1)?;
         next_token(&mut events)?;
         Ok(tokens as f64 / start.elapsed().as_secs_f64())
     }
 
-    fn decode(&mut self, sequences: usize, prompt: usize, tokens: usize) -> anyhow::Result<f64> {
+    fn decode(&mut self, sequences: usize) -> anyhow::Result<f64> {
         self.settle()?;
-        // Older sequences may be ahead by as many steps as the prompts take together; they must
-        // still be there when the youngest is done.
-        let tokens_max = 1 + tokens + sequences;
+        let tokens = usize::from(self.args.generate);
+        // Others may be ahead by as many steps as all take together; they must still be there when
+        // the youngest is done.
+        let tokens_max = 1 + (tokens + sequences) * self.step_tokens_max;
         let mut all = Vec::new();
         for _ in 0..sequences {
+            let prompt = self.random.tokens(self.args.prompt.into(), self.vocab);
             all.push(self.submit(prompt, tokens_max)?);
         }
-        let youngest = all.last_mut().context("at least one sequence")?;
-        next_token(youngest)?;
+        next_token(all.last_mut().context("at least one sequence")?)?;
         let start = Instant::now();
+        received(&mut all)?;
+        let mut count = 0;
         for _ in 0..tokens {
-            next_token(youngest)?;
+            next_token(all.last_mut().context("at least one sequence")?)?;
+            count += 1;
         }
-        Ok((sequences * tokens) as f64 / start.elapsed().as_secs_f64())
+        let seconds = start.elapsed().as_secs_f64();
+        count += received(&mut all)?;
+        Ok(count as f64 / seconds)
     }
 
     /// Runs one token through, so that nothing of an earlier measurement is still going on.
     fn settle(&mut self) -> anyhow::Result<()> {
-        let mut events = self.submit(1, 1)?;
-        next_token(&mut events)
+        let prompt = self.random.tokens(1, self.vocab);
+        next_token(&mut self.submit(prompt, 1)?)
     }
 
-    fn submit(&mut self, prompt: usize, tokens_max: usize) -> anyhow::Result<Receiver<Event>> {
-        let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 };
+    fn submit(&self, prompt: Vec<u32>, tokens_max: usize) -> anyhow::Result<Receiver<Event>> {
+        let temperature = self.args.temperature;
         let request = Request {
-            prompt: self.random.tokens(prompt, self.vocab),
-            sampling,
+            prompt,
+            sampling: Sampling { temperature, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
             // No token ends it.
             stop: StopConditions { max_tokens: tokens_max, ..StopConditions::default() },
             logprobs: None,
@@ -269,6 +315,20 @@ impl Session<'_> {
         };
         Ok(self.engine.submit(request)?)
     }
+}
+
+/// Tokens that have arrived and were not counted yet.
+fn received(all: &mut [Receiver<Event>]) -> anyhow::Result<usize> {
+    let mut count = 0;
+    for events in all {
+        while let Ok(event) = events.try_recv() {
+            match event {
+                Event::Token { .. } => count += 1,
+                other => bail!("expected a token, got {other:?}"),
+            }
+        }
+    }
+    Ok(count)
 }
 
 fn next_token(events: &mut Receiver<Event>) -> anyhow::Result<()> {
@@ -300,8 +360,12 @@ fn found(
         nodes: args.nodes,
         link_delay_us: args.link_delay_us,
         threads,
+        speculation: args.speculation,
+        temperature: args.temperature,
         prefill_tok_s: by_size(&args.prefill, &|round| &round.prefill_tok_s),
         decode_tok_s: by_size(&args.decode, &|round| &round.decode_tok_s),
+        draft_tokens: started.api.metrics.draft_tokens.get(),
+        accepted_tokens: started.api.metrics.accepted_tokens.get(),
         limits: Measured {
             read_bandwidth_gb_s: of_rounds(&|round| round.limits.read_bandwidth_gb_s),
             multiply_peak_gflop_s: of_rounds(&|round| round.limits.multiply_peak_gflop_s),
@@ -352,7 +416,7 @@ impl super::Report for Found {
 
     fn notes(&self) -> Vec<String> {
         let Measured { read_bandwidth_gb_s, multiply_peak_gflop_s } = self.limits;
-        vec![
+        let mut notes = vec![
             format!(
                 "{} of {} on {} threads, {} over {} nodes; medians of {} rounds",
                 self.kernel_class,
@@ -367,7 +431,12 @@ impl super::Report for Found {
                  a token reads {:.1} MB",
                 self.active_bytes_per_token as f64 / 1e6
             ),
-        ]
+        ];
+        if self.speculation == Speculation::Auto {
+            let Self { draft_tokens, accepted_tokens, .. } = self;
+            notes.push(format!("{draft_tokens} tokens guessed, {accepted_tokens} of them right"));
+        }
+        notes
     }
 }
 
