@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use entente_model::config::{FfnSpec, Scoring};
 use entente_model::kernels::{
-    AttentionRow, AttentionShape, BLOCK_LEN, FfnGroup, Kernels, KvLayer, Matrix,
+    AttentionRow, AttentionShape, BLOCK_LEN, FfnGroup, Kernels, KvDtype, KvLayer, Matrix,
 };
 use entente_model::{Architecture, CoordinatorWeights, FfnWeights, Rope};
 use entente_proto::ids::LayerId;
@@ -27,6 +27,15 @@ pub struct StepRows<'a> {
     pub chunks: &'a [Chunk],
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: &'a [usize],
+}
+
+/// What the KV cache of every layer is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheShape {
+    /// Blocks of [`BLOCK_LEN`] positions.
+    pub blocks: usize,
+    /// How keys and values are kept.
+    pub dtype: KvDtype,
 }
 
 /// The coordinator's part of a model, with its KV cache.
@@ -55,12 +64,12 @@ struct Activations {
 }
 
 impl Forward {
-    /// Puts weights and an empty cache of `blocks` blocks together.
+    /// Puts weights and an empty cache together.
     pub fn new(
         architecture: Architecture,
         weights: CoordinatorWeights,
         kernels: Arc<dyn Kernels>,
-        blocks: usize,
+        CacheShape { blocks, dtype }: CacheShape,
         metrics: Arc<Metrics>,
     ) -> Self {
         let rope = Rope::new(&architecture.rope);
@@ -68,7 +77,7 @@ impl Forward {
         let cache = architecture
             .layers
             .iter()
-            .map(|_| KvLayer::new(architecture.kv_heads, architecture.head_dim, blocks))
+            .map(|_| KvLayer::new(architecture.kv_heads, architecture.head_dim, blocks, dtype))
             .collect();
         Self { architecture, weights, kernels, rope, cache, gates, metrics }
     }
@@ -103,9 +112,9 @@ impl Forward {
         self.rope.fill(&positions, &mut cos, &mut sin);
         for layer in 0..architecture.layers.len() {
             self.attention(layer, step.chunks, &positions, (&cos, &sin), &mut acts);
-            add(&mut acts.x, &acts.delta);
+            self.kernels.add(&mut acts.x, &acts.delta);
             self.feed_forward(layer, &mut acts, exchanger)?;
-            add(&mut acts.x, &acts.delta);
+            self.kernels.add(&mut acts.x, &acts.delta);
         }
         Ok(self.logits(&acts.x, step.logit_rows))
     }
@@ -204,12 +213,6 @@ impl Forward {
         let mut logits = vec![0.0; wanted.len() * self.architecture.vocab];
         self.kernels.matmul(&normed, &self.weights.head, &mut logits);
         logits
-    }
-}
-
-fn add(x: &mut [f32], delta: &[f32]) {
-    for (x, delta) in x.iter_mut().zip(delta) {
-        *x += delta;
     }
 }
 
