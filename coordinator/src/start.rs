@@ -62,8 +62,6 @@ pub enum Error {
 pub struct Ready {
     /// Where the API listens.
     pub address: SocketAddr,
-    /// How the cache keeps keys and values, which decides bits of the output too.
-    pub kv_dtype: KvDtype,
     /// Experts held: none, unless they run in this process.
     pub experts: usize,
     /// Bytes of weights in this process.
@@ -89,6 +87,8 @@ pub struct Started {
     pub api: Api,
     /// Which bits the kernels give.
     pub kernel_class: KernelClass,
+    /// How the cache keeps keys and values, which decides bits of the output too.
+    pub kv_dtype: KvDtype,
     /// Experts held: none, unless they run in this process.
     pub experts: usize,
     /// Bytes of weights in this process.
