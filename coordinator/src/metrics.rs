@@ -155,6 +155,15 @@ mod tests {
     use entente_proto::ids::ExpertId;
 
     #[test]
+    fn the_dtype_of_the_cache_is_told() {
+        let metrics = Metrics::new();
+        metrics.tell_cache("bf16", 16);
+        let line = "entente_cache_config_info{block_size=\"16\",cache_dtype=\"bf16\"} 1";
+        let text = metrics.render();
+        assert!(text.contains(line), "{text}");
+    }
+
+    #[test]
     fn choices_are_counted_by_layer_and_expert_over_everything() {
         let metrics = Metrics::new();
         let choice = |expert| Choice { expert: ExpertId(expert), weight: 0.5 };

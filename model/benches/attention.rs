@@ -62,7 +62,8 @@ fn attention(c: &mut Criterion) {
             let mut out = vec![0.0; q.len()];
             let seen = |p: usize| (p + 1).min(window.unwrap_or(usize::MAX));
             let seen: usize = positions.clone().map(seen).sum();
-            group.throughput(Throughput::Elements((seen * SHAPE.heads * SHAPE.head_dim * 4) as u64));
+            group
+                .throughput(Throughput::Elements((seen * SHAPE.heads * SHAPE.head_dim * 4) as u64));
             group.bench_function(BenchmarkId::new(*name, end), |b| {
                 b.iter(|| kernels.attention(&shape, &q, &rows, &cache, &mut out));
             });
