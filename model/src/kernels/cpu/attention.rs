@@ -76,7 +76,7 @@ fn tiles<'a>(shape: &AttentionShape, rows: &[AttentionRow<'a>]) -> Vec<Tile<'a>>
     // Rows of one sequence bring the same table.
     let together = |a: &AttentionRow<'_>, b: &AttentionRow<'_>| {
         let same = std::ptr::eq(a.blocks, b.blocks) && b.position == a.position + 1;
-        same && b.position % BLOCK_LEN != 0
+        same && !b.position.is_multiple_of(BLOCK_LEN)
     };
     let tile = |rows: &[AttentionRow<'a>]| {
         let AttentionRow { blocks, position } = rows[0];

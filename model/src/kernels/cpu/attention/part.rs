@@ -144,8 +144,8 @@ fn part_of<I: Isa, S: Stored, const M: usize, const N: usize>(
             // Between these positions every query sees everything.
             let start = seen.iter().fold(0_usize, |most, seen| most.max(seen.start));
             let end = seen.iter().fold(usize::MAX, |least, seen| least.min(seen.end)).max(start);
-            for m in 0..M {
-                let own = seen[m].start..seen[m].end.min(start);
+            for (m, seen) in seen.iter().enumerate() {
+                let own = seen.start..seen.end.min(start);
                 add_values::<I, S, M, 1, 2>(isa, split, weights, m, own, states);
             }
             if N > 2 {
@@ -153,8 +153,8 @@ fn part_of<I: Isa, S: Stored, const M: usize, const N: usize>(
             } else {
                 add_values::<I, S, M, M, 1>(isa, split, weights, 0, start..end, states);
             }
-            for m in 0..M {
-                let own = seen[m].start.max(end)..seen[m].end;
+            for (m, seen) in seen.iter().enumerate() {
+                let own = seen.start.max(end)..seen.end;
                 add_values::<I, S, M, 1, 2>(isa, split, weights, m, own, states);
             }
         },
