@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use entente_membership::roster::Roster;
-use entente_model::kernels::WeightFormat;
+use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
@@ -80,6 +80,9 @@ pub struct EngineConfig {
     pub waiting_max: usize,
     /// Memory of the KV cache in MiB; it bounds prompt and answer together.
     pub kv_cache_mib: usize,
+    /// How keys and values are kept: `f32` or `bf16`; what goes with the weights when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_dtype: Option<KvDtype>,
     /// Longest time that one exchange may take, restoring of replicas included.
     pub exchange_deadline_ms: u64,
     /// Whether tokens are guessed and verified.
@@ -97,6 +100,7 @@ impl Default for EngineConfig {
             running_max: 128,
             waiting_max: 256,
             kv_cache_mib: 256,
+            kv_dtype: None,
             exchange_deadline_ms: 10_000,
             speculation: Speculation::Auto,
             draft_tokens_max: 16,

@@ -5,7 +5,9 @@
 
 use entente_proto::ids::LayerId;
 use entente_router::gate::Choice;
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
 
 /// Handles to everything that is measured. Names follow vLLM's where there is one.
 pub struct Metrics {
@@ -41,6 +43,7 @@ pub struct Metrics {
     /// Time from a request's arrival to its first token.
     pub ttft_seconds: Histogram,
     gate_rows: IntCounterVec,
+    cache_config: IntGaugeVec,
 }
 
 /// From a small model's step on one machine to a large prefill over a network.
@@ -102,8 +105,21 @@ impl Metrics {
                 "Rows routed to each expert since the process started.",
                 &["layer", "expert"],
             ),
+            cache_config: register(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new("entente_cache_config_info", "What the KV cache is made of."),
+                    &["cache_dtype", "block_size"],
+                ),
+            ),
             registry,
         }
+    }
+
+    /// Tells how the KV cache keeps keys and values: two coordinators that differ in it may differ
+    /// in their output too. The value is always 1.
+    pub fn tell_cache(&self, dtype: &str, block_len: usize) {
+        self.cache_config.with_label_values(&[dtype, &block_len.to_string()]).set(1);
     }
 
     /// Counts what the gate of one layer chose.
@@ -149,6 +165,15 @@ where
 mod tests {
     use super::*;
     use entente_proto::ids::ExpertId;
+
+    #[test]
+    fn the_dtype_of_the_cache_is_told() {
+        let metrics = Metrics::new();
+        metrics.tell_cache("bf16", 16);
+        let line = "entente_cache_config_info{block_size=\"16\",cache_dtype=\"bf16\"} 1";
+        let text = metrics.render();
+        assert!(text.contains(line), "{text}");
+    }
 
     #[test]
     fn choices_are_counted_by_layer_and_expert_over_everything() {

@@ -10,7 +10,7 @@ use axum::serve::ListenerExt;
 use entente_expert_node::inproc::InprocLink;
 use entente_expert_node::{ExpertNode, NodeHandle};
 use entente_membership::state::{Node, State};
-use entente_model::kernels::{self, BLOCK_LEN, Kernels};
+use entente_model::kernels::{self, BLOCK_LEN, Kernels, KvDtype, KvLayer};
 use entente_model::{
     Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
     Progress, Tokenizer,
@@ -22,7 +22,7 @@ use entente_router::view::{ClusterView, NodeView};
 use crate::api::{self, Api};
 use crate::config::{Config, Speculation, Transport};
 use crate::engine::exchanger::{self, Exchanger};
-use crate::engine::forward::Forward;
+use crate::engine::forward::{CacheShape, Forward};
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::{Engine, EngineHandle, Parts, Readiness};
 use crate::link::grpc::GrpcLink;
@@ -87,6 +87,8 @@ pub struct Started {
     pub api: Api,
     /// Which bits the kernels give.
     pub kernel_class: KernelClass,
+    /// How the cache keeps keys and values, which decides bits of the output too.
+    pub kv_dtype: KvDtype,
     /// Experts held: none, unless they run in this process.
     pub experts: usize,
     /// Bytes of weights in this process.
@@ -113,10 +115,13 @@ pub async fn start(
     let metrics = Arc::new(Metrics::new());
     let exchanger =
         connect(config, &loaded, &metrics).map_err(|error| Error::Start(error.to_string()))?;
-    let api = start_engine(config, loaded, exchanger, metrics)?;
+    let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
+    metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
+    let api = start_engine(config, loaded, kv_dtype, exchanger, metrics)?;
     Ok(Started {
         api,
         kernel_class,
+        kv_dtype,
         experts: local.iter().map(|node| node.experts.len()).sum(),
         weights_bytes: own_bytes + local.iter().map(|node| node.weights_bytes).sum::<u64>(),
         step_weights_bytes,
@@ -255,19 +260,21 @@ fn view(config: &Config, loaded: &Loaded) -> ClusterView {
 fn start_engine(
     config: &Config,
     loaded: Loaded,
+    kv_dtype: KvDtype,
     exchanger: Exchanger,
     metrics: Arc<Metrics>,
 ) -> Result<Api, Error> {
     let architecture = loaded.checkpoint.architecture().clone();
-    let blocks = kv_blocks(&architecture, config.engine.kv_cache_mib)?;
+    let blocks = kv_blocks(&architecture, kv_dtype, config.engine.kv_cache_mib)?;
     let vocab = architecture.vocab;
     let context_len = architecture.max_positions.min(blocks * BLOCK_LEN);
     let tokenizer = Arc::new(loaded.tokenizer);
+    let cache = CacheShape { blocks, dtype: kv_dtype };
     let forward = Forward::new(
         architecture,
         loaded.weights,
         loaded.kernels,
-        blocks,
+        cache,
         config.engine.micro_batch_rows_min,
         metrics.clone(),
     );
@@ -305,10 +312,14 @@ fn start_engine(
     })
 }
 
-/// Blocks that fit the configured memory: keys and values of every layer in f32.
-fn kv_blocks(architecture: &Architecture, kv_cache_mib: usize) -> Result<usize, Error> {
-    let values = 2 * architecture.layers.len() * architecture.kv_heads * architecture.head_dim;
-    let block_bytes = values * BLOCK_LEN * size_of::<f32>();
+/// Blocks that fit the configured memory: keys and values of every layer.
+fn kv_blocks(
+    architecture: &Architecture,
+    dtype: KvDtype,
+    kv_cache_mib: usize,
+) -> Result<usize, Error> {
+    let Architecture { kv_heads, head_dim, ref layers, .. } = *architecture;
+    let block_bytes = layers.len() * KvLayer::block_bytes(kv_heads, head_dim, dtype);
     match (kv_cache_mib << 20) / block_bytes {
         0 => Err(Error::Config(format!(
             "engine.kv_cache_mib is {kv_cache_mib}, one block of {BLOCK_LEN} positions takes \

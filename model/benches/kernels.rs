@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use entente_model::kernels::limits::{Limits, Multiply};
 use entente_model::kernels::{
-    Activation, AttentionRow, AttentionShape, BLOCK_LEN, FfnGroup, GatedFfn, Kernels, KvLayer,
-    Matrix, MatrixSource, SourceDtype, WeightFormat, select,
+    Activation, FfnGroup, GatedFfn, Kernels, Matrix, MatrixSource, SourceDtype, WeightFormat,
+    select,
 };
 
 /// How long each figure is measured; the fastest run counts, as others share the machine.
@@ -36,7 +36,6 @@ fn main() {
             bench_matmul(&*kernels, hidden, inner);
             bench_ffn(&*kernels, hidden, inner);
         }
-        bench_attention(&*kernels);
     }
 }
 
@@ -135,29 +134,4 @@ fn report(what: &str, rows: usize, weights: usize, weights_bytes: usize, seconds
         "{what:>20} {rows:>4} rows {micros:>9.1} us \
          {gigabytes:>6.1} GB/s {gflops:>7.1} GFLOP/s"
     );
-}
-
-/// One decoding row after 2,000 positions, and a prefill chunk of 512 from the beginning.
-fn bench_attention(kernels: &dyn Kernels) {
-    let shape = AttentionShape { heads: 16, kv_heads: 4, head_dim: 64, window: None, scale: 0.125 };
-    let positions = 2_000;
-    let mut cache = KvLayer::new(shape.kv_heads, shape.head_dim, positions / BLOCK_LEN);
-    let slots: Vec<usize> = (0..positions).collect();
-    let kv = values(positions * shape.kv_heads * shape.head_dim);
-    kernels.write_kv(&mut cache, &slots, &kv, &kv);
-    let blocks: Vec<u32> = (0..(positions / BLOCK_LEN) as u32).collect();
-    for (what, range) in [("decode at 2000", positions - 1..positions), ("prefill 512", 0..512)] {
-        let rows: Vec<AttentionRow<'_>> =
-            range.map(|position| AttentionRow { blocks: &blocks, position }).collect();
-        let q = values(rows.len() * shape.heads * shape.head_dim);
-        let mut out = vec![0.0; q.len()];
-        let seconds = fastest(|_| kernels.attention(&shape, &q, &rows, &cache, &mut out));
-        let seen: usize = rows.iter().map(|row| row.position + 1).sum();
-        let gflops = (seen * shape.heads * shape.head_dim * 4) as f64 / seconds / 1e9;
-        println!(
-            "{:>10} {what:<14} {:>13.1} us {gflops:>16.1} GFLOP/s",
-            "attention",
-            seconds * 1e6
-        );
-    }
 }

@@ -13,7 +13,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use entente_coordinator::config::EngineConfig;
 use entente_membership::roster::{Roster, RosterNode};
-use entente_model::kernels::WeightFormat;
+use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,15 @@ pub enum Weights {
     Q4,
 }
 
+/// How a coordinator keeps keys and values.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum KvCache {
+    /// 32 bits: as they were computed.
+    F32,
+    /// 16 bits: half the memory.
+    Bf16,
+}
+
 /// How rows travel from a coordinator to its expert nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
@@ -87,6 +96,15 @@ impl From<Weights> for WeightFormat {
             Weights::Bf16 => Self::Bf16,
             Weights::Q8 => Self::Q8,
             Weights::Q4 => Self::Q4,
+        }
+    }
+}
+
+impl From<KvCache> for KvDtype {
+    fn from(dtype: KvCache) -> Self {
+        match dtype {
+            KvCache::F32 => Self::F32,
+            KvCache::Bf16 => Self::Bf16,
         }
     }
 }
@@ -183,6 +201,8 @@ pub struct Common {
     pub model: PathBuf,
     /// How weights are kept.
     pub weights: Weights,
+    /// How keys and values are kept; what goes with the weights when absent.
+    pub kv_dtype: Option<KvCache>,
     /// Compute threads of each process; its own default when absent.
     pub threads: Option<u16>,
     /// How rows travel.
@@ -241,7 +261,10 @@ pub fn coordinator(
         threads: common.threads.map(usize::from),
         transport: common.transport.into(),
         served_model_name: None,
-        engine: EngineConfig::default(),
+        engine: EngineConfig {
+            kv_dtype: common.kv_dtype.map(KvDtype::from),
+            ..EngineConfig::default()
+        },
         cluster: common.roster.clone(),
     }
 }
@@ -305,6 +328,7 @@ mod tests {
         let common = Common {
             model: "a \"quoted\" folder".into(),
             weights: Weights::Bf16,
+            kv_dtype: Some(KvCache::F32),
             threads: Some(2),
             transport: Transport::Inproc,
             roster: roster(2, nodes).unwrap(),
@@ -314,5 +338,6 @@ mod tests {
         let node: entente_expert_node::Config = toml::from_str(&text(2)).unwrap();
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
         assert_eq!(node.model, common.model);
+        assert_eq!(coordinator.engine.kv_dtype, Some(KvDtype::F32));
     }
 }

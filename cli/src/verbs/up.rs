@@ -17,7 +17,7 @@ use tokio::task::spawn_blocking;
 use crate::bundled;
 use crate::client::{Client, Sampling, Style};
 use crate::cluster::data_dir::{ClusterFile, DataDir, ProcessEntry};
-use crate::cluster::plan::{self, Common, Member, Regions, Role, Transport, Weights};
+use crate::cluster::plan::{self, Common, KvCache, Member, Regions, Role, Transport, Weights};
 use crate::cluster::report::{Progress, log_tail, process_table};
 use crate::cluster::supervisor::{Event, Launch, Supervisor};
 use crate::exit::{Interrupted, Misuse};
@@ -48,6 +48,10 @@ pub struct UpArgs {
     /// How weights are kept in memory and multiplied.
     #[arg(long, env = "ENTENTE_WEIGHTS", value_enum, default_value = "bf16")]
     weights: Weights,
+
+    /// How keys and values are kept; f32 with f32 weights and bf16 with all others if absent.
+    #[arg(long, env = "ENTENTE_KV_DTYPE", value_enum)]
+    kv_dtype: Option<KvCache>,
 
     /// Address of the first region's public API; port 0 picks a free one.
     #[arg(long, env = "ENTENTE_HTTP", value_name = "ADDR", default_value = "127.0.0.1:8080")]
@@ -178,6 +182,7 @@ impl Cluster {
         let common = Common {
             model: model.to_owned(),
             weights: args.weights,
+            kv_dtype: args.kv_dtype,
             threads: args.threads,
             transport: args.transport,
             roster: plan::roster(args.replicas, nodes)?,

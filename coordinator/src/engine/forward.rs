@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use entente_model::config::{FfnSpec, Scoring};
 use entente_model::kernels::{
-    AttentionRow, AttentionShape, BLOCK_LEN, FfnGroup, Kernels, KvLayer, Matrix,
+    AttentionRow, AttentionShape, BLOCK_LEN, FfnGroup, Kernels, KvDtype, KvLayer, Matrix,
 };
 use entente_model::{Architecture, CoordinatorWeights, FfnWeights, Rope};
 use entente_proto::ids::LayerId;
@@ -39,6 +39,15 @@ pub struct StepRows<'a> {
     pub chunks: &'a [Chunk],
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: &'a [usize],
+}
+
+/// What the KV cache of every layer is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheShape {
+    /// Blocks of [`BLOCK_LEN`] positions.
+    pub blocks: usize,
+    /// How keys and values are kept.
+    pub dtype: KvDtype,
 }
 
 /// The coordinator's part of a model, with its KV cache.
@@ -121,13 +130,13 @@ fn micro_batches(rows: usize, rows_min: usize) -> Vec<Range<usize>> {
 }
 
 impl Forward {
-    /// Puts weights and an empty cache of `blocks` blocks together. Where exchanges overlap, steps
+    /// Puts weights and an empty cache together. Where exchanges overlap, steps
     /// with twice `micro_batch_rows_min` rows are cut in two.
     pub fn new(
         architecture: Architecture,
         weights: CoordinatorWeights,
         kernels: Arc<dyn Kernels>,
-        blocks: usize,
+        CacheShape { blocks, dtype }: CacheShape,
         micro_batch_rows_min: usize,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -136,7 +145,7 @@ impl Forward {
         let cache = architecture
             .layers
             .iter()
-            .map(|_| KvLayer::new(architecture.kv_heads, architecture.head_dim, blocks))
+            .map(|_| KvLayer::new(architecture.kv_heads, architecture.head_dim, blocks, dtype))
             .collect();
         let buffers = Buffers::default();
         Self {
@@ -239,7 +248,7 @@ impl Forward {
         kernels.attention(&shape, q, &positions.rows[batch.clone()], cache, attended);
         let delta = prefix(&mut buffers.delta, x.len());
         kernels.matmul(attended, &weights.o, delta);
-        add(x, delta);
+        kernels.add(x, delta);
     }
 
     /// `x += ffn(norm(x))`: at once for a dense layer, which is computed here; for an MoE layer
@@ -268,7 +277,7 @@ impl Forward {
                 let rows: Vec<(u32, u32)> = (0..batch.len() as u32).map(|r| (r, r)).collect();
                 let delta = prefix(&mut buffers.delta, x.len());
                 kernels.gated_ffn(normed, &[FfnGroup { ffn, rows: &rows }], delta);
-                add(x, delta);
+                kernels.add(x, delta);
                 None
             }
             _ => unreachable!("the weights were loaded by this same architecture"),
@@ -288,7 +297,7 @@ impl Forward {
         let delta = prefix(&mut self.buffers.delta, x.len());
         delta.fill(0.0);
         exchanger.finish(in_flight, delta)?;
-        add(x, delta);
+        self.kernels.add(x, delta);
         Ok(())
     }
 
@@ -319,12 +328,6 @@ fn route(
     let mut choices = Vec::with_capacity(logits.len() / spec.experts * spec.top_k);
     gate::choose(spec, logits, &mut choices);
     choices
-}
-
-fn add(x: &mut [f32], delta: &[f32]) {
-    for (x, delta) in x.iter_mut().zip(delta) {
-        *x += delta;
-    }
 }
 
 /// The router's form of what the model says about a layer's gate.

@@ -33,7 +33,7 @@ use std::sync::Arc;
 use entente_proto::frame::Dtype;
 use entente_proto::ids::KernelClass;
 
-pub use kv::KvLayer;
+pub use kv::{KvDtype, KvLayer};
 pub use matrix::{FfnGroup, GatedFfn, Matrix};
 
 /// How weights are kept in memory and multiplied. Part of the kernel class.
@@ -157,6 +157,13 @@ pub trait Kernels: Send + Sync {
     /// `[assignments, hidden]`; each destination row may be named once, others keep their values.
     fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]);
 
+    /// `x += delta`, value by value.
+    fn add(&self, x: &mut [f32], delta: &[f32]) {
+        for (x, delta) in x.iter_mut().zip(delta) {
+            *x += delta;
+        }
+    }
+
     /// Root mean square normalisation of each row (Zhang and Sennrich 2019):
     /// `y = x / sqrt(mean(x^2) + eps) * weight`. `x` and `y` are `[rows, weight.len()]`.
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
@@ -171,7 +178,8 @@ pub trait Kernels: Send + Sync {
     fn write_kv(&self, cache: &mut KvLayer, slots: &[usize], k: &[f32], v: &[f32]);
 
     /// Grouped-query attention of each row over its own keys. `q` and `out` are
-    /// `[rows, heads * head_dim]`. Blocks outside the window are not touched.
+    /// `[rows, heads * head_dim]`. Blocks outside the window are not touched. Rows that follow one
+    /// another in their sequence and share one table, the same slice, are computed together.
     fn attention(
         &self,
         shape: &AttentionShape,

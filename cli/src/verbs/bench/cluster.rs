@@ -63,6 +63,7 @@ impl Nodes {
         let common = Common {
             model: wanted.model,
             weights: wanted.weights,
+            kv_dtype: None,
             threads: wanted.threads,
             transport: wanted.transport,
             roster: plan::roster(1, members.iter().enumerate().map(address_of))?,

@@ -34,7 +34,7 @@ use super::limits::{self, Measured, Probe};
 use super::random::Random;
 use super::stats::median;
 use crate::cluster::columns;
-use crate::cluster::plan::{NODES_MAX, Transport, Weights};
+use crate::cluster::plan::{KvCache, NODES_MAX, Transport, Weights};
 use crate::logging::LogArgs;
 
 /// Pages of the cache that nobody touches cost nothing, so there is room for any size.
@@ -52,6 +52,10 @@ pub struct EngineArgs {
     /// Weight format.
     #[arg(long, env = "ENTENTE_WEIGHTS", value_enum, default_value = "bf16")]
     weights: Weights,
+
+    /// How keys and values are kept; f32 with f32 weights and bf16 with all others if absent.
+    #[arg(long, env = "ENTENTE_KV_DTYPE", value_enum)]
+    kv_dtype: Option<KvCache>,
 
     /// Whether expert nodes are processes of their own or live in this process.
     #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "inproc")]
@@ -84,7 +88,7 @@ pub struct EngineArgs {
     #[arg(default_value = "1,8,32", value_parser = clap::value_parser!(u16).range(1..=1024))]
     decode: Vec<u16>,
 
-    /// Tokens of the prompts of sequences that decode.
+    /// Tokens of the prompts of sequences that decode: the context in which they do.
     #[arg(long, env = "ENTENTE_PROMPT", value_name = "N", default_value_t = 64)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     prompt: u16,
@@ -154,6 +158,7 @@ struct Round {
 pub struct Found {
     model: PathBuf,
     kernel_class: String,
+    kv_dtype: &'static str,
     transport: &'static str,
     nodes: u16,
     link_delay_us: u32,
@@ -199,6 +204,7 @@ fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Resul
         config.engine.micro_batch_rows_min = rows_min.into();
     }
     config.engine.speculation = args.speculation.into();
+    config.engine.kv_dtype = args.kv_dtype.map(Into::into);
     let sequences_max = args.decode.iter().copied().max().unwrap_or(1);
     config.engine.running_max = config.engine.running_max.max(sequences_max.into());
     config.engine.waiting_max = config.engine.waiting_max.max(sequences_max.into());
@@ -356,6 +362,7 @@ fn found(
     Ok(Found {
         model: args.model.clone(),
         kernel_class: started.kernel_class.to_string(),
+        kv_dtype: started.kv_dtype.name(),
         transport: args.transport.name(),
         nodes: args.nodes,
         link_delay_us: args.link_delay_us,
@@ -418,8 +425,10 @@ impl super::Report for Found {
         let Measured { read_bandwidth_gb_s, multiply_peak_gflop_s } = self.limits;
         let mut notes = vec![
             format!(
-                "{} of {} on {} threads, {} over {} nodes; medians of {} rounds",
+                "{} with {} keys and values of {} on {} threads, {} over {} nodes; medians of {} \
+                 rounds",
                 self.kernel_class,
+                self.kv_dtype,
                 self.model.display(),
                 self.threads,
                 self.transport,

@@ -1,60 +1,33 @@
-//! Attention over the paged cache.
+//! Attention over the paged cache: which rows go together, and who computes what.
 //!
-//! A task is one row and one key/value head with all query heads that share it. Two passes over
-//! the visible blocks, in order of position: scores, 16 positions to a register, with their
-//! maximum; then weights `exp(score - maximum)`, their sum, and the weighted values. What a
-//! position is added to depends on the position alone (its lane is `position % 16`, values are
-//! added position by position), so a row's result does not depend on which other rows are in the
-//! call or how the prompt was split. Blocks outside the window are never read.
+//! Rows of one sequence at consecutive positions of one block form a **tile**, which walks its keys
+//! once for all its rows and all query heads of a key/value head. Keys are walked in **splits** of a
+//! fixed length at absolute positions; what a row becomes is defined split by split in [`part`], so
+//! it depends on neither the tile nor the thread. Where tiles are many, as in a prompt, a task takes
+//! a tile and joins its splits as it goes; where they are few, as when one sequence decodes, a task
+//! is one split of a tile (flash decoding, Dao et al. 2023), and the states are joined afterwards in
+//! the same order. Blocks outside of the window are never read.
+
+mod part;
 
 use std::ops::Range;
 
-use super::super::kv::KvLayer;
-use super::super::memory::Line;
+use super::super::kv::{KvDtype, KvLayer};
+use super::super::pool::Scatter;
 use super::super::{AttentionRow, AttentionShape, BLOCK_LEN};
 use super::Cpu;
-use super::isa::{Isa, LANES, greatest, store_part, sum};
+use super::isa::{Isa, LANES};
+use super::scratch::Buffer;
+use part::{Bf16, F32, SPLIT_BLOCKS, SPLIT_LEN, STATE_HEAD, Split, Stored, Vector};
 
 /// Multiplications below which waking a thread costs more than it brings.
 const PARALLEL_MIN: usize = 1 << 16;
 
-/// The keys that one row sees, in one head.
-struct Visible<'a> {
-    cache: &'a KvLayer,
-    head: usize,
-    blocks: &'a [u32],
-    /// Visible positions.
-    positions: Range<usize>,
-}
+/// Tasks for each thread from which on splits of a tile need no tasks of their own.
+const TASKS_PER_THREAD: usize = 4;
 
-impl<'a> Visible<'a> {
-    fn new(
-        shape: &AttentionShape,
-        cache: &'a KvLayer,
-        head: usize,
-        row: &AttentionRow<'a>,
-    ) -> Self {
-        let end = row.position + 1;
-        let start = shape.window.map_or(0, |window| end.saturating_sub(window));
-        let blocks = &row.blocks[start / BLOCK_LEN..end.div_ceil(BLOCK_LEN)];
-        Self { cache, head, blocks, positions: start..end }
-    }
-
-    /// The visible lanes of visible block `b`.
-    fn lanes(&self, b: usize) -> Range<usize> {
-        let first = (self.positions.start / BLOCK_LEN + b) * BLOCK_LEN;
-        let start = self.positions.start.saturating_sub(first);
-        start..(self.positions.end - first).min(BLOCK_LEN)
-    }
-
-    fn keys(&self, b: usize) -> &'a [Line] {
-        self.cache.keys(self.blocks[b], self.head)
-    }
-
-    fn values(&self, b: usize) -> &'a [Line] {
-        self.cache.values(self.blocks[b], self.head)
-    }
-}
+/// Most vectors of states that wait to be joined: 16 MiB.
+const STATES_MAX: usize = 1 << 18;
 
 /// See [`super::super::Kernels::attention`].
 pub fn attention<I: Isa>(
@@ -69,188 +42,231 @@ pub fn attention<I: Isa>(
     assert!(cache.fits(shape) && heads % kv_heads == 0, "a cache of the same shape");
     assert_eq!(q.len(), rows.len() * heads * head_dim, "queries");
     assert_eq!(out.len(), q.len(), "results");
-    // The query heads of a key/value head follow one another.
-    let group_len = heads / kv_heads * head_dim;
     let seen: usize = rows.iter().map(|row| row.position + 1).sum();
-    let parallel = seen * heads * head_dim >= PARALLEL_MIN;
-    cpu.for_chunks(parallel, out, group_len, |task, out| {
-        let (row, kv_head) = (task / kv_heads, task % kv_heads);
-        let visible = Visible::new(shape, cache, kv_head, &rows[row]);
-        let q = &q[task * group_len..(task + 1) * group_len];
-        attend_group(cpu, shape, &visible, q, out);
-    });
-}
-
-/// All query heads of a group, up to four at a time, so that a key is read once for four.
-fn attend_group<I: Isa>(
-    cpu: &Cpu<I>,
-    shape: &AttentionShape,
-    visible: &Visible<'_>,
-    mut q: &[f32],
-    mut out: &mut [f32],
-) {
-    while !q.is_empty() {
-        let heads = match q.len() / shape.head_dim {
-            4.. => 4,
-            2.. => 2,
-            _ => 1,
-        };
-        let (q_now, q_later) = q.split_at(heads * shape.head_dim);
-        let (out_now, out_later) = out.split_at_mut(q_now.len());
-        let mut scores = cpu.scores.take(visible.blocks.len() * heads);
-        match heads {
-            4 => attend::<I, 4>(cpu.isa, shape, visible, q_now, &mut scores, out_now),
-            2 => attend::<I, 2>(cpu.isa, shape, visible, q_now, &mut scores, out_now),
-            _ => attend::<I, 1>(cpu.isa, shape, visible, q_now, &mut scores, out_now),
-        }
-        (q, out) = (q_later, out_later);
+    let call = Call {
+        cpu,
+        shape,
+        q,
+        cache,
+        tiles: tiles(shape, rows),
+        parallel: seen * heads * head_dim >= PARALLEL_MIN,
+        out: Scatter::new(out),
+    };
+    match cache.dtype() {
+        KvDtype::F32 => call.run::<F32>(),
+        KvDtype::Bf16 => call.run::<Bf16>(),
     }
 }
 
-/// `G` heads. `scores` has `G` entries for each visible block.
-fn attend<I: Isa, const G: usize>(
-    isa: I,
-    shape: &AttentionShape,
-    visible: &Visible<'_>,
-    q: &[f32],
-    scores: &mut [[f32; LANES]],
-    out: &mut [f32],
-) {
-    let head_dim = shape.head_dim;
-    isa.enter(
-        #[inline(always)]
-        || {
-            let q: [&[f32]; G] = std::array::from_fn(|g| &q[g * head_dim..(g + 1) * head_dim]);
-            let scores = scores.as_chunks_mut::<G>().0;
-            let greatest = score::<I, G>(isa, shape.scale, visible, &q, scores);
-            let scale = weigh::<I, G>(isa, greatest, scores);
-            let value_lines = visible.cache.value_lines();
-            let mut line = 0;
-            while line < value_lines {
-                // Four lines at a time keep the multipliers busy; the values are the same.
-                if value_lines - line >= 4 {
-                    combine::<I, G, 4>(isa, visible, scores, &scale, line, head_dim, out);
-                    line += 4;
-                } else {
-                    combine::<I, G, 1>(isa, visible, scores, &scale, line, head_dim, out);
-                    line += 1;
-                }
-            }
-        },
-    );
+/// Rows of one sequence at consecutive positions of one block.
+struct Tile<'a> {
+    /// The first row's place in the call.
+    first: usize,
+    /// The first row's position.
+    position: usize,
+    rows: usize,
+    /// Blocks of the sequence.
+    blocks: &'a [u32],
+    /// Splits of which the rows see something.
+    splits: Range<usize>,
 }
 
-/// Writes the scores of all visible positions, minus infinity for the other lanes, and returns
-/// each head's greatest.
-#[inline(always)]
-fn score<I: Isa, const G: usize>(
-    isa: I,
-    scale: f32,
-    visible: &Visible<'_>,
-    q: &[&[f32]; G],
-    scores: &mut [[[f32; LANES]; G]],
-) -> [f32; G] {
-    let hidden = isa.splat(f32::NEG_INFINITY);
-    let mut most = [hidden; G];
-    for (b, scores) in scores.iter_mut().enumerate() {
-        let dots = dot_keys(isa, visible.keys(b), q);
-        for g in 0..G {
-            let score = isa.mul(dots[g], isa.splat(scale));
-            let score = isa.keep(visible.lanes(b), score, hidden);
-            most[g] = isa.max(most[g], score);
-            isa.store(score, &mut scores[g]);
+fn tiles<'a>(shape: &AttentionShape, rows: &[AttentionRow<'a>]) -> Vec<Tile<'a>> {
+    let mut first = 0;
+    // Rows of one sequence bring the same table.
+    let together = |a: &AttentionRow<'_>, b: &AttentionRow<'_>| {
+        let same = std::ptr::eq(a.blocks, b.blocks) && b.position == a.position + 1;
+        same && !b.position.is_multiple_of(BLOCK_LEN)
+    };
+    let tile = |rows: &[AttentionRow<'a>]| {
+        let AttentionRow { blocks, position } = rows[0];
+        let last = position + rows.len() - 1;
+        let splits = seen_by(shape, position).start / SPLIT_LEN..last / SPLIT_LEN + 1;
+        let tile = Tile { first, position, rows: rows.len(), blocks, splits };
+        first += rows.len();
+        tile
+    };
+    rows.chunk_by(together).map(tile).collect()
+}
+
+/// The positions that a row sees.
+fn seen_by(shape: &AttentionShape, position: usize) -> Range<usize> {
+    let end = position + 1;
+    shape.window.map_or(0, |window| end.saturating_sub(window))..end
+}
+
+/// One call of the kernel.
+struct Call<'a, I> {
+    cpu: &'a Cpu<I>,
+    shape: &'a AttentionShape,
+    q: &'a [f32],
+    cache: &'a KvLayer,
+    tiles: Vec<Tile<'a>>,
+    parallel: bool,
+    out: Scatter<'a, f32>,
+}
+
+impl<I: Isa> Call<'_, I> {
+    fn run<S: Stored>(&self) {
+        let tasks = self.tiles.len() * self.shape.kv_heads;
+        let states = |tile: &Tile<'_>| tile.splits.len() * tile.rows * self.row_vectors();
+        let waiting: usize = self.tiles.iter().map(states).sum();
+        let few = tasks < TASKS_PER_THREAD * self.cpu.pool.threads() && waiting <= STATES_MAX;
+        let cuttable = self.tiles.iter().any(|tile| tile.splits.len() > 1);
+        if self.parallel && few && cuttable && self.cpu.pool.threads() > 1 {
+            self.by_splits::<S>(waiting);
+        } else {
+            // Neighbouring tasks read the same head's keys.
+            self.cpu.run(self.parallel, tasks, |task| {
+                let tile = &self.tiles[task % self.tiles.len()];
+                self.whole::<S>(tile, task / self.tiles.len());
+            });
         }
     }
-    let mut greatest_of = [0.0; G];
-    for g in 0..G {
-        greatest_of[g] = greatest(isa, most[g]);
-    }
-    greatest_of
-}
 
-/// The 16 products of a block's keys with each head's query. Four chains a head, value `d` in
-/// chain `d % 4`.
-#[inline(always)]
-fn dot_keys<I: Isa, const G: usize>(isa: I, keys: &[Line], q: &[&[f32]; G]) -> [I::V; G] {
-    let mut chains = [[isa.splat(0.0); 4]; G];
-    let (fours, rest) = keys.as_chunks::<4>();
-    for (i, four) in fours.iter().enumerate() {
-        for j in 0..4 {
-            let key = isa.load_line(&four[j]);
-            for g in 0..G {
-                chains[g][j] = isa.fma(key, isa.splat(q[g][4 * i + j]), chains[g][j]);
-            }
-        }
+    /// Vectors of one query's state.
+    fn vectors(&self) -> usize {
+        STATE_HEAD + 2 * self.cache.value_pairs()
     }
-    for (j, line) in rest.iter().enumerate() {
-        let key = isa.load_line(line);
-        for g in 0..G {
-            chains[g][j] = isa.fma(key, isa.splat(q[g][4 * fours.len() + j]), chains[g][j]);
-        }
-    }
-    // A loop, not `map`: what std calls is compiled without the instructions of this context, and
-    // every operation in it would become a call.
-    let mut dots = [isa.splat(0.0); G];
-    for g in 0..G {
-        let [a, b, c, d] = chains[g];
-        dots[g] = isa.add(isa.add(a, b), isa.add(c, d));
-    }
-    dots
-}
 
-/// Turns scores into weights `exp(score - greatest)`, which are exactly zero for lanes that are
-/// not visible, and returns one over each head's sum.
-#[inline(always)]
-fn weigh<I: Isa, const G: usize>(
-    isa: I,
-    greatest: [f32; G],
-    scores: &mut [[[f32; LANES]; G]],
-) -> [f32; G] {
-    let mut sums = [isa.splat(0.0); G];
-    for scores in scores {
-        for g in 0..G {
-            let below = isa.sub(isa.load(&scores[g]), isa.splat(greatest[g]));
-            let weight = super::elementwise::exp(isa, below);
-            sums[g] = isa.add(sums[g], weight);
-            isa.store(weight, &mut scores[g]);
-        }
+    /// Vectors of the states of all queries of a row.
+    fn row_vectors(&self) -> usize {
+        self.shape.heads * self.vectors()
     }
-    let mut scale = [0.0; G];
-    for g in 0..G {
-        scale[g] = 1.0 / sum(isa, sums[g]);
-    }
-    scale
-}
 
-/// Lines `line..line + C` of the weighted values of `G` heads.
-#[inline(always)]
-fn combine<I: Isa, const G: usize, const C: usize>(
-    isa: I,
-    visible: &Visible<'_>,
-    weights: &[[[f32; LANES]; G]],
-    scale: &[f32; G],
-    line: usize,
-    head_dim: usize,
-    out: &mut [f32],
-) {
-    let value_lines = visible.cache.value_lines();
-    let mut sums = [[isa.splat(0.0); C]; G];
-    for (b, weights) in weights.iter().enumerate() {
-        let values = visible.values(b);
-        for slot in visible.lanes(b) {
-            let values = &values[slot * value_lines + line..][..C];
-            for c in 0..C {
-                let value = isa.load_line(&values[c]);
-                for g in 0..G {
-                    sums[g][c] = isa.fma(value, isa.splat(weights[g][slot]), sums[g][c]);
+    /// Queries of a tile in one key/value head.
+    fn queries(&self, tile: &Tile<'_>) -> usize {
+        tile.rows * self.shape.heads / self.shape.kv_heads
+    }
+
+    /// One head of a tile, from the first split to the last.
+    fn whole<S: Stored>(&self, tile: &Tile<'_>, head: usize) {
+        let len = self.queries(tile) * self.vectors();
+        let mut buffer = self.cpu.vectors.take(2 * len);
+        let (states, next) = buffer.split_at_mut(len);
+        let q = self.pack(tile, head);
+        states.chunks_exact_mut(self.vectors()).for_each(part::clear);
+        for split in tile.splits.clone() {
+            self.part::<S>(tile, head, split, &q, next);
+            self.join(tile, split, states, next);
+        }
+        self.finish(tile, head, states);
+    }
+
+    /// Splits as tasks of their own. `waiting` is the number of vectors of all states.
+    fn by_splits<S: Stored>(&self, waiting: usize) {
+        let kv_heads = self.shape.kv_heads;
+        let (mut parts, mut starts, mut at) = (Vec::new(), Vec::new(), 0);
+        for (t, tile) in self.tiles.iter().enumerate() {
+            for head in 0..kv_heads {
+                starts.push(at);
+                for split in tile.splits.clone() {
+                    parts.push((t, head, split, at));
+                    at += self.queries(tile) * self.vectors();
                 }
             }
         }
+        debug_assert_eq!(at, waiting, "states of all splits");
+        let mut states = self.cpu.vectors.take(waiting);
+        let places = Scatter::new(&mut states);
+        self.cpu.run(true, parts.len(), |i| {
+            let (t, head, split, at) = parts[i];
+            let tile = &self.tiles[t];
+            // SAFETY: each split of a tile and head has a place of its own.
+            let states = unsafe { places.slice(at, self.queries(tile) * self.vectors()) };
+            self.part::<S>(tile, head, split, &self.pack(tile, head), states);
+        });
+        self.cpu.run(waiting >= PARALLEL_MIN, starts.len(), |i| {
+            let (tile, head) = (&self.tiles[i / kv_heads], i % kv_heads);
+            let len = self.queries(tile) * self.vectors();
+            let mut joined = self.cpu.vectors.take(len);
+            joined.chunks_exact_mut(self.vectors()).for_each(part::clear);
+            for (n, split) in tile.splits.clone().enumerate() {
+                // SAFETY: nobody else reads or writes this tile and head any more.
+                let next = unsafe { places.slice(starts[i] + n * len, len) };
+                self.join(tile, split, &mut joined, next);
+            }
+            self.finish(tile, head, &joined);
+        });
     }
-    for g in 0..G {
-        let head = &mut out[g * head_dim..(g + 1) * head_dim];
-        for (c, out) in head.chunks_mut(LANES).skip(line).take(C).enumerate() {
-            store_part(isa, isa.mul(sums[g][c], isa.splat(scale[g])), out);
+
+    /// The queries of one head of a tile, scaled, as [`part::part`] wants each group of them; the
+    /// last vector may be longer than they are.
+    fn pack(&self, tile: &Tile<'_>, head: usize) -> Buffer<'_, Vector> {
+        let AttentionShape { heads, kv_heads, head_dim, scale, .. } = *self.shape;
+        let (shared, queries) = (heads / kv_heads, self.queries(tile));
+        let mut packed = self.cpu.vectors.take((queries * head_dim).div_ceil(LANES));
+        for group in part::groups::<I>(queries) {
+            let out = &mut packed.as_flattened_mut()[group.start * head_dim..group.end * head_dim];
+            for (m, query) in group.clone().enumerate() {
+                let (row, g) = (query / shared, query % shared);
+                let at = ((tile.first + row) * heads + head * shared + g) * head_dim;
+                let pairs = self.q[at..at + head_dim].as_chunks::<2>().0;
+                let places = out.as_chunks_mut::<2>().0.iter_mut().skip(m).step_by(group.len());
+                for (place, pair) in places.zip(pairs) {
+                    *place = pair.map(|x| x * scale);
+                }
+            }
+        }
+        packed
+    }
+
+    /// What row `row` of a tile sees of a split, from the split's first position.
+    fn seen(&self, tile: &Tile<'_>, row: usize, split: usize) -> Range<usize> {
+        let seen = seen_by(self.shape, tile.position + row);
+        let within = |p: usize| p.saturating_sub(split * SPLIT_LEN).min(SPLIT_LEN);
+        within(seen.start)..within(seen.end)
+    }
+
+    /// States of all queries of one head of a tile after one split alone.
+    fn part<S: Stored>(
+        &self,
+        tile: &Tile<'_>,
+        head: usize,
+        split: usize,
+        q: &[Vector],
+        states: &mut [Vector],
+    ) {
+        let (head_dim, vectors) = (self.shape.head_dim, self.vectors());
+        let (shared, queries) = (self.shape.heads / self.shape.kv_heads, self.queries(tile));
+        // The first row's window begins first, and the last row's end is the last.
+        let skipped = self.seen(tile, 0, split).start / BLOCK_LEN;
+        let end = self.seen(tile, tile.rows - 1, split).end.div_ceil(BLOCK_LEN);
+        let blocks = &tile.blocks[split * SPLIT_BLOCKS..][skipped..end];
+        let keys = Split { cache: self.cache, head, blocks };
+        for group in part::groups::<I>(queries) {
+            let q = &q.as_flattened()[group.start * head_dim..group.end * head_dim];
+            let states = &mut states[group.start * vectors..group.end * vectors];
+            let mut seen = [const { 0..0 }; part::GROUP_MAX];
+            for (seen, query) in seen.iter_mut().zip(group.clone()) {
+                let own = self.seen(tile, query / shared, split);
+                let from_blocks = |p: usize| p.saturating_sub(skipped * BLOCK_LEN);
+                *seen = from_blocks(own.start)..from_blocks(own.end);
+            }
+            part::part::<I, S>(self.cpu.isa, &keys, q, &seen[..group.len()], states);
+        }
+    }
+
+    /// Joins the states of all queries with those of the next split, if they see something of it.
+    fn join(&self, tile: &Tile<'_>, split: usize, states: &mut [Vector], next: &[Vector]) {
+        let shared = self.shape.heads / self.shape.kv_heads;
+        let states = states.chunks_exact_mut(self.vectors());
+        for (i, (state, next)) in states.zip(next.chunks_exact(self.vectors())).enumerate() {
+            if !self.seen(tile, i / shared, split).is_empty() {
+                part::join(self.cpu.isa, state, next);
+            }
+        }
+    }
+
+    /// Writes the results of one head of a tile.
+    fn finish(&self, tile: &Tile<'_>, head: usize, states: &[Vector]) {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = *self.shape;
+        let shared = heads / kv_heads;
+        for (i, state) in states.chunks_exact(self.vectors()).enumerate() {
+            let at = ((tile.first + i / shared) * heads + head * shared + i % shared) * head_dim;
+            // SAFETY: each row and head belongs to one tile, and this task has that tile and head.
+            let out = unsafe { self.out.slice(at, head_dim) };
+            part::finish(self.cpu.isa, state, out);
         }
     }
 }

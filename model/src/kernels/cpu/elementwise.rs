@@ -1,4 +1,4 @@
-//! Kernels that look at one value, or one row, at a time: exp, SiLU, RMSNorm, RoPE.
+//! Kernels that look at one value, or one row, at a time: exp, SiLU, sums, RMSNorm, RoPE.
 //!
 //! `exp` is our own: a C library's differs between versions and machines, and would make the kernel
 //! class a lie.
@@ -69,6 +69,18 @@ pub fn rms_norm_row<I: Isa>(isa: I, x: &[f32], weight: &[f32], eps: f32, y: &mut
     );
 }
 
+/// `x += delta`.
+pub fn add<I: Isa>(isa: I, x: &mut [f32], delta: &[f32]) {
+    isa.enter(
+        #[inline(always)]
+        || {
+            for (x, delta) in x.iter_mut().zip(delta) {
+                *x += delta;
+            }
+        },
+    );
+}
+
 /// Rotates all heads of one row in place by the angles whose cosines and sines are given.
 pub fn rope_row<I: Isa>(isa: I, row: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
     isa.enter(
@@ -76,23 +88,34 @@ pub fn rope_row<I: Isa>(isa: I, row: &mut [f32], head_dim: usize, cos: &[f32], s
         || {
             for head in row.chunks_exact_mut(head_dim) {
                 let (first, second) = head.split_at_mut(head_dim / 2);
-                let angles = cos.chunks(LANES).zip(sin.chunks(LANES));
-                let halves = first.chunks_mut(LANES).zip(second.chunks_mut(LANES));
-                for ((a, b), (cos, sin)) in halves.zip(angles) {
-                    rotate(isa, a, b, cos, sin);
+                let (firsts, first) = first.as_chunks_mut::<LANES>();
+                let (seconds, second) = second.as_chunks_mut::<LANES>();
+                let (cosines, cos) = cos.as_chunks::<LANES>();
+                let (sines, sin) = sin.as_chunks::<LANES>();
+                let angles = cosines.iter().zip(sines);
+                for ((a, b), (cos, sin)) in firsts.iter_mut().zip(seconds).zip(angles) {
+                    let (va, vb) = (isa.load(a), isa.load(b));
+                    let turned = rotate(isa, [va, vb, isa.load(cos), isa.load(sin)]);
+                    isa.store(turned[0], a);
+                    isa.store(turned[1], b);
+                }
+                if !first.is_empty() {
+                    let (va, vb) = (load_part(isa, first), load_part(isa, second));
+                    let angles = (load_part(isa, cos), load_part(isa, sin));
+                    let turned = rotate(isa, [va, vb, angles.0, angles.1]);
+                    store_part(isa, turned[0], first);
+                    store_part(isa, turned[1], second);
                 }
             }
         },
     );
 }
 
-/// `(a, b)` becomes `(a cos - b sin, b cos + a sin)`, for up to 16 pairs.
+/// `(a, b)` becomes `(a cos - b sin, b cos + a sin)`.
 #[inline(always)]
-fn rotate<I: Isa>(isa: I, a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let (va, vb) = (load_part(isa, a), load_part(isa, b));
-    let (cos, sin) = (load_part(isa, cos), load_part(isa, sin));
-    store_part(isa, isa.sub(isa.mul(va, cos), isa.mul(vb, sin)), a);
-    store_part(isa, isa.add(isa.mul(vb, cos), isa.mul(va, sin)), b);
+fn rotate<I: Isa>(isa: I, [a, b, cos, sin]: [I::V; 4]) -> [I::V; 2] {
+    let first = isa.sub(isa.mul(a, cos), isa.mul(b, sin));
+    [first, isa.add(isa.mul(b, cos), isa.mul(a, sin))]
 }
 
 #[cfg(test)]

@@ -104,12 +104,15 @@ pub fn greatest<I: Isa>(isa: I, v: I::V) -> f32 {
 fn reduce<I: Isa>(isa: I, v: I::V, join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
     isa.store(v, &mut lanes);
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] = join(lanes[i], lanes[i + half]);
-        }
+    // Written out, each step is one vector instruction; as a loop over the lengths it is scalars.
+    let (mut eight, mut four) = ([0.0; 8], [0.0; 4]);
+    for i in 0..8 {
+        eight[i] = join(lanes[i], lanes[i + 8]);
     }
-    lanes[0]
+    for i in 0..4 {
+        four[i] = join(eight[i], eight[i + 4]);
+    }
+    join(join(four[0], four[2]), join(four[1], four[3]))
 }
 
 /// Reads up to 16 values, zeros beyond them.

@@ -29,11 +29,14 @@ use super::{
 };
 
 /// Raised whenever a change gives other bits.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Values below which waking a thread costs more than it brings, in kernels that do little with
 /// each value.
 const PARALLEL_MIN: usize = 1 << 15;
+
+/// Values of one task of [`Kernels::add`].
+const ADD_CHUNK_LEN: usize = PARALLEL_MIN / 2;
 
 /// Kernels of one instruction set and weight format.
 pub(super) struct Cpu<I> {
@@ -43,8 +46,8 @@ pub(super) struct Cpu<I> {
     pool: Pool,
     /// Packed activations.
     words: Scratch<u32>,
-    /// Attention scores of one task.
-    scores: Scratch<[f32; LANES]>,
+    /// Attention's queries and states.
+    vectors: Scratch<[f32; LANES]>,
 }
 
 /// Shares of light work for each thread: enough that a thread which is held up holds up little.
@@ -54,8 +57,8 @@ const NEIGHBOURS_MAX: usize = 8;
 
 impl<I: Isa> Cpu<I> {
     fn new(isa: I, format: WeightFormat, threads: usize) -> Self {
-        let (words, scores) = (Scratch::new(), Scratch::new());
-        Self { isa, format, class: class::<I>(format), pool: Pool::new(threads), words, scores }
+        let (words, vectors) = (Scratch::new(), Scratch::new());
+        Self { isa, format, class: class::<I>(format), pool: Pool::new(threads), words, vectors }
     }
 
     /// A parallel loop, on this thread alone unless `parallel`.
@@ -131,6 +134,13 @@ impl<I: Isa> Kernels for Cpu<I> {
         ffn::gated_ffn(self, x, groups, y);
     }
 
+    fn add(&self, x: &mut [f32], delta: &[f32]) {
+        assert_eq!(x.len(), delta.len(), "a value for each value");
+        self.for_chunks(x.len() >= PARALLEL_MIN, x, ADD_CHUNK_LEN, |i, x| {
+            elementwise::add(self.isa, x, &delta[i * ADD_CHUNK_LEN..][..x.len()]);
+        });
+    }
+
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
         let len = weight.len();
         assert_eq!((x.len() % len, y.len()), (0, x.len()), "rows of {len} values");
@@ -156,9 +166,11 @@ impl<I: Isa> Kernels for Cpu<I> {
         }
         let len = k.len() / slots.len();
         assert_eq!((k.len(), v.len()), (slots.len() * len, k.len()), "keys and values");
-        for ((slot, k), v) in slots.iter().zip(k.chunks_exact(len)).zip(v.chunks_exact(len)) {
-            cache.write(*slot, k, v);
-        }
+        let cache = cache.writer();
+        self.run(k.len() >= PARALLEL_MIN, cache.heads(), |head| {
+            // SAFETY: each head is given to one task.
+            unsafe { cache.write(head, slots, k, v) };
+        });
     }
 
     fn attention(

@@ -170,6 +170,10 @@ impl Kernels for Copying {
         }
     }
 
+    fn add(&self, x: &mut [f32], delta: &[f32]) {
+        self.0.add(x, delta);
+    }
+
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
         self.0.rms_norm(x, weight, eps, y);
     }
