@@ -17,7 +17,7 @@ pub struct Config {
     pub region: Region,
     /// Address of the public API, such as `127.0.0.1:8080`; port 0 picks a free one.
     pub http: String,
-    /// The checkpoint folder, in Hugging Face format.
+    /// The checkpoint folder, in Hugging Face format or packed.
     pub model: PathBuf,
     /// How weights are kept: `f32`, `bf16`, `q8` or `q4`.
     pub weights: WeightFormat,

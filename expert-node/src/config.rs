@@ -21,7 +21,7 @@ pub struct Config {
     pub region: Region,
     /// Where it listens, `host:port`; port 0 picks a free one.
     pub listen: String,
-    /// The checkpoint folder, in Hugging Face format.
+    /// The checkpoint folder, in Hugging Face format or packed.
     pub model: PathBuf,
     /// How weights are kept: `f32`, `bf16`, `q8` or `q4`.
     pub weights: WeightFormat,

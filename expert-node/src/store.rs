@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use entente_model::kernels::{GatedFfn, Kernels};
-use entente_model::{Checkpoint, ModelError, Progress, load_expert};
+use entente_model::{Checkpoint, ModelError, Progress, load_experts};
 use entente_proto::placement::ExpertKey;
 
 /// The loaded experts. Does not change once loaded.
@@ -12,20 +12,14 @@ pub(crate) struct ExpertStore {
 }
 
 impl ExpertStore {
-    /// Loads the placed experts one by one, telling `progress` after each.
+    /// Loads the placed experts, telling `progress` after each.
     pub(crate) fn load(
         checkpoint: &Checkpoint,
         kernels: &dyn Kernels,
         placed: &BTreeSet<ExpertKey>,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
-        let total = placed.len() as u64;
-        let mut experts = BTreeMap::new();
-        for (done, expert) in (1..).zip(placed) {
-            experts.insert(*expert, load_expert(checkpoint, kernels, expert.0, expert.1)?);
-            progress.advance(done, total);
-        }
-        Ok(Self { experts })
+        Ok(Self { experts: load_experts(checkpoint, kernels, placed, progress)? })
     }
 
     /// A store of experts that come from no checkpoint.

@@ -25,12 +25,12 @@ pub enum ModelError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A field of a JSON file is missing, of the wrong kind, out of range or not supported.
+    /// A field of a file is missing, of the wrong kind, out of range or not supported.
     #[error("{}: {field}: {reason}", file.display())]
     Field {
-        /// The JSON file.
+        /// The file.
         file: PathBuf,
-        /// The field, with dots for nesting.
+        /// The field, with dots for nesting in JSON.
         field: String,
         /// What is wrong with it.
         reason: String,

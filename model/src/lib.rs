@@ -7,8 +7,8 @@
 //! safetensors files, and checks one against the other: every tensor that the architecture calls
 //! for is there, has its shape and can be computed with, and no other tensor is. The weights stay
 //! on disk, mapped. A coordinator then loads [`CoordinatorWeights`], which is everything but the
-//! experts; an expert node loads the experts that are placed on it, one [`load_expert`] at a time.
-//! Neither reads the other's bytes. Both compute the same [`Checkpoint::digest`], so that they can
+//! experts; an expert node loads the experts that are placed on it ([`load_experts`]). Neither reads
+//! the other's bytes. A folder that [`packed::import`] wrote is opened the same way. Both compute the same [`Checkpoint::digest`], so that they can
 //! tell whether they mean the same model.
 //!
 //! # Families
@@ -45,13 +45,14 @@ mod family;
 mod generation_config;
 mod json;
 pub mod kernels;
+pub mod packed;
 mod rope;
 pub mod synth;
 mod tokenizer;
 mod weights;
 
 pub use chat::{Chat, ChatMessage, ChatPrompt, ChatTemplate, TemplateError};
-pub use checkpoint::{Checkpoint, TensorView};
+pub use checkpoint::Checkpoint;
 pub use config::Architecture;
 pub use error::ModelError;
 pub use generation_config::GenerationConfig;
@@ -59,4 +60,5 @@ pub use rope::Rope;
 pub use tokenizer::{Detokenizer, Tokenizer, TokenizerError};
 pub use weights::{
     CoordinatorWeights, Embedding, FfnWeights, LayerWeights, Progress, expert_bytes, load_expert,
+    load_experts,
 };

@@ -346,6 +346,7 @@ fn write_shard(
 mod tests {
     use super::*;
     use crate::chat::{Chat, ChatMessage};
+    use crate::checkpoint::Storage;
     use crate::{ChatTemplate, Checkpoint, GenerationConfig, Tokenizer};
 
     #[test]
@@ -375,7 +376,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &Shape::TINY, 7, &|_, _| {}).unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        let values = |name: &str, shape: &[usize]| checkpoint.tensor(name, shape).unwrap().to_f32();
+        let Storage::Tensors(tensors) = checkpoint.storage() else { panic!("it is packed") };
+        let values = |name: &str, shape: &[usize]| tensors.tensor(name, shape).unwrap().to_f32();
         let embed = values("model.embed_tokens.weight", &[1_024, 64]);
         let mean = embed.iter().sum::<f32>() / embed.len() as f32;
         let variance = embed.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / embed.len() as f32;

@@ -1,16 +1,23 @@
 //! Weights on their way from the file into a kernel class's layout.
 //!
 //! A coordinator takes everything but the experts, an expert node takes its experts one by one;
-//! neither touches a byte that belongs to the other. Each tensor is packed straight from the mapped
-//! file, so that memory holds the packed form and never a second copy.
+//! neither touches a byte that belongs to the other. From a checkpoint as it was published, each
+//! tensor is packed straight from the mapped file, whose pages are given back at once, so that
+//! memory holds the packed form and never a second copy. The packed form is only read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use entente_proto::ids::{ExpertId, LayerId};
+use entente_proto::placement::ExpertKey;
 
 use crate::ModelError;
-use crate::checkpoint::{Checkpoint, TensorView, widen};
-use crate::config::FfnSpec;
+use crate::checkpoint::{Checkpoint, Storage, TensorView, Tensors, widen};
+use crate::config::{Architecture, FfnSpec};
 use crate::family::{ExpertNames, GatedNames, Layout, in_layer, of_expert};
-use crate::kernels::{GatedFfn, Kernels, Matrix, MatrixSource, SourceDtype, WeightFormat};
+use crate::kernels::{
+    GatedFfn, Kernels, Line, Lines, Matrix, MatrixSource, SourceDtype, WeightFormat,
+};
 
 /// Told how far something has come, for whoever waits.
 pub trait Progress {
@@ -27,21 +34,40 @@ impl Progress for () {
 pub struct Embedding {
     hidden: usize,
     dtype: SourceDtype,
-    bytes: Vec<u8>,
+    lines: Arc<Lines>,
+    /// Bytes of the rows, which come first; the last line may not be full.
+    len: usize,
 }
 
 impl Embedding {
+    /// Rows of `hidden` values that are the first `len` bytes of `lines`.
+    pub(crate) fn new(lines: Arc<Lines>, len: usize, hidden: usize, dtype: SourceDtype) -> Self {
+        Self { hidden, dtype, lines, len }
+    }
+
+    fn copy_of(view: TensorView<'_>, hidden: usize) -> Self {
+        let mut lines = Lines::zeroed(view.bytes.len().div_ceil(size_of::<Line>()));
+        lines.as_bytes_mut()[..view.bytes.len()].copy_from_slice(view.bytes);
+        Self::new(Arc::new(lines), view.bytes.len(), hidden, view.dtype)
+    }
+
+    /// Element type, `[vocab, hidden]` and the rows.
+    pub(crate) fn rows(&self) -> (SourceDtype, [usize; 2], &[u8]) {
+        let vocab = self.len / (self.hidden * self.dtype.size());
+        (self.dtype, [vocab, self.hidden], &self.lines.as_bytes()[..self.len])
+    }
+
     /// Writes the row of `token` into `row`, which is `[hidden]`. The id must be below the
     /// vocabulary's size; ids that come from requests are checked when the request is admitted.
     pub fn lookup(&self, token: u32, row: &mut [f32]) {
         let row_len = self.hidden * self.dtype.size();
         let start = token as usize * row_len;
-        widen(self.dtype, &self.bytes[start..start + row_len], row);
+        widen(self.dtype, &self.rows().2[start..start + row_len], row);
     }
 
     /// Bytes of memory held.
     pub fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.lines.bytes()
     }
 }
 
@@ -87,37 +113,23 @@ pub struct CoordinatorWeights {
 }
 
 impl CoordinatorWeights {
-    /// Loads and packs; `progress` counts layers, with embedding and head as one more.
+    /// Loads; `progress` counts parts, each layer one of them.
+    ///
+    /// # Errors
+    /// What is wrong with a file, and a packed form of another format than that of `kernels`.
     pub fn load(
         checkpoint: &Checkpoint,
         kernels: &dyn Kernels,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
-        let loader = Loader { checkpoint, kernels };
         let arch = checkpoint.architecture();
-        let names = checkpoint.layout().names;
-        let total = arch.layers.len() as u64 + 1;
-        progress.advance(0, total);
-        let mut layers = Vec::with_capacity(arch.layers.len());
-        for layer in 0..arch.layers.len() {
-            layers.push(loader.layer(layer)?);
-            progress.advance(layers.len() as u64, total);
+        match checkpoint.storage() {
+            Storage::Packed(packed) => {
+                packed.require(kernels.format())?;
+                packed.coordinator(arch, progress)
+            }
+            Storage::Tensors(tensors) => Loader { arch, tensors, kernels }.coordinator(progress),
         }
-        let table = [arch.vocab, arch.hidden];
-        let embed = checkpoint.tensor(names.embed, &table)?;
-        let head = if arch.tied_embeddings { names.embed } else { names.head };
-        let weights = Self {
-            embed: Embedding {
-                hidden: arch.hidden,
-                dtype: embed.dtype,
-                bytes: embed.bytes.to_vec(),
-            },
-            layers,
-            norm: checkpoint.tensor(names.norm, &[arch.hidden])?.to_f32(),
-            head: loader.matrix(head, table)?,
-        };
-        progress.advance(total, total);
-        Ok(weights)
     }
 
     /// Bytes of memory held.
@@ -136,32 +148,74 @@ impl CoordinatorWeights {
     }
 }
 
-/// Loads and packs one expert, reading no other expert's bytes.
+/// Loads one expert, reading no other expert's bytes.
 pub fn load_expert(
     checkpoint: &Checkpoint,
     kernels: &dyn Kernels,
     layer: LayerId,
     expert: ExpertId,
 ) -> Result<GatedFfn, ModelError> {
-    let sources = ExpertSources::find(checkpoint, layer, expert)?;
-    Ok(GatedFfn {
-        gate: kernels.pack(sources.gate),
-        up: kernels.pack(sources.up),
-        down: kernels.pack(sources.down),
-        activation: checkpoint.architecture().activation,
-    })
+    let mut one = load_experts(checkpoint, kernels, &BTreeSet::from([(layer, expert)]), &())?;
+    one.remove(&(layer, expert)).ok_or_else(|| no_expert(checkpoint, layer, expert))
+}
+
+/// Loads the experts of `placed`, reading no other expert's bytes; `progress` counts them.
+///
+/// # Errors
+/// An expert that the model does not have; what is wrong with a file; and a packed form of another
+/// format than that of `kernels`.
+pub fn load_experts(
+    checkpoint: &Checkpoint,
+    kernels: &dyn Kernels,
+    placed: &BTreeSet<ExpertKey>,
+    progress: &dyn Progress,
+) -> Result<BTreeMap<ExpertKey, GatedFfn>, ModelError> {
+    let arch = checkpoint.architecture();
+    if let Some((layer, expert)) = placed.iter().find(|key| !arch.has_expert(key.0, key.1)) {
+        return Err(no_expert(checkpoint, *layer, *expert));
+    }
+    match checkpoint.storage() {
+        Storage::Packed(packed) => {
+            packed.require(kernels.format())?;
+            packed.experts(arch, placed, progress)
+        }
+        Storage::Tensors(tensors) => {
+            let loader = Loader { arch, tensors, kernels };
+            let mut experts = BTreeMap::new();
+            for (done, key) in (1..).zip(placed) {
+                experts.insert(*key, loader.expert(*key)?);
+                progress.advance(done, placed.len() as u64);
+            }
+            Ok(experts)
+        }
+    }
 }
 
 /// Bytes of memory that one expert takes once loaded, for planning a placement: the largest of the
 /// model's experts. Zero for a model without experts.
+///
+/// # Errors
+/// As for [`load_experts`].
 pub fn expert_bytes(checkpoint: &Checkpoint, format: WeightFormat) -> Result<u64, ModelError> {
-    let mut largest = 0;
-    for (layer, _) in checkpoint.architecture().moe_layers() {
-        let sources = ExpertSources::find(checkpoint, layer, ExpertId(0))?;
-        let matrices = [sources.gate, sources.up, sources.down];
-        largest = largest.max(matrices.iter().map(|m| format.packed_bytes(m) as u64).sum());
+    let arch = checkpoint.architecture();
+    if let Storage::Packed(packed) = checkpoint.storage() {
+        packed.require(format)?;
     }
-    Ok(largest)
+    let first = ExpertId(0);
+    let bytes = |layer| match checkpoint.storage() {
+        Storage::Packed(packed) => Ok(packed.expert_bytes(layer, first)),
+        Storage::Tensors(tensors) => {
+            let ExpertSources { gate, up, down } =
+                ExpertSources::find(arch, tensors, (layer, first))?;
+            Ok([gate, up, down].iter().map(|m| format.packed_bytes(m) as u64).sum())
+        }
+    };
+    let all = arch.moe_layers().map(|(layer, _)| bytes(layer));
+    all.collect::<Result<Vec<_>, _>>().map(|all| all.into_iter().max().unwrap_or(0))
+}
+
+fn no_expert(checkpoint: &Checkpoint, layer: LayerId, expert: ExpertId) -> ModelError {
+    ModelError::file(checkpoint.dir(), format!("has no expert {expert} in layer {layer}"))
 }
 
 /// The stored matrices of one expert.
@@ -172,23 +226,21 @@ struct ExpertSources<'a> {
 }
 
 impl<'a> ExpertSources<'a> {
+    /// Those of an expert that the architecture has.
     fn find(
-        checkpoint: &'a Checkpoint,
-        layer: LayerId,
-        expert: ExpertId,
+        arch: &Architecture,
+        tensors: &'a Tensors,
+        (layer, expert): ExpertKey,
     ) -> Result<Self, ModelError> {
-        let (arch, l, e) = (checkpoint.architecture(), layer.0.into(), expert.0.into());
-        let (Some(moe), Some((experts, inner))) = (checkpoint.layout().moe, arch.mixture(layer))
+        let (l, e) = (layer.0.into(), expert.0.into());
+        let (Some(moe), Some((experts, inner))) = (tensors.layout().moe, arch.mixture(layer))
         else {
-            return Err(no_expert(checkpoint, layer, expert));
+            unreachable!("a layer with experts has names for them")
         };
-        if e >= experts {
-            return Err(no_expert(checkpoint, layer, expert));
-        }
         match &moe.experts {
             ExpertNames::Separate(GatedNames { gate, up, down }) => {
                 let find = |name: &str, shape: [usize; 2]| {
-                    Ok(checkpoint.tensor(&of_expert(name, l, e), &shape)?.matrix())
+                    Ok(tensors.tensor(&of_expert(name, l, e), &shape)?.matrix())
                 };
                 Ok(Self {
                     gate: find(gate, [inner, arch.hidden])?,
@@ -198,7 +250,7 @@ impl<'a> ExpertSources<'a> {
             }
             ExpertNames::Fused { gate_up, down } => {
                 let find = |name: &str, shape: [usize; 3]| {
-                    Ok(checkpoint.tensor(&in_layer(name, l), &shape)?.slice(e))
+                    Ok(tensors.tensor(&in_layer(name, l), &shape)?.slice(e))
                 };
                 let gate_up: TensorView<'a> = find(gate_up, [experts, 2 * inner, arch.hidden])?;
                 let down = find(down, [experts, arch.hidden, inner])?;
@@ -212,20 +264,49 @@ impl<'a> ExpertSources<'a> {
     }
 }
 
-fn no_expert(checkpoint: &Checkpoint, layer: LayerId, expert: ExpertId) -> ModelError {
-    ModelError::file(checkpoint.dir(), format!("has no expert {expert} in layer {layer}"))
-}
-
-/// Packs the tensors of the coordinator.
+/// Packs tensors of a checkpoint as it was published.
 struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    arch: &'a Architecture,
+    tensors: &'a Tensors,
     kernels: &'a dyn Kernels,
 }
 
 impl Loader<'_> {
+    fn coordinator(&self, progress: &dyn Progress) -> Result<CoordinatorWeights, ModelError> {
+        let (arch, names) = (self.arch, self.tensors.layout().names);
+        let total = arch.layers.len() as u64 + 1;
+        progress.advance(0, total);
+        let mut layers = Vec::with_capacity(arch.layers.len());
+        for layer in 0..arch.layers.len() {
+            layers.push(self.layer(layer)?);
+            progress.advance(layers.len() as u64, total);
+        }
+        let table = [arch.vocab, arch.hidden];
+        let embed = self.tensors.tensor(names.embed, &table)?;
+        let head = if arch.tied_embeddings { names.embed } else { names.head };
+        let weights = CoordinatorWeights {
+            embed: Embedding::copy_of(embed, arch.hidden),
+            layers,
+            norm: self.tensors.tensor(names.norm, &[arch.hidden])?.to_f32(),
+            head: self.matrix(head, table)?,
+        };
+        self.tensors.release(embed.bytes);
+        progress.advance(total, total);
+        Ok(weights)
+    }
+
+    fn expert(&self, key: ExpertKey) -> Result<GatedFfn, ModelError> {
+        let ExpertSources { gate, up, down } = ExpertSources::find(self.arch, self.tensors, key)?;
+        Ok(GatedFfn {
+            gate: self.pack(gate),
+            up: self.pack(up),
+            down: self.pack(down),
+            activation: self.arch.activation,
+        })
+    }
+
     fn layer(&self, layer: usize) -> Result<LayerWeights, ModelError> {
-        let arch = self.checkpoint.architecture();
-        let names = self.checkpoint.layout().names;
+        let (arch, names) = (self.arch, self.tensors.layout().names);
         let (q, kv) = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim);
         let matrix = |name, shape| self.matrix(&in_layer(name, layer), shape);
         Ok(LayerWeights {
@@ -240,12 +321,12 @@ impl Loader<'_> {
     }
 
     fn ffn(&self, layer: usize) -> Result<FfnWeights, ModelError> {
-        let arch = self.checkpoint.architecture();
-        let Layout { names, moe } = self.checkpoint.layout();
+        let arch = self.arch;
+        let Layout { names, moe } = self.tensors.layout();
         match (arch.layers[layer].ffn, moe) {
             (FfnSpec::Moe { experts, .. }, Some(moe)) => {
                 let name = in_layer(moe.router, layer);
-                let gate = self.checkpoint.tensor(&name, &[experts, arch.hidden])?.matrix();
+                let gate = self.tensors.tensor(&name, &[experts, arch.hidden])?.matrix();
                 Ok(FfnWeights::Moe { gate: self.kernels.pack_f32(gate) })
             }
             (FfnSpec::Dense { inner } | FfnSpec::Moe { inner, .. }, _) => {
@@ -261,11 +342,17 @@ impl Loader<'_> {
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix, ModelError> {
-        Ok(self.kernels.pack(self.checkpoint.tensor(name, &shape)?.matrix()))
+        Ok(self.pack(self.tensors.tensor(name, &shape)?.matrix()))
+    }
+
+    fn pack(&self, source: MatrixSource<'_>) -> Matrix {
+        let matrix = self.kernels.pack(source);
+        self.tensors.release(source.bytes);
+        matrix
     }
 
     fn norm(&self, name: &str, layer: usize) -> Result<Vec<f32>, ModelError> {
-        let hidden = self.checkpoint.architecture().hidden;
-        Ok(self.checkpoint.tensor(&in_layer(name, layer), &[hidden])?.to_f32())
+        let hidden = self.arch.hidden;
+        Ok(self.tensors.tensor(&in_layer(name, layer), &[hidden])?.to_f32())
     }
 }

@@ -21,7 +21,7 @@ pub mod link;
 pub mod placement;
 pub mod stream;
 
-/// Messages as they cross the network, generated from `proto/entente/v1`.
+/// Messages as they cross the network or lie on a disk, generated from `proto/entente/v1`.
 #[allow(missing_docs, clippy::all)]
 pub mod wire {
     include!(concat!(env!("OUT_DIR"), "/entente.v1.rs"));

@@ -3,6 +3,7 @@
 //! Every other cluster must write the very same bytes, alone and all at once: tokens, text, and
 //! every digit of every log-probability.
 
+use entente_tests::cluster::run;
 use entente_tests::{Cluster, Golden, http};
 use serde_json::{Value, json};
 
@@ -117,6 +118,28 @@ fn answers_do_not_depend_on_the_number_of_nodes() {
         "f32",
         &[&["--regions", "fr=2"], &["--regions", "fr=4"], &["--regions", "fr=2,se=2"]],
     );
+}
+
+#[test]
+fn answers_do_not_depend_on_packing_the_model_before() {
+    let golden = Golden::load("mixtral");
+    let requests = requests(&golden);
+    let dir = tempfile::tempdir().unwrap();
+    for weights in ["f32", "bf16", "q8", "q4"] {
+        let out = dir.path().join(weights);
+        let out = out.to_str().unwrap();
+        let import = ["model", "import", golden.path(), "--weights", weights, "--out", out];
+        let end = run(&import);
+        assert_eq!(end.code(), Some(0), "{end:#?}");
+        let end = run(&["model", "verify", out]);
+        assert_eq!(end.code(), Some(0), "{end:#?}");
+        let answers = |model| {
+            let args = ["--model", model, "--weights", weights, "--regions", "fr=2"];
+            let cluster = Cluster::start(&args);
+            alone(cluster.http(), &requests)
+        };
+        assert_same(&format!("{weights}, packed"), &answers(golden.path()), &answers(out));
+    }
 }
 
 #[test]

@@ -178,6 +178,31 @@ fn a_bad_checkpoint_is_refused_with_file_tensor_and_reason() {
 }
 
 #[test]
+fn a_packed_model_is_refused_by_the_part_that_is_damaged_and_for_another_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let packed = dir.path().join("packed");
+    let (model, out) = (Golden::load("mixtral").path().to_owned(), packed.to_str().unwrap());
+    let end = run(&["model", "import", &model, "--weights", "q8", "--out", out]);
+    assert_eq!(end.code(), Some(0), "{end:#?}");
+    let end = up_fails(&["--model", out, "--weights", "bf16"]);
+    assert_refused("another format", &end, FAILED, &["weights.entente", "is q8, but bf16"]);
+    let end = run(&["model", "import", &model, "--out", dir.path().to_str().unwrap()]);
+    assert_refused("a folder of others", &end, FAILED, &["no import wrote"]);
+    let end = run(&["model", "verify", &model]);
+    assert_refused("nothing to verify", &end, FAILED, &["is not packed"]);
+
+    // The first byte of the first part.
+    let file = packed.join("weights.entente");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[4_096] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let named = ["weights.entente", "embedding", "checksum"];
+    let end = up_fails(&["--model", out, "--weights", "q8"]);
+    assert_refused("a flipped bit", &end, FAILED, &named);
+    assert_refused("a flipped bit, verify", &run(&["model", "verify", out]), FAILED, &named);
+}
+
+#[test]
 fn a_bad_command_line_is_refused_with_the_reason() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap().to_string();

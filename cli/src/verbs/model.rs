@@ -1,11 +1,16 @@
 //! `entente model`: work with checkpoint folders, without a cluster.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
+use entente_model::kernels::{self, WeightFormat};
 use entente_model::synth::{self, Shape, SynthError};
+use entente_model::{Checkpoint, Progress, packed};
 use indicatif::ProgressBar;
 
+use crate::cluster::plan::Weights;
 use crate::exit::Misuse;
 
 /// The verbs of `entente model`.
@@ -17,8 +22,34 @@ pub struct ModelArgs {
 
 #[derive(Debug, Subcommand)]
 enum ModelVerb {
+    /// Write the packed form of a checkpoint: a folder that is used in its place and starts faster.
+    Import(ImportArgs),
+    /// Compare a packed folder with its checksums.
+    Verify(VerifyArgs),
     /// Write a checkpoint of any shape with random weights, for measuring.
     Synth(SynthArgs),
+}
+
+/// The flags of `entente model import`.
+#[derive(Debug, Args)]
+struct ImportArgs {
+    /// Checkpoint folder in Hugging Face format.
+    dir: PathBuf,
+
+    /// Weight format; the folder serves this one only.
+    #[arg(long, env = "ENTENTE_WEIGHTS", value_enum, default_value = "bf16")]
+    weights: Weights,
+
+    /// Folder to write, replacing an earlier import; DIR-FORMAT if absent.
+    #[arg(long, env = "ENTENTE_OUT", value_name = "OUT")]
+    out: Option<PathBuf>,
+}
+
+/// The flags of `entente model verify`.
+#[derive(Debug, Args)]
+struct VerifyArgs {
+    /// Folder that `entente model import` wrote.
+    dir: PathBuf,
 }
 
 /// Shapes that have a name.
@@ -102,8 +133,60 @@ impl SynthArgs {
 /// Runs the verb.
 pub fn run(args: ModelArgs) -> anyhow::Result<()> {
     match args.verb {
+        ModelVerb::Import(args) => import(&args),
+        ModelVerb::Verify(args) => verify(&args),
         ModelVerb::Synth(args) => synth(&args),
     }
+}
+
+/// Shows how many parts are done.
+struct Parts(ProgressBar);
+
+impl Progress for Parts {
+    fn advance(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
+    }
+}
+
+fn import(args: &ImportArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.dir)?;
+    let format = WeightFormat::from(args.weights);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let kernels = kernels::select(format, threads)?;
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => beside(&args.dir, format)?,
+    };
+    let parts = Parts(ProgressBar::new(0));
+    let imported = packed::import(&checkpoint, kernels.as_ref(), &out, &parts);
+    parts.0.finish_and_clear();
+    let packed::Imported { weights_bytes, parts } = imported?;
+    let gb = weights_bytes as f64 / 1e9;
+    say(&format!("{}: {gb:.2} GB of {} weights in {parts} parts", out.display(), format.name()))
+}
+
+/// The folder of an import beside that of its checkpoint, whatever way led to that one.
+fn beside(dir: &Path, format: WeightFormat) -> anyhow::Result<PathBuf> {
+    let dir = dir.canonicalize()?;
+    let Some(name) = dir.file_name() else {
+        return Err(Misuse(format!("{} has no name; give --out", dir.display())).into());
+    };
+    let mut name = OsString::from(name);
+    name.push(format!("-{}", format.name()));
+    Ok(dir.with_file_name(name))
+}
+
+fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.dir)?;
+    let parts = Parts(ProgressBar::new(0));
+    let verified = packed::verify(&checkpoint, &parts);
+    parts.0.finish_and_clear();
+    say(&format!("{}: all {} parts are as they were written", args.dir.display(), verified?))
+}
+
+fn say(line: &str) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout().lock(), "{line}")?)
 }
 
 fn synth(args: &SynthArgs) -> anyhow::Result<()> {

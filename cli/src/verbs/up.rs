@@ -36,7 +36,8 @@ const DEMO_TOKENS_MAX: u32 = 64;
 /// The flags of `entente up`.
 #[derive(Debug, Args)]
 pub struct UpArgs {
-    /// Checkpoint folder in Hugging Face format; the bundled phrasebook model if absent.
+    /// Checkpoint folder in Hugging Face format, or one that `entente model import` wrote; the
+    /// bundled phrasebook model if absent.
     #[arg(long, env = "ENTENTE_MODEL", value_name = "DIR")]
     model: Option<PathBuf>,
 

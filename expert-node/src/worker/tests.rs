@@ -33,6 +33,10 @@ impl Kernels for Fragile {
         self.real.class()
     }
 
+    fn format(&self) -> WeightFormat {
+        self.real.format()
+    }
+
     fn row_dtype(&self) -> Dtype {
         self.real.row_dtype()
     }

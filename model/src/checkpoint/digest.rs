@@ -1,4 +1,4 @@
-//! The model digest; what it proves is told at [`Checkpoint::digest`].
+//! The model digest; what it proves is told at [`super::Checkpoint::digest`].
 //!
 //! The text that is hashed is versioned and canonical: one line for each fact, in a fixed order,
 //! with the numbers that the architecture holds rather than the bytes of `config.json`, so that a
@@ -7,21 +7,22 @@
 use entente_proto::ids::ModelDigest;
 use sha2::{Digest, Sha256};
 
-use super::{Checkpoint, Role};
+use super::Tensors;
 use crate::ModelError;
 use crate::config::{Architecture, FfnSpec, Scoring};
+use crate::family::Role;
 
 /// Changes whenever the hashed text does.
 const VERSION: &str = "entente model digest 1";
 
-pub(super) fn of(checkpoint: &Checkpoint) -> Result<ModelDigest, ModelError> {
+pub(super) fn of(arch: &Architecture, tensors: &Tensors) -> Result<ModelDigest, ModelError> {
     let mut hash = Sha256::new();
-    hash.update(describe(checkpoint.architecture()));
-    for (name, entry) in checkpoint.entries() {
+    hash.update(describe(arch));
+    for (name, entry) in tensors.entries() {
         hash.update(format!("tensor {name} {} {:?}\n", entry.dtype, entry.shape));
     }
-    for want in checkpoint.expected() {
-        let view = checkpoint.tensor(&want.name, &want.shape)?;
+    for want in tensors.expected(arch) {
+        let view = tensors.tensor(&want.name, &want.shape)?;
         let bytes = match want.role {
             Role::Small => view.bytes,
             Role::Matrix => view.rows(0, 1).bytes,
@@ -32,6 +33,11 @@ pub(super) fn of(checkpoint: &Checkpoint) -> Result<ModelDigest, ModelError> {
         hash.update(bytes);
     }
     Ok(ModelDigest(hash.finalize().into()))
+}
+
+/// SHA-256 of the architecture alone.
+pub(crate) fn of_architecture(arch: &Architecture) -> [u8; 32] {
+    Sha256::digest(describe(arch)).into()
 }
 
 fn describe(arch: &Architecture) -> String {

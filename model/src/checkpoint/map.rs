@@ -36,4 +36,22 @@ impl MappedFile {
     pub fn bytes(&self, range: Range<usize>) -> Option<&[u8]> {
         self.map.get(range)
     }
+
+    /// Gives back the memory of these bytes, if they are this file's, until they are read again.
+    #[allow(unsafe_code)]
+    pub fn release(&self, bytes: &[u8]) {
+        if !self.map.as_ptr_range().contains(&bytes.as_ptr()) {
+            return;
+        }
+        #[cfg(unix)]
+        {
+            use memmap2::UncheckedAdvice::DontNeed;
+
+            let offset = bytes.as_ptr() as usize - self.map.as_ptr() as usize;
+            // Advice: where it is not taken, more memory counts as used for longer.
+            // SAFETY: the map is shared with its file and never written through, so pages that are
+            // dropped come back from the file with the same contents.
+            let _ = unsafe { self.map.unchecked_advise_range(DontNeed, offset, bytes.len()) };
+        }
+    }
 }

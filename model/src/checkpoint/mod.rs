@@ -1,17 +1,20 @@
 //! A checkpoint folder, open: its architecture and its tensors, checked against each other.
 //!
+//! The weights are safetensors as they were published, or the packed form of one format
+//! ([`crate::packed`]); everything outside this crate treats both alike.
+//!
 //! Opening reads `config.json` and the safetensors headers, and a few thousand small values for the
 //! digest; the weights stay on disk until somebody asks for them by name. That is what lets an
 //! expert node with 4 of 256 experts start in the time that 4 experts take.
 //!
-//! Invariants of a [`Checkpoint`] that exists: every tensor that the architecture calls for is
-//! there, with the shape that the architecture gives it and an element type that can be computed
-//! with; and there is no other tensor, since a weight that nobody reads is an answer that is wrong.
+//! Invariant of a [`Checkpoint`] that exists: all weights that the architecture calls for are there,
+//! and nothing else is.
 
 mod digest;
 mod header;
 mod map;
 mod shards;
+mod tensors;
 
 use std::path::{Path, PathBuf};
 
@@ -19,37 +22,44 @@ use entente_proto::ids::ModelDigest;
 
 use crate::ModelError;
 use crate::config::{self, Architecture};
-use crate::family::{Expected, Layout, Role};
-use crate::kernels::{MatrixSource, SourceDtype};
-use header::Entry;
-use shards::Shards;
+use crate::packed::Packed;
+
+pub(crate) use digest::of_architecture as digest_of_architecture;
+pub(crate) use tensors::{TensorView, Tensors, widen};
 
 /// An open checkpoint folder.
 pub struct Checkpoint {
     dir: PathBuf,
     architecture: Architecture,
-    layout: Layout,
-    shards: Shards,
+    storage: Storage,
     digest: ModelDigest,
 }
 
+/// Where the weights are.
+pub(crate) enum Storage {
+    /// In the form of the kernels of one format.
+    Packed(Packed),
+    /// As they were published.
+    Tensors(Tensors),
+}
+
 impl Checkpoint {
-    /// Opens a Hugging Face checkpoint folder and checks everything about it but the values.
+    /// Opens a Hugging Face checkpoint folder, or one that [`crate::packed::import`] wrote, and
+    /// checks everything about it but the values.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
         let (architecture, family) = config::read(dir)?;
-        let shards = Shards::open(dir)?;
-        let layout = Layout::of(family, &architecture, |name| shards.tensors.contains_key(name));
-        let mut checkpoint = Self {
-            dir: dir.to_owned(),
-            architecture,
-            layout,
-            shards,
-            digest: ModelDigest([0; 32]),
+        let (storage, digest) = match Packed::open(dir, &architecture)? {
+            Some(packed) => {
+                let digest = packed.model_digest();
+                (Storage::Packed(packed), digest)
+            }
+            None => {
+                let tensors = Tensors::open(dir, &architecture, family)?;
+                let digest = digest::of(&architecture, &tensors)?;
+                (Storage::Tensors(tensors), digest)
+            }
         };
-        checkpoint.refuse_missing()?;
-        checkpoint.refuse_foreign()?;
-        checkpoint.digest = digest::of(&checkpoint)?;
-        Ok(checkpoint)
+        Ok(Self { dir: dir.to_owned(), architecture, storage, digest })
     }
 
     /// The folder.
@@ -68,124 +78,13 @@ impl Checkpoint {
     /// all norms and gates; and the first row of every other matrix outside the experts. Equal
     /// digests therefore show that two nodes mean the same model and that neither mixed up its
     /// folders: another size, conversion or fine-tune differs in one of these. They do **not** show
-    /// that the experts' bytes are equal: a flipped bit on one disk goes unnoticed here.
+    /// that the experts' bytes are equal: a flipped bit on one disk goes unnoticed here. The packed
+    /// form carries the digest of what was packed.
     pub fn digest(&self) -> ModelDigest {
         self.digest
     }
 
-    /// A tensor of exactly this shape.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, ModelError> {
-        let Some((file, entry)) = self.shards.tensors.get(name) else {
-            return Err(ModelError::tensor(&self.shards.root, name, "missing"));
-        };
-        let file = &self.shards.files[*file];
-        let error = |reason: String| ModelError::tensor(file.path(), name, reason);
-        if entry.shape != shape {
-            return Err(error(format!("shape {:?}, expected {shape:?}", entry.shape)));
-        }
-        let dtype = source_dtype(&entry.dtype).ok_or_else(|| {
-            error(format!("unsupported dtype {}; supported: BF16, F16, F32", entry.dtype))
-        })?;
-        let bytes = file
-            .bytes(entry.range.clone())
-            .ok_or_else(|| error("the file became shorter while it was opened".to_owned()))?;
-        Ok(TensorView { dtype, shape: &entry.shape, bytes })
-    }
-
-    pub(crate) fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    /// All tensors in order of name.
-    fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
-        self.shards.tensors.iter().map(|(name, (_, entry))| (name.as_str(), entry))
-    }
-
-    fn expected(&self) -> impl Iterator<Item = Expected> + '_ {
-        self.layout.expected(&self.architecture)
-    }
-
-    fn refuse_missing(&self) -> Result<(), ModelError> {
-        self.expected().try_for_each(|want| self.tensor(&want.name, &want.shape).map(drop))
-    }
-
-    fn refuse_foreign(&self) -> Result<(), ModelError> {
-        let expected: std::collections::BTreeSet<String> =
-            self.expected().map(|want| want.name).collect();
-        for (name, (file, _)) in &self.shards.tensors {
-            if !expected.contains(name) && !self.layout.ignores(name) {
-                let reason = format!("not part of {} as configured", self.architecture.family);
-                return Err(ModelError::tensor(self.shards.files[*file].path(), name, reason));
-            }
-        }
-        Ok(())
-    }
-}
-
-fn source_dtype(name: &str) -> Option<SourceDtype> {
-    match name {
-        "F32" => Some(SourceDtype::F32),
-        "F16" => Some(SourceDtype::F16),
-        "BF16" => Some(SourceDtype::Bf16),
-        _ => None,
-    }
-}
-
-/// A tensor as it lies in the file, row-major and little-endian.
-#[derive(Debug, Clone, Copy)]
-pub struct TensorView<'a> {
-    /// Element type.
-    pub dtype: SourceDtype,
-    /// Outermost first.
-    pub shape: &'a [usize],
-    /// As many bytes as the shape calls for.
-    pub bytes: &'a [u8],
-}
-
-impl<'a> TensorView<'a> {
-    /// The `index`-th slice along the outermost dimension, of shape `shape[1..]`.
-    pub fn slice(&self, index: usize) -> TensorView<'a> {
-        let slice_len = self.bytes.len() / self.shape[0];
-        let bytes = &self.bytes[index * slice_len..(index + 1) * slice_len];
-        TensorView { dtype: self.dtype, shape: &self.shape[1..], bytes }
-    }
-
-    /// A matrix `[out, in]`, for a tensor of two dimensions.
-    pub fn matrix(&self) -> MatrixSource<'a> {
-        self.rows(0, self.shape[0])
-    }
-
-    /// Rows `first..first + count` of a matrix.
-    pub(crate) fn rows(&self, first: usize, count: usize) -> MatrixSource<'a> {
-        let in_features = self.shape[1];
-        let row_len = in_features * self.dtype.size();
-        let bytes = &self.bytes[first * row_len..(first + count) * row_len];
-        MatrixSource { out_features: count, in_features, dtype: self.dtype, bytes }
-    }
-
-    /// All values, widened.
-    pub fn to_f32(&self) -> Vec<f32> {
-        let mut values = vec![0.0; self.bytes.len() / self.dtype.size()];
-        widen(self.dtype, self.bytes, &mut values);
-        values
-    }
-}
-
-/// Reads values of a checkpoint; exact, since binary32 holds all three types.
-pub(crate) fn widen(dtype: SourceDtype, bytes: &[u8], out: &mut [f32]) {
-    debug_assert_eq!(bytes.len(), out.len() * dtype.size());
-    let pairs = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        SourceDtype::F32 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-        }
-        SourceDtype::F16 => {
-            out.iter_mut().zip(pairs).for_each(|(v, b)| *v = half::f16::from_le_bytes(b).to_f32());
-        }
-        SourceDtype::Bf16 => {
-            out.iter_mut().zip(pairs).for_each(|(v, b)| *v = half::bf16::from_le_bytes(b).to_f32());
-        }
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
     }
 }

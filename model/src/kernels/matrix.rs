@@ -17,6 +17,7 @@
 //!   bytes, the first in the lower four bits.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 
@@ -29,9 +30,12 @@ use super::{Activation, MatrixSource, SourceDtype, WeightFormat};
 /// Outputs of a panel: two AVX-512 registers of f32.
 pub(super) const PANEL: usize = 32;
 
-/// How a matrix is stored and multiplied.
+/// Raised whenever one of the storage forms above changes: packed files hold them.
+pub(crate) const PANELS_VERSION: u32 = 1;
+
+/// How a matrix is stored and multiplied. The same for every instruction set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Layout {
+pub(crate) enum Layout {
     /// f32 weights, f32 activations.
     F32,
     /// bf16 weights, widened exactly, f32 activations.
@@ -71,6 +75,14 @@ impl Layout {
             Self::Q8 => inputs.div_ceil(GROUP) * 2 * Q8_LINES,
             Self::Q4 => inputs.div_ceil(GROUP) * 2 * Q4_LINES,
         }
+    }
+
+    /// Bytes of a matrix `[outputs, inputs]`; absent if no memory could hold them.
+    pub fn matrix_bytes(self, outputs: usize, inputs: usize) -> Option<usize> {
+        // The widest form takes less than 16 bytes a value, so this sum cannot wrap before it.
+        inputs.checked_mul(16)?;
+        let lines = outputs.div_ceil(PANEL).checked_mul(self.panel_lines(inputs))?;
+        lines.checked_mul(size_of::<Line>())
     }
 
     /// 32-bit words of an activation row of `values` values, whole pairs or groups.
@@ -118,7 +130,10 @@ pub struct Matrix {
     out_features: usize,
     in_features: usize,
     layout: Layout,
-    lines: Lines,
+    /// Shared with the other matrices of a part that was read as one.
+    lines: Arc<Lines>,
+    /// The first of them that is this matrix's.
+    first: usize,
 }
 
 impl Matrix {
@@ -152,7 +167,22 @@ impl Matrix {
                 }
             });
         }
-        Self { out_features, in_features, layout, lines }
+        Self { out_features, in_features, layout, lines: Arc::new(lines), first: 0 }
+    }
+
+    /// A matrix that was packed before and begins at line `first` of `lines`, which hold all of it.
+    pub(crate) fn packed(
+        [out_features, in_features]: [usize; 2],
+        layout: Layout,
+        lines: Arc<Lines>,
+        first: usize,
+    ) -> Self {
+        Self { out_features, in_features, layout, lines, first }
+    }
+
+    /// What is multiplied with, as it lies in memory.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.lines.as_bytes()[self.first * size_of::<Line>()..][..self.bytes()]
     }
 
     /// Values of a row of the product.
@@ -167,10 +197,10 @@ impl Matrix {
 
     /// Bytes of memory held, padding included.
     pub fn bytes(&self) -> usize {
-        self.lines.bytes()
+        self.panels() * self.layout.panel_lines(self.in_features) * size_of::<Line>()
     }
 
-    pub(super) fn layout(&self) -> Layout {
+    pub(crate) fn layout(&self) -> Layout {
         self.layout
     }
 
@@ -187,7 +217,7 @@ impl Matrix {
     /// The weights of panel `i`.
     pub(super) fn panel(&self, i: usize) -> &[Line] {
         let len = self.layout.panel_lines(self.in_features);
-        &self.lines[i * len..(i + 1) * len]
+        &self.lines[self.first + i * len..][..len]
     }
 }
 
@@ -398,5 +428,31 @@ mod tests {
         assert_eq!(f32s.panel(1)[0].0[3..], [0; 13]);
         assert_eq!(f32s.panel(0)[10].0, [0; 16]);
         assert_eq!(bf16s.panel(0)[4].0[7] >> 16, 0);
+    }
+
+    #[test]
+    fn stored_forms_change_only_with_their_version() {
+        let values = (0..70 * 100).map(|i: u32| (i.wrapping_mul(2_654_435_761) as i32) as f32);
+        let bytes: Vec<u8> = values.flat_map(|v| v.to_le_bytes()).collect();
+        let source = MatrixSource {
+            out_features: 70,
+            in_features: 100,
+            dtype: SourceDtype::F32,
+            bytes: &bytes,
+        };
+        // Files hold these bytes. Another form needs another PANELS_VERSION, then other sums here.
+        let sums = [
+            (Layout::F32, "eb4c9f9f"),
+            (Layout::Bf16Widened, "1ecde9ab"),
+            (Layout::Bf16, "1ecde9ab"),
+            (Layout::Q8, "d408f6ff"),
+            (Layout::Q4, "b2104d78"),
+        ];
+        let found = sums.map(|(layout, _)| {
+            let matrix = Matrix::pack(Portable, source, layout, &Pool::new(1));
+            assert_eq!(layout.matrix_bytes(70, 100), Some(matrix.as_bytes().len()));
+            (layout, blake3::hash(matrix.as_bytes()).to_hex()[..8].to_owned())
+        });
+        assert_eq!((PANELS_VERSION, found), (1, sums.map(|(l, sum)| (l, sum.to_owned()))));
     }
 }

@@ -15,10 +15,13 @@ pub(super) const LINE_WORDS: usize = 16;
 /// 64 bytes: 16 f32 values as bits, or 16 pairs of bf16 values, the first in the lower half.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Line(pub [u32; LINE_WORDS]);
+pub(crate) struct Line(pub [u32; LINE_WORDS]);
+
+// Packed weights are files of lines as they lie in memory.
+const _: () = assert!(cfg!(target_endian = "little"), "packed weights are little-endian");
 
 /// A fixed number of lines.
-pub(super) struct Lines {
+pub(crate) struct Lines {
     /// Absent when there are no lines: an empty mapping does not exist.
     map: Option<MmapMut>,
 }
@@ -40,7 +43,17 @@ impl Lines {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.map.as_ref().map_or(0, |map| map.len())
+        self.as_bytes().len()
+    }
+
+    /// The same memory as bytes, as it is written to files.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or_default()
+    }
+
+    /// The same memory as bytes, to be read into.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        self.map.as_deref_mut().unwrap_or_default()
     }
 }
 

@@ -35,6 +35,8 @@ use entente_proto::ids::KernelClass;
 
 pub use kv::{KvDtype, KvLayer};
 pub use matrix::{FfnGroup, GatedFfn, Matrix};
+pub(crate) use matrix::{Layout, PANELS_VERSION};
+pub(crate) use memory::{Line, Lines};
 
 /// How weights are kept in memory and multiplied. Part of the kernel class.
 #[derive(
@@ -55,6 +57,16 @@ pub enum WeightFormat {
 impl WeightFormat {
     /// All formats, the most exact first.
     pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4];
+
+    /// Its name in configurations and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+        }
+    }
 }
 
 /// Element type of a tensor in a checkpoint.
@@ -127,6 +139,9 @@ pub struct AttentionRow<'a> {
 pub trait Kernels: Send + Sync {
     /// Which bits these kernels give.
     fn class(&self) -> &KernelClass;
+
+    /// How they keep weights.
+    fn format(&self) -> WeightFormat;
 
     /// How rows are rounded at the source and written on the wire.
     fn row_dtype(&self) -> Dtype;

@@ -187,3 +187,10 @@ fn split(file: &[u8]) -> (Map<String, Value>, Vec<u8>) {
     let header: Value = serde_json::from_slice(&file[8..8 + header_len]).unwrap();
     (header.as_object().unwrap().clone(), file[8 + header_len..].to_vec())
 }
+
+/// Stores the same bf16 values as f32.
+pub fn widen_to_f32(tensor: &mut Tensor) {
+    let bits = tensor.data.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]])));
+    tensor.data = bits.flat_map(|bits| (bits << 16).to_le_bytes()).collect();
+    tensor.dtype = "F32".to_owned();
+}

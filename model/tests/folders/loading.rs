@@ -11,7 +11,7 @@ use entente_model::{
 use entente_proto::ids::{ExpertId, LayerId};
 use serde_json::{Value, json};
 
-use crate::folder::{Folder, Tensor, golden};
+use crate::folder::{Folder, golden, widen_to_f32};
 
 const LAYERS: u16 = 3;
 const EXPERTS: u16 = 8;
@@ -185,12 +185,6 @@ fn the_estimate_for_a_placement_is_what_an_expert_takes() {
     assert_eq!(expert_bytes(&dense, WeightFormat::F32).unwrap(), 0);
 }
 
-fn widen_to_f32(tensor: &mut Tensor) {
-    let bits = tensor.data.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]])));
-    tensor.data = bits.flat_map(|bits| (bits << 16).to_le_bytes()).collect();
-    tensor.dtype = "F32".to_owned();
-}
-
 #[test]
 fn every_element_type_is_read_as_the_number_it_stands_for() {
     let folder = Folder::copy_of("mistral-swa");
@@ -207,7 +201,7 @@ fn every_element_type_is_read_as_the_number_it_stands_for() {
             norm.data = (0..64).flat_map(|i| encoded(numbers[i % 6])).collect();
         });
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        let norm = checkpoint.tensor("model.norm.weight", &[64]).unwrap().to_f32();
+        let norm = CoordinatorWeights::load(&checkpoint, &*f32_kernels(), &()).unwrap().norm;
         // 65504 is the largest number of F16 and none of BF16's.
         let largest = if dtype == "BF16" { 65536.0 } else { 65504.0 };
         assert_eq!(norm[..6], [1.0, -0.5, largest, 2f32.powi(-14), 0.0, -3.25], "{dtype}");

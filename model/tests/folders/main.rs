@@ -5,5 +5,6 @@
 
 mod folder;
 mod loading;
+mod packed;
 mod refused;
 mod text;

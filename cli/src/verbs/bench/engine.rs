@@ -45,7 +45,7 @@ const LINKS_DEADLINE: Duration = Duration::from_secs(30);
 /// The flags of `entente bench engine`.
 #[derive(Debug, Args)]
 pub struct EngineArgs {
-    /// Checkpoint folder in Hugging Face format.
+    /// Checkpoint folder in Hugging Face format, or one that `entente model import` wrote.
     #[arg(long, env = "ENTENTE_MODEL", value_name = "DIR")]
     model: PathBuf,
 

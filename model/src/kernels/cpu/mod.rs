@@ -104,6 +104,10 @@ impl<I: Isa> Kernels for Cpu<I> {
         &self.class
     }
 
+    fn format(&self) -> WeightFormat {
+        self.format
+    }
+
     fn row_dtype(&self) -> Dtype {
         match self.format {
             WeightFormat::F32 => Dtype::F32,

@@ -147,6 +147,10 @@ impl Kernels for Copying {
         self.0.class()
     }
 
+    fn format(&self) -> WeightFormat {
+        self.0.format()
+    }
+
     fn row_dtype(&self) -> Dtype {
         self.0.row_dtype()
     }
