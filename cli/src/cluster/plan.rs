@@ -17,6 +17,7 @@ use entente_model::kernels::WeightFormat;
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
+use super::pki;
 use crate::exit::Misuse;
 
 /// Most expert nodes in one region of a cluster on one machine.
@@ -61,10 +62,10 @@ pub enum Weights {
 /// How rows travel from a coordinator to its expert nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// Expert nodes are processes of their own, reached by gRPC.
-    Grpc,
-    /// Expert nodes are processes of their own, reached by frames on a plain byte stream.
+    /// Expert nodes are processes of their own, reached by frames on a byte stream over TLS.
     Stream,
+    /// Expert nodes are processes of their own, reached by gRPC over TLS.
+    Grpc,
     /// Expert nodes live inside the coordinator's process.
     Inproc,
 }
@@ -187,8 +188,16 @@ pub struct Common {
     pub threads: Option<u16>,
     /// How rows travel.
     pub transport: Transport,
+    /// The folder of everybody's certificates, where rows travel between processes.
+    pub tls: Option<PathBuf>,
     /// The expert nodes and where they listen.
     pub roster: Roster,
+}
+
+impl Common {
+    fn tls_files(&self, member: &Member) -> Option<entente_tls::Files> {
+        self.tls.as_ref().map(|folder| pki::files(folder, &member.name))
+    }
 }
 
 /// The roster that every process is given. An expert node without an address lives inside its
@@ -220,6 +229,7 @@ pub fn configuration(
             model: common.model.clone(),
             weights: common.weights.into(),
             threads: common.threads.map(usize::from),
+            tls: common.tls_files(member),
             cluster: common.roster.clone(),
         }),
     };
@@ -242,6 +252,7 @@ pub fn coordinator(
         transport: common.transport.into(),
         served_model_name: None,
         engine: EngineConfig::default(),
+        tls: common.tls_files(member),
         cluster: common.roster.clone(),
     }
 }
@@ -307,6 +318,7 @@ mod tests {
             weights: Weights::Bf16,
             threads: Some(2),
             transport: Transport::Inproc,
+            tls: Some("certificates".into()),
             roster: roster(2, nodes).unwrap(),
         };
         let text = |at: usize| configuration(&common, &members[at], address).unwrap();
@@ -314,5 +326,7 @@ mod tests {
         let node: entente_expert_node::Config = toml::from_str(&text(2)).unwrap();
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
         assert_eq!(node.model, common.model);
+        assert_eq!(node.tls, Some(pki::files("certificates".as_ref(), &members[2].name)));
+        assert_eq!(coordinator.tls, Some(pki::files("certificates".as_ref(), &members[0].name)));
     }
 }

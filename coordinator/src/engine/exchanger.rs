@@ -3,53 +3,27 @@
 //!
 //! It owns the engine's view of the cluster, since the same events that answer an exchange also
 //! tell which nodes are up, and it publishes whether all experts can be reached the moment that
-//! changes, also while an exchange waits. All decisions are the router's; this file only has the clock, the
-//! links and the inbox.
+//! changes, also while an exchange waits. All decisions are the router's; this file only has the clock and
+//! the links.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use entente_proto::frame::Dtype;
 use entente_proto::ids::{LayerId, NodeId, RegionSet};
-use entente_proto::link::{Link, LinkEvent, LinkEvents};
+use entente_proto::link::LinkEvent;
 use entente_router::exchange::{Command, Exchange, ExchangeIds, Failure, Job, Status};
 use entente_router::gate::Choice;
 use entente_router::view::ClusterView;
 use tokio::sync::watch;
 
+use crate::link::{Bell, Links};
 use crate::metrics::Metrics;
-
-/// Events that wait for the engine. In flight are at most a few frames a node, so this is ample;
-/// past it an event is dropped, and the exchange that misses it runs into its deadline.
-const INBOX_LEN_MAX: usize = 4_096;
-
-/// What links report, with the node that each is about.
-pub type Inbox = Receiver<(NodeId, LinkEvent)>;
-
-/// The sink that links are opened with.
-pub struct Mailbox(Sender<(NodeId, LinkEvent)>);
-
-impl LinkEvents for Mailbox {
-    fn on_event(&self, node: NodeId, event: LinkEvent) {
-        if let Err(TrySendError::Full(_)) = self.0.try_send((node, event)) {
-            tracing::error!(node = node.0, "the engine's inbox is full; an event was dropped");
-        }
-    }
-}
-
-/// The inbox of an engine and the sink that fills it.
-pub fn mailbox() -> (Arc<Mailbox>, Inbox) {
-    let (sender, receiver) = bounded(INBOX_LEN_MAX);
-    (Arc::new(Mailbox(sender)), receiver)
-}
 
 /// See the module.
 pub struct Exchanger {
-    links: BTreeMap<NodeId, Box<dyn Link>>,
-    inbox: Inbox,
+    links: Links,
     view: ClusterView,
     ids: ExchangeIds,
     started: Instant,
@@ -86,10 +60,9 @@ pub struct Rows<'a> {
 }
 
 impl Exchanger {
-    /// An exchanger whose links fill `inbox`.
+    /// An exchanger over these links.
     pub fn new(
-        links: BTreeMap<NodeId, Box<dyn Link>>,
-        inbox: Inbox,
+        links: Links,
         view: ClusterView,
         row_dtype: Dtype,
         deadline: Duration,
@@ -100,7 +73,6 @@ impl Exchanger {
             readiness: watch::Sender::new(waiting),
             allowed_regions: [view.home].into(),
             links,
-            inbox,
             view,
             ids: ExchangeIds::new(),
             started: Instant::now(),
@@ -117,9 +89,9 @@ impl Exchanger {
         self.started.elapsed().as_micros() as u64
     }
 
-    /// The inbox, for waiting on it together with other channels.
-    pub fn inbox(&self) -> &Inbox {
-        &self.inbox
+    /// What ends [`Exchanger::idle`].
+    pub fn bell(&self) -> Arc<Bell> {
+        self.links.bell()
     }
 
     /// Whether every expert has a live replica that this coordinator may use.
@@ -143,14 +115,16 @@ impl Exchanger {
 
     /// Takes what links have reported, without waiting.
     pub fn absorb(&mut self) {
-        while let Ok((node, event)) = self.inbox.try_recv() {
+        while let Some((node, event)) = self.links.next(Duration::ZERO) {
             self.note(node, event);
         }
     }
 
-    /// Takes one event outside an exchange.
-    pub fn take(&mut self, node: NodeId, event: LinkEvent) {
-        self.note(node, event);
+    /// Waits until a link has something to report, and takes it, or until the bell is rung.
+    pub fn idle(&mut self) {
+        if let Some((node, event)) = self.links.next_unless_rung() {
+            self.note(node, event);
+        }
     }
 
     /// Keeps the view up to date. `Some` when the node came (true) or went (false).
@@ -216,13 +190,13 @@ impl Exchanger {
     /// Waits for one event, or for the time at which the exchange wants to be woken.
     fn wait(&mut self, exchange: &mut Exchange, until_us: u64) {
         let timeout = Duration::from_micros(until_us.saturating_sub(self.now_us()));
-        let received = self.inbox.recv_timeout(timeout);
+        let received = self.links.next(timeout);
         let now_us = self.now_us();
         let commands = match received {
-            Ok((node, LinkEvent::Answer(answer))) => {
+            Some((node, LinkEvent::Answer(answer))) => {
                 exchange.on_answer(&self.view, node, answer, now_us)
             }
-            Ok((node, event)) => match self.note(node, event) {
+            Some((node, event)) => match self.note(node, event) {
                 None => Vec::new(),
                 Some(true) => exchange.on_view_changed(&self.view, now_us),
                 Some(false) => {
@@ -230,9 +204,7 @@ impl Exchanger {
                     exchange.on_link_down(&self.view, node, now_us)
                 }
             },
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                exchange.on_tick(&self.view, now_us)
-            }
+            None => exchange.on_tick(&self.view, now_us),
         };
         self.perform(exchange, commands);
     }
@@ -243,8 +215,7 @@ impl Exchanger {
         while let Some(Command::Send { node, frame }) = commands.pop_front() {
             let id = frame.exchange;
             self.metrics.frames_sent.inc();
-            let sent = self.links.get(&node).is_some_and(|link| link.send(frame).is_ok());
-            if !sent {
+            if self.links.send(node, frame).is_err() {
                 commands.extend(exchange.on_not_sent(&self.view, id, self.now_us()));
             }
         }
