@@ -8,8 +8,8 @@
 //! The buffers are the caller's and are used again for every frame, so one thread can wait in a
 //! read while another encrypts. A [`Channel::plain`] passes the same bytes through as they are.
 //!
-//! rustls' unbuffered connection is used because it decrypts in place and writes records where they
-//! are sent from; its buffered one reads a few KiB at a time and allocates for each record.
+//! rustls' unbuffered connection is used because it decrypts in place, in reads as long as we like,
+//! and writes records where they are sent from; its buffered one reads a few KiB at a time.
 
 use std::io;
 use std::sync::Arc;

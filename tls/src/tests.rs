@@ -1,3 +1,5 @@
+//! Handshakes in memory: who is taken, who is refused, and what arrives.
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -130,7 +132,6 @@ fn keys_are_renewed_before_they_are_worn_out() {
     let authority = authority();
     let coordinator = credentials(&authority, Role::Coordinator, "fr-coordinator");
     let node = credentials(&authority, Role::Expert, "fr-expert-1");
-    let mut client = coordinator.client(the_node(), &[]).unwrap();
     // The real limit is 2^24 records; a suite that wears out after 20 takes the same path.
     let rustls::SupportedCipherSuite::Tls13(suite) = provider().cipher_suites[0] else { panic!() };
     let common = rustls::crypto::CipherSuiteCommon {
@@ -142,7 +143,7 @@ fn keys_are_renewed_before_they_are_worn_out() {
     let short: &'static _ = Box::leak(Box::new(short));
     let mut own = provider();
     own.cipher_suites = vec![rustls::SupportedCipherSuite::Tls13(short)];
-    Arc::make_mut(&mut client).clone_from(&with_provider(&coordinator, own));
+    let client = Arc::new(with_provider(&coordinator, own));
     let (client, server) = shake(client, node.server(a_coordinator(), &[]).unwrap());
     let (mut client, mut server) = (client.unwrap(), server.unwrap());
     let (mut near, mut far) = (Incoming::default(), Incoming::default());
@@ -246,7 +247,7 @@ fn whoever_is_no_coordinator_of_the_cluster_is_refused_by_a_node() {
 
 /// A client with a verifier like ours but with nothing to show, or with old versions only.
 fn odd_client(versions: &[&'static rustls::SupportedProtocolVersion]) -> Arc<ClientConfig> {
-    let mut config = ClientConfig::builder_with_provider(Arc::new(provider_with_tls12()))
+    let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(versions)
         .unwrap()
         .with_root_certificates(rustls::RootCertStore::empty())
@@ -254,10 +255,6 @@ fn odd_client(versions: &[&'static rustls::SupportedProtocolVersion]) -> Arc<Cli
     let verifier = Arc::new(Anyone);
     config.dangerous().set_certificate_verifier(verifier);
     Arc::new(config)
-}
-
-fn provider_with_tls12() -> rustls::crypto::CryptoProvider {
-    rustls::crypto::ring::default_provider()
 }
 
 /// Believes every server.
