@@ -33,6 +33,9 @@ pub struct Config {
     /// Bounds on what runs at once.
     #[serde(default)]
     pub engine: EngineConfig,
+    /// Certificate, key and CAs; without them expert nodes are reached on loopback only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<entente_tls::Files>,
     /// The expert nodes.
     pub cluster: Roster,
 }
@@ -41,11 +44,11 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// Over the network, frames in a gRPC stream.
+    /// Over the network, frames on a byte stream: the least work for each frame.
     #[default]
-    Grpc,
-    /// Over the network, frames on a plain byte stream: less work for each frame.
     Stream,
+    /// Over the network, frames in a gRPC stream.
+    Grpc,
     /// In this process: the expert nodes of the region run here.
     Inproc,
 }

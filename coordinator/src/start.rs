@@ -15,18 +15,19 @@ use entente_model::{
     Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
     Progress, Tokenizer,
 };
+use entente_proto::identity::Role;
 use entente_proto::ids::{KernelClass, NodeId};
-use entente_proto::link::{Link, LinkEvents};
 use entente_router::view::{ClusterView, NodeView};
+use entente_tls::{ALPN_GRPC, ALPN_STREAM, Credentials};
 
 use crate::api::{self, Api};
 use crate::config::{Config, Speculation, Transport};
-use crate::engine::exchanger::{self, Exchanger};
+use crate::engine::exchanger::Exchanger;
 use crate::engine::forward::{CacheShape, Forward};
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::{Engine, EngineHandle, Parts, Readiness};
 use crate::link::grpc::GrpcLink;
-use crate::link::stream::StreamLink;
+use crate::link::{Links, Peer};
 use crate::metrics::Metrics;
 
 /// How long running requests may take to finish once the coordinator is told to stop.
@@ -44,6 +45,9 @@ pub enum Error {
     /// An expert node in this process could not start.
     #[error("expert node in this process: {0}")]
     ExpertNode(#[from] entente_expert_node::Error),
+    /// Certificate, key or CA are not usable.
+    #[error("tls: {0}")]
+    Tls(#[from] entente_tls::Error),
     /// The address cannot be served.
     #[error("cannot serve {address}: {source}")]
     Listen {
@@ -104,6 +108,7 @@ pub async fn start(
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
     config.engine.check().map_err(Error::Config)?;
+    let credentials = credentials(config)?;
     let to_load = config.clone();
     let loaded = tokio::task::spawn_blocking(move || load(&to_load, &progress))
         .await
@@ -113,8 +118,7 @@ pub async fn start(
     let step_weights_bytes = own_bytes - loaded.weights.embed.bytes() as u64;
     let kernel_class = loaded.kernels.class().clone();
     let metrics = Arc::new(Metrics::new());
-    let exchanger =
-        connect(config, &loaded, &metrics).map_err(|error| Error::Start(error.to_string()))?;
+    let exchanger = connect(config, credentials.as_ref(), &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
     let api = start_engine(config, loaded, kv_dtype, exchanger, metrics)?;
@@ -209,34 +213,66 @@ fn threads(config: &Config) -> usize {
 }
 
 /// Opens a link to every expert node of the coordinator's region.
-fn connect(config: &Config, loaded: &Loaded, metrics: &Arc<Metrics>) -> std::io::Result<Exchanger> {
+fn connect(
+    config: &Config,
+    credentials: Option<&Credentials>,
+    loaded: &Loaded,
+    metrics: &Arc<Metrics>,
+) -> Result<Exchanger, Error> {
     let view = view(config, loaded);
-    let (mailbox, inbox) = exchanger::mailbox();
-    let mut links = BTreeMap::new();
+    let unable = |error: std::io::Error| Error::Start(error.to_string());
+    let mut links = Links::new().map_err(unable)?;
     for node in loaded.state.nodes().filter(|node| node.spec.region == config.region) {
-        let local = loaded.local.get(&node.id);
-        links.insert(node.id, open_link(config.transport, node, local, mailbox.clone())?);
+        let mailbox = links.mailbox();
+        if let Some(local) = loaded.local.get(&node.id) {
+            links.add(node.id, Box::new(InprocLink::open(node.id, local.clone(), mailbox)));
+        } else if config.transport == Transport::Grpc {
+            let peer = peer(config, credentials, node, ALPN_GRPC)?;
+            let runtime = tokio::runtime::Handle::current();
+            links.add(node.id, Box::new(GrpcLink::open(peer, mailbox, &runtime)));
+        } else {
+            let peer = peer(config, credentials, node, ALPN_STREAM)?;
+            links.dial(peer).map_err(unable)?;
+        }
     }
     let deadline = Duration::from_millis(config.engine.exchange_deadline_ms);
     let row_dtype = loaded.kernels.row_dtype();
-    Ok(Exchanger::new(links, inbox, view, row_dtype, deadline, metrics.clone()))
+    Ok(Exchanger::new(links, view, row_dtype, deadline, metrics.clone()))
 }
 
-fn open_link(
-    transport: Transport,
+/// Reads what `[tls]` names, and checks that it was issued to this coordinator.
+fn credentials(config: &Config) -> Result<Option<Credentials>, Error> {
+    let Some(files) = &config.tls else { return Ok(None) };
+    let credentials = Credentials::load(files)?;
+    let member = Some((config.region, config.name.clone()));
+    credentials.belong_to(&config.cluster.expect(Role::Coordinator, member))?;
+    Ok(Some(credentials))
+}
+
+/// Whom to dial, and whose certificate to expect there: the roster says both.
+fn peer(
+    config: &Config,
+    credentials: Option<&Credentials>,
     node: &Node,
-    local: Option<&NodeHandle>,
-    events: Arc<dyn LinkEvents>,
-) -> std::io::Result<Box<dyn Link>> {
-    if let Some(local) = local {
-        return Ok(Box::new(InprocLink::open(node.id, local.clone(), events)));
-    }
-    let (name, address) = (node.spec.name.clone(), node.spec.address.clone());
-    if transport == Transport::Stream {
-        return Ok(Box::new(StreamLink::open(node.id, name, address, events)?));
-    }
-    let runtime = tokio::runtime::Handle::current();
-    Ok(Box::new(GrpcLink::open(node.id, name, address, events, &runtime)))
+    alpn: &[u8],
+) -> Result<Peer, Error> {
+    let spec = &node.spec;
+    let member = Some((spec.region, spec.name.clone()));
+    let tls = match credentials {
+        Some(own) => Some(own.client(config.cluster.expect(Role::Expert, member), &[alpn])?),
+        None if is_loopback(&spec.address) => None,
+        None => {
+            return Err(Error::Config(format!(
+                "cluster.nodes: {} of {} is not a loopback address, so the section [tls] is needed",
+                spec.address, spec.name
+            )));
+        }
+    };
+    Ok(Peer { node: node.id, name: spec.name.clone(), address: spec.address.clone(), tls })
+}
+
+fn is_loopback(address: &str) -> bool {
+    address.parse().is_ok_and(|address: SocketAddr| address.ip().is_loopback())
 }
 
 /// What the coordinator believes of the cluster before any link is up.

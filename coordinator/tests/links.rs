@@ -3,22 +3,26 @@
 // Everything here is a test, which clippy sees in #[test] functions only.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::cell::RefCell;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use entente_coordinator::link::grpc::GrpcLink;
-use entente_coordinator::link::stream::StreamLink;
+use entente_coordinator::link::{Links, Peer};
 use entente_expert_node::inproc::InprocLink;
 use entente_expert_node::{Config, ExpertNode, NodeHandle, serve};
 use entente_membership::roster::{Roster, RosterNode};
 use entente_model::kernels::{FfnGroup, WeightFormat, select};
 use entente_model::{Checkpoint, load_expert};
 use entente_proto::frame::{Answer, Assignment, Dispatch, Dtype, ROWS_MAX, Refusal};
+use entente_proto::identity::{Expected, Role};
 use entente_proto::ids::{ExchangeId, ExpertId, LayerId, NodeId, NodeName};
-use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo, NotSent};
+use entente_proto::link::{LinkEvent, NodeInfo, NotSent};
 use entente_proto::wire;
 use entente_proto::wire::exchange_client::ExchangeClient;
+use entente_tls::{ALPN_GRPC, ALPN_STREAM, Authority, Credentials};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
@@ -46,93 +50,125 @@ fn load(weights: WeightFormat) -> NodeHandle {
         model: CHECKPOINT.into(),
         weights,
         threads: Some(1),
+        tls: None,
         cluster: Roster::new("test".to_owned(), 1, vec![node(1), node(2)]).unwrap(),
     };
     ExpertNode::load(&config, &()).unwrap()
 }
 
-struct Events(Sender<LinkEvent>);
+/// The CA of the cluster, and of another one.
+static OURS: LazyLock<Authority> = LazyLock::new(|| Authority::new("test", HOUR).unwrap());
+static THEIRS: LazyLock<Authority> = LazyLock::new(|| Authority::new("test", HOUR).unwrap());
+const HOUR: Duration = Duration::from_secs(3_600);
 
-impl LinkEvents for Events {
-    fn on_event(&self, node: NodeId, event: LinkEvent) {
-        assert_eq!(node, NODE);
-        // The test that listened may be over.
-        let _ = self.0.send(event);
+fn credentials(authority: &Authority, role: Role, name: &str) -> Credentials {
+    let identity = format!("spiffe://test/region/fr/role/{role}/node/{name}").parse().unwrap();
+    authority.credentials(authority.issue(&identity, HOUR).unwrap()).unwrap()
+}
+
+/// One way to reach a node over a network.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Network {
+    grpc: bool,
+    tls: bool,
+}
+
+const GRPC: Network = Network { grpc: true, tls: false };
+const GRPC_TLS: Network = Network { grpc: true, tls: true };
+const STREAM: Network = Network { grpc: false, tls: false };
+const STREAM_TLS: Network = Network { grpc: false, tls: true };
+
+impl Network {
+    fn serve(self, node: NodeHandle, address: &str) -> Server {
+        let own = self.tls.then(|| credentials(&OURS, Role::Expert, "fr-expert-1"));
+        Server::start(node, address, own)
+    }
+
+    /// A link from a coordinator with good credentials to the node of this name.
+    fn dial(self, name: &NodeName, address: &str, on: &Runtime) -> Links {
+        let own = self.tls.then(|| credentials(&OURS, Role::Coordinator, "fr-coordinator"));
+        self.dial_as(own, name, address, on)
+    }
+
+    fn dial_as(
+        self,
+        own: Option<Credentials>,
+        name: &NodeName,
+        address: &str,
+        on: &Runtime,
+    ) -> Links {
+        let member = Some(("fr".parse().unwrap(), name.clone()));
+        let expert = Expected { cluster: "test".parse().unwrap(), role: Role::Expert, member };
+        let alpn = if self.grpc { ALPN_GRPC } else { ALPN_STREAM };
+        let tls = own.map(|own| own.client(expert, &[alpn]).unwrap());
+        let peer = Peer { node: NODE, name: name.clone(), address: address.to_owned(), tls };
+        let mut links = Links::new().unwrap();
+        if self.grpc {
+            let link = GrpcLink::open(peer, links.mailbox(), on.handle());
+            links.add(NODE, Box::new(link));
+        } else {
+            links.dial(peer).unwrap();
+        }
+        links
+    }
+
+    fn open(self, node: NodeHandle) -> Open {
+        let server = self.serve(node, "127.0.0.1:0");
+        let mut links = self.dial(&name(), &server.address, &server.runtime);
+        Open { info: up(&mut links), links: links.into(), _server: Some(server) }
     }
 }
 
 /// A link that is up, and what keeps it so.
 struct Open {
     info: NodeInfo,
-    link: Box<dyn Link>,
-    events: Receiver<LinkEvent>,
+    links: RefCell<Links>,
     _server: Option<Server>,
 }
 
 impl Open {
+    fn send(&self, frame: Dispatch) {
+        self.links.borrow_mut().send(NODE, frame).unwrap();
+    }
+
     fn answer(&self) -> Answer {
-        match self.events.recv_timeout(PATIENCE) {
-            Ok(LinkEvent::Answer(answer)) => answer,
+        match event(&mut self.links.borrow_mut()) {
+            LinkEvent::Answer(answer) => answer,
             other => panic!("expected an answer, got {other:?}"),
         }
     }
 
     fn ask(&self, frame: Dispatch) -> Answer {
-        self.link.send(frame).unwrap();
+        self.send(frame);
         self.answer()
     }
 }
 
-fn up(events: &Receiver<LinkEvent>) -> NodeInfo {
-    match events.recv_timeout(PATIENCE) {
-        Ok(LinkEvent::Up(info)) => info,
+fn event(links: &mut Links) -> LinkEvent {
+    let (node, event) = links.next(PATIENCE).expect("an event");
+    assert_eq!(node, NODE);
+    event
+}
+
+fn up(links: &mut Links) -> NodeInfo {
+    match event(links) {
+        LinkEvent::Up(info) => info,
         other => panic!("expected the link to come up, got {other:?}"),
     }
 }
 
-fn down(events: &Receiver<LinkEvent>) -> String {
-    match events.recv_timeout(PATIENCE) {
-        Ok(LinkEvent::Down(reason)) => reason,
+fn down(links: &mut Links) -> String {
+    match event(links) {
+        LinkEvent::Down(reason) => reason,
         other => panic!("expected the link to go down, got {other:?}"),
     }
 }
 
 fn open_inproc(node: NodeHandle) -> Open {
-    let (sender, events) = channel();
-    let link = Box::new(InprocLink::open(NODE, node, Arc::new(Events(sender))));
-    Open { info: up(&events), link, events, _server: None }
-}
-
-fn open_grpc(node: NodeHandle) -> Open {
-    let server = Server::start(node, "127.0.0.1:0");
-    let (link, events) = dial(&name(), &server.address, &server.runtime);
-    Open { info: up(&events), link, events, _server: Some(server) }
-}
-
-type Dial = fn(&NodeName, &str, &Runtime) -> (Box<dyn Link>, Receiver<LinkEvent>);
-
-fn dial(name: &NodeName, address: &str, on: &Runtime) -> (Box<dyn Link>, Receiver<LinkEvent>) {
-    let (sender, events) = channel();
-    let sink = Arc::new(Events(sender));
-    let link = GrpcLink::open(NODE, name.clone(), address.to_owned(), sink, on.handle());
-    (Box::new(link), events)
-}
-
-fn open_stream(node: NodeHandle) -> Open {
-    let server = Server::start(node, "127.0.0.1:0");
-    let (link, events) = dial_stream(&name(), &server.address, &server.runtime);
-    Open { info: up(&events), link, events, _server: Some(server) }
-}
-
-fn dial_stream(
-    name: &NodeName,
-    address: &str,
-    _: &Runtime,
-) -> (Box<dyn Link>, Receiver<LinkEvent>) {
-    let (sender, events) = channel();
-    let sink = Arc::new(Events(sender));
-    let link = StreamLink::open(NODE, name.clone(), address.to_owned(), sink).unwrap();
-    (Box::new(link), events)
+    let mut links = Links::new().unwrap();
+    let link = InprocLink::open(NODE, node, links.mailbox());
+    links.add(NODE, Box::new(link));
+    Open { info: up(&mut links), links: links.into(), _server: None }
 }
 
 /// A node that serves, on a runtime of its own.
@@ -144,14 +180,17 @@ struct Server {
 }
 
 impl Server {
-    fn start(node: NodeHandle, address: &str) -> Self {
+    fn start(node: NodeHandle, address: &str, own: Option<Credentials>) -> Self {
         let runtime = Runtime::new().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (shutdown, told) = oneshot::channel();
-        let served = runtime.spawn(serve(node, listener, async {
-            let _ = told.await;
-        }));
+        let served = runtime.spawn(async move {
+            let until_told = async {
+                let _ = told.await;
+            };
+            serve(node, listener, own.as_ref(), until_told).await
+        });
         Self { address, shutdown, served, runtime }
     }
 
@@ -215,8 +254,14 @@ fn expected(frame: &Dispatch, weights: WeightFormat) -> Vec<u8> {
 macro_rules! over_all_transports {
     ($($check:ident),+ $(,)?) => {
         mod inproc { $(#[test] fn $check() { super::$check(super::open_inproc); })+ }
-        mod grpc { $(#[test] fn $check() { super::$check(super::open_grpc); })+ }
-        mod stream { $(#[test] fn $check() { super::$check(super::open_stream); })+ }
+        mod grpc { $(#[test] fn $check() { super::$check(|node| super::GRPC.open(node)); })+ }
+        mod grpc_tls {
+            $(#[test] fn $check() { super::$check(|node| super::GRPC_TLS.open(node)); })+
+        }
+        mod stream { $(#[test] fn $check() { super::$check(|node| super::STREAM.open(node)); })+ }
+        mod stream_tls {
+            $(#[test] fn $check() { super::$check(|node| super::STREAM_TLS.open(node)); })+
+        }
     };
 }
 
@@ -224,6 +269,7 @@ over_all_transports! {
     answers_are_the_bytes_that_the_experts_give,
     a_hundred_frames_in_flight_are_each_answered_with_their_own_rows,
     the_largest_frame_gets_through,
+    answers_are_taken_while_frames_are_sent,
     what_must_not_be_computed_is_refused,
     a_draining_node_says_so,
 }
@@ -231,8 +277,10 @@ over_all_transports! {
 /// Each check runs once over each transport that has a network in it.
 macro_rules! over_networks {
     ($($check:ident),+ $(,)?) => {
-        mod network_grpc { $(#[test] fn $check() { super::$check(super::dial); })+ }
-        mod network_stream { $(#[test] fn $check() { super::$check(super::dial_stream); })+ }
+        mod network_grpc { $(#[test] fn $check() { super::$check(super::GRPC); })+ }
+        mod network_grpc_tls { $(#[test] fn $check() { super::$check(super::GRPC_TLS); })+ }
+        mod network_stream { $(#[test] fn $check() { super::$check(super::STREAM); })+ }
+        mod network_stream_tls { $(#[test] fn $check() { super::$check(super::STREAM_TLS); })+ }
     };
 }
 
@@ -241,6 +289,7 @@ over_networks! {
     a_node_that_stops_ends_the_link,
     a_node_that_cannot_be_reached_is_reported_once_with_the_reason,
     a_node_with_another_name_is_not_used,
+    a_node_that_says_nothing_is_given_up,
 }
 
 fn answers_are_the_bytes_that_the_experts_give(open: fn(NodeHandle) -> Open) {
@@ -259,24 +308,44 @@ fn a_hundred_frames_in_flight_are_each_answered_with_their_own_rows(open: fn(Nod
         (0..100).map(|i| frame(&open.info, i, (i % 3) as u16, 1 + i as usize % 7)).collect();
     let alone: Vec<Answer> = frames.iter().map(|frame| open.ask(frame.clone())).collect();
     for frame in frames.into_iter().rev() {
-        open.link.send(frame).unwrap();
+        open.send(frame);
     }
     let mut together: Vec<Answer> = (0..100).map(|_| open.answer()).collect();
     together.sort_by_key(|answer| answer.exchange);
     assert_eq!(together, alone);
 }
 
-fn the_largest_frame_gets_through(open: fn(NodeHandle) -> Open) {
-    let open = open(load(WeightFormat::F32));
-    let mut frame = frame(&open.info, 1, 0, ROWS_MAX);
+fn largest(info: &NodeInfo, exchange: u64) -> Dispatch {
+    let mut frame = frame(info, exchange, 0, ROWS_MAX);
     frame.assignments = Vec::new();
     for row in 0..ROWS_MAX as u16 {
-        let held = open.info.experts.iter().filter(|(layer, _)| *layer == LayerId(0));
+        let held = info.experts.iter().filter(|(layer, _)| *layer == LayerId(0));
         frame.assignments.extend(held.map(|(_, expert)| Assignment { row, expert: *expert }));
     }
+    frame
+}
+
+fn the_largest_frame_gets_through(open: fn(NodeHandle) -> Open) {
+    let open = open(load(WeightFormat::F32));
+    let frame = largest(&open.info, 1);
     let answer = open.ask(frame.clone());
     assert_eq!(answer.check(&frame), Ok(()));
     assert!(answer.result.is_ok());
+}
+
+/// More than the sockets' buffers hold goes both ways before anybody asks for an answer: neither
+/// end may wait for the other for ever.
+fn answers_are_taken_while_frames_are_sent(open: fn(NodeHandle) -> Open) {
+    const FRAMES: u64 = 12;
+    let open = open(load(WeightFormat::F32));
+    let frame = largest(&open.info, 0);
+    for number in 0..FRAMES {
+        open.send(Dispatch { exchange: ExchangeId(number), ..frame.clone() });
+    }
+    for _ in 0..FRAMES {
+        let answer = open.answer();
+        assert!(answer.result.is_ok(), "{:?}", answer.result);
+    }
 }
 
 fn what_must_not_be_computed_is_refused(open: fn(NodeHandle) -> Open) {
@@ -312,62 +381,145 @@ fn a_draining_node_says_so(open: fn(NodeHandle) -> Open) {
     assert_eq!(open.ask(frame(&open.info, 1, 1, 2)).result, Err(Refusal::Draining));
 }
 
-fn a_killed_node_is_noticed_at_once_and_found_again_as_another_incarnation(dial: Dial) {
+fn a_killed_node_is_noticed_at_once_and_found_again_as_another_incarnation(network: Network) {
     let client = Runtime::new().unwrap();
-    let server = Server::start(load(WeightFormat::F32), "127.0.0.1:0");
-    let (link, events) = dial(&name(), &server.address, &client);
-    let before = up(&events);
+    let server = network.serve(load(WeightFormat::F32), "127.0.0.1:0");
+    let mut links = network.dial(&name(), &server.address, &client);
+    let before = up(&mut links);
     let killed = Instant::now();
     let address = server.kill();
-    down(&events);
+    down(&mut links);
     assert!(killed.elapsed() < Duration::from_secs(1), "took {:?}", killed.elapsed());
-    assert_eq!(link.send(frame(&before, 1, 1, 1)), Err(NotSent));
+    assert_eq!(links.send(NODE, frame(&before, 1, 1, 1)), Err(NotSent));
 
-    let _server = Server::start(load(WeightFormat::F32), &address);
-    let after = up(&events);
+    let _server = network.serve(load(WeightFormat::F32), &address);
+    let after = up(&mut links);
     assert!(after.fence.incarnation > before.fence.incarnation);
-    link.send(frame(&before, 2, 1, 1)).unwrap();
-    let Ok(LinkEvent::Answer(answer)) = events.recv_timeout(PATIENCE) else { panic!("no answer") };
+    links.send(NODE, frame(&before, 2, 1, 1)).unwrap();
+    let LinkEvent::Answer(answer) = event(&mut links) else { panic!("no answer") };
     assert_eq!(answer.result, Err(Refusal::StaleFence(Box::new(after.fence))));
 }
 
-fn a_node_that_stops_ends_the_link(dial: Dial) {
+fn a_node_that_stops_ends_the_link(network: Network) {
     let client = Runtime::new().unwrap();
-    let server = Server::start(load(WeightFormat::F32), "127.0.0.1:0");
-    let (link, events) = dial(&name(), &server.address, &client);
-    let info = up(&events);
-    link.send(frame(&info, 1, 1, 2)).unwrap();
-    assert!(matches!(events.recv_timeout(PATIENCE), Ok(LinkEvent::Answer(_))));
+    let server = network.serve(load(WeightFormat::F32), "127.0.0.1:0");
+    let mut links = network.dial(&name(), &server.address, &client);
+    let info = up(&mut links);
+    links.send(NODE, frame(&info, 1, 1, 2)).unwrap();
+    assert!(matches!(event(&mut links), LinkEvent::Answer(_)));
     server.stop();
-    let reason = down(&events);
+    let reason = down(&mut links);
     assert!(reason.starts_with("the node ended the "), "{reason}");
 }
 
-fn a_node_that_cannot_be_reached_is_reported_once_with_the_reason(dial: Dial) {
+fn a_node_that_cannot_be_reached_is_reported_once_with_the_reason(network: Network) {
     let client = Runtime::new().unwrap();
     // A port that was free a moment ago.
     let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let (_link, events) = dial(&name(), &address.to_string(), &client);
-    let reason = down(&events);
+    let mut links = network.dial(&name(), &address.to_string(), &client);
+    let reason = down(&mut links);
     assert!(reason.contains(&address.to_string()) && reason.contains("refused"), "{reason}");
-    let again = events.recv_timeout(Duration::from_millis(300));
-    assert!(matches!(again, Err(RecvTimeoutError::Timeout)), "{again:?}");
+    let again = links.next(Duration::from_millis(300));
+    assert!(again.is_none(), "{again:?}");
 }
 
-fn a_node_with_another_name_is_not_used(dial: Dial) {
-    let server = Server::start(load(WeightFormat::F32), "127.0.0.1:0");
+fn a_node_with_another_name_is_not_used(network: Network) {
+    let server = network.serve(load(WeightFormat::F32), "127.0.0.1:0");
     let other = "fr-expert-2".parse().unwrap();
-    let (link, events) = dial(&other, &server.address, &server.runtime);
-    assert_eq!(down(&events), "another node answered: fr-expert-1");
+    let mut links = network.dial(&other, &server.address, &server.runtime);
+    let reason = down(&mut links);
+    let expected = if network.tls {
+        "the peer is spiffe://test/region/fr/role/expert/node/fr-expert-1, expected was expert \
+         fr-expert-2 of test in fr"
+    } else {
+        "another node answered: fr-expert-1"
+    };
+    assert!(reason.ends_with(expected), "{reason}");
     let info = load(WeightFormat::F32).info();
-    assert_eq!(link.send(frame(&info, 1, 1, 1)), Err(NotSent));
+    assert_eq!(links.send(NODE, frame(&info, 1, 1, 1)), Err(NotSent));
+}
+
+fn a_node_that_says_nothing_is_given_up(network: Network) {
+    let client = Runtime::new().unwrap();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let began = Instant::now();
+    let reason = down(&mut network.dial(&name(), &address, &client));
+    assert!(began.elapsed() < Duration::from_secs(8), "{reason} after {:?}", began.elapsed());
+}
+
+/// Each check runs once over each transport with TLS.
+macro_rules! over_tls {
+    ($($check:ident),+ $(,)?) => {
+        mod tls_grpc { $(#[test] fn $check() { super::$check(super::GRPC_TLS); })+ }
+        mod tls_stream { $(#[test] fn $check() { super::$check(super::STREAM_TLS); })+ }
+    };
+}
+
+over_tls! {
+    a_node_of_another_ca_is_not_used,
+    a_peer_that_is_no_coordinator_of_ours_is_refused,
+    a_peer_in_plain_text_is_refused,
+    a_peer_that_stalls_in_the_handshake_is_given_up_and_holds_up_nobody,
+}
+
+fn a_node_of_another_ca_is_not_used(network: Network) {
+    let theirs = credentials(&THEIRS, Role::Expert, "fr-expert-1");
+    let server = Server::start(load(WeightFormat::F32), "127.0.0.1:0", Some(theirs));
+    let mut links = network.dial(&name(), &server.address, &server.runtime);
+    let reason = down(&mut links);
+    assert!(reason.contains("invalid peer certificate: BadSignature"), "{reason}");
+}
+
+fn a_peer_that_is_no_coordinator_of_ours_is_refused(network: Network) {
+    let server = network.serve(load(WeightFormat::F32), "127.0.0.1:0");
+    for own in [
+        credentials(&OURS, Role::Expert, "fr-expert-1"),
+        credentials(&OURS, Role::Operator, "somebody"),
+    ] {
+        let mut links = network.dial_as(Some(own), &name(), &server.address, &server.runtime);
+        // With TLS 1.3 the client is done before the server has looked at its certificate.
+        let reason = down(&mut links);
+        assert!(!reason.is_empty());
+    }
+}
+
+fn a_peer_in_plain_text_is_refused(network: Network) {
+    let server = network.serve(load(WeightFormat::F32), "127.0.0.1:0");
+    let mut links = network.dial_as(None, &name(), &server.address, &server.runtime);
+    down(&mut links);
+}
+
+fn a_peer_that_stalls_in_the_handshake_is_given_up_and_holds_up_nobody(network: Network) {
+    let server = network.serve(load(WeightFormat::F32), "127.0.0.1:0");
+    let stall = |begin: &[u8]| {
+        let mut peer = TcpStream::connect(&server.address).unwrap();
+        peer.write_all(begin).unwrap();
+        peer
+    };
+    // Nothing at all, and the beginning of a record of 512 bytes.
+    let stalled = [stall(&[]), stall(&[0x16, 3, 1, 2, 0, 1])];
+    let began = Instant::now();
+    up(&mut network.dial(&name(), &server.address, &server.runtime));
+    assert!(began.elapsed() < Duration::from_secs(2), "took {:?}", began.elapsed());
+    for mut peer in stalled {
+        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        // Closed, one way or the other.
+        let ended = peer.read(&mut [0; 64]);
+        assert!(matches!(&ended, Ok(0)) || ended.is_err_and(|e| !is_timeout(&e)));
+    }
+    assert!(began.elapsed() < Duration::from_secs(10), "took {:?}", began.elapsed());
+}
+
+fn is_timeout(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
 }
 
 #[test]
 fn a_malformed_frame_is_refused_by_its_number_and_the_stream_lives() {
     let node = load(WeightFormat::F32);
     let info = node.info();
-    let server = Server::start(node, "127.0.0.1:0");
+    let server = GRPC.serve(node, "127.0.0.1:0");
     let good: wire::Dispatch = frame(&info, 2, 1, 2).into();
     let mut bad = wire::Dispatch { exchange_id: 1, ..good.clone() };
     bad.rows = bad.rows.slice(1..);

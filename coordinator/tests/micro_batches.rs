@@ -35,6 +35,7 @@ impl Node {
             model: CHECKPOINT.into(),
             weights: WeightFormat::Bf16,
             threads: Some(1),
+            tls: None,
             cluster: roster.clone(),
         };
         let node = ExpertNode::load(&config, &()).unwrap();
@@ -44,7 +45,7 @@ impl Node {
             let _inside = runtime.enter();
             tokio::net::TcpListener::from_std(listener).unwrap()
         };
-        runtime.spawn(serve(node, listener, std::future::pending()));
+        runtime.spawn(async move { serve(node, listener, None, std::future::pending()).await });
         Self(Some(runtime))
     }
 }
@@ -96,6 +97,7 @@ impl Cluster {
                 exchange_deadline_ms: 1_000,
                 ..EngineConfig::default()
             },
+            tls: None,
             cluster: roster.clone(),
         };
         let runtime = Runtime::new().unwrap();

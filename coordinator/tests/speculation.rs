@@ -39,6 +39,7 @@ fn engine(runtime: &Runtime, weights: WeightFormat, engine: EngineConfig) -> Sta
         threads: Some(1),
         transport: Transport::Inproc,
         served_model_name: None,
+        tls: None,
         engine,
         cluster: Roster::new("test".to_owned(), 1, vec![node]).unwrap(),
     };

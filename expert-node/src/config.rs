@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use entente_membership::roster::Roster;
 use entente_model::kernels::WeightFormat;
+use entente_proto::identity::Role;
 use entente_proto::ids::{NodeName, Region};
+use entente_tls::Credentials;
 use serde::{Deserialize, Serialize};
 
 /// Most threads that a node may be told to compute with.
@@ -28,6 +30,9 @@ pub struct Config {
     /// Threads for arithmetic; all cores when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// Certificate, key and CAs; without them the node listens on loopback only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<entente_tls::Files>,
     /// All expert nodes.
     pub cluster: Roster,
 }
@@ -96,6 +101,15 @@ impl Config {
         }
     }
 
+    /// Reads what `[tls]` names, and checks that it was issued to this node.
+    pub fn credentials(&self) -> Result<Option<Credentials>, entente_tls::Error> {
+        let Some(files) = &self.tls else { return Ok(None) };
+        let credentials = Credentials::load(files)?;
+        let member = Some((self.region, self.name.clone()));
+        credentials.belong_to(&self.cluster.expect(Role::Expert, member))?;
+        Ok(Some(credentials))
+    }
+
     /// Threads to compute with.
     pub(crate) fn thread_count(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
@@ -114,6 +128,11 @@ mod tests {
         model = "/models/demo"
         weights = "bf16"
         threads = 2
+
+        [tls]
+        ca = "/etc/entente/ca.pem"
+        certificate = "/etc/entente/fr-expert-1.pem"
+        key = "/etc/entente/fr-expert-1.key"
 
         [cluster]
         name = "demo"
@@ -137,6 +156,8 @@ mod tests {
             ("threads = 2", "threads = 0", "threads: is 0"),
             ("threads = 2", "threads = 2000", "threads: is 2000"),
             ("threads = 2", "", ""),
+            ("key = ", "keys = ", "unknown field `keys`"),
+            ("ca = \"/etc/entente/ca.pem\"", "", "missing field `ca`"),
             ("model = \"/models/demo\"", "", "missing field `model`"),
             ("region = \"fr\"\n        listen", "region = \"se\"\n        listen", "says fr"),
             ("name = \"fr-expert-1\"\n", "name = \"fr-expert-2\"\n", "fr-expert-2 is not one of"),

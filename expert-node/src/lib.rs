@@ -13,7 +13,8 @@
 //! - `store`: the experts placed here, and no other byte of the checkpoint;
 //! - [`core`]: whether a frame may be computed, a pure function;
 //! - `worker`: the queue and the thread that computes;
-//! - [`serve`] (gRPC and plain frames on one port) and [`inproc`]: the doors to one [`NodeHandle`].
+//! - [`serve`] (gRPC and byte streams on one port, over TLS) and [`inproc`]: the doors to one
+//!   [`NodeHandle`].
 //!
 //! Invariants:
 //! - nothing is computed that was not admitted: region, fence, shape and experts are checked first;
@@ -29,6 +30,7 @@
 mod cluster;
 mod config;
 pub mod core;
+mod door;
 pub mod inproc;
 mod limits;
 mod node;
@@ -39,6 +41,7 @@ mod stream;
 mod worker;
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use entente_membership::state::Refused;
@@ -88,6 +91,12 @@ pub enum Error {
     /// The network service broke.
     #[error("exchange service: {0}")]
     Service(#[from] tonic::transport::Error),
+    /// Certificate, key or CA are not usable.
+    #[error("tls: {0}")]
+    Tls(#[from] entente_tls::Error),
+    /// Rows would travel where anybody can read them.
+    #[error("listen: {0} is not a loopback address, so the section [tls] is needed")]
+    PlainText(SocketAddr),
     /// Loading was cut short.
     #[error("loading {} stopped: {reason}", model.display())]
     Loading {

@@ -30,10 +30,14 @@ pub const DRAIN_MAX: Duration = Duration::from_secs(5);
 pub const CLOSE_MAX: Duration = Duration::from_secs(1);
 /// Connections of the transport `stream`, each with a thread; a coordinator needs one.
 pub const STREAM_CONNECTIONS_MAX: usize = 64;
-/// How long a peer may take to say which protocol it speaks.
+/// How long a peer may take to say who it is and which protocol it speaks.
 pub const HELLO_MAX: Duration = Duration::from_secs(3);
-/// How long writing one answer may take before the peer is given up.
-pub const WRITE_MAX: Duration = Duration::from_secs(1);
+/// Peers that are being greeted; more are turned away. A cluster has few coordinators, and each
+/// connects once, so past it somebody means no good.
+pub const HANDSHAKES_MAX: usize = 64;
+/// How long writing a part of an answer may take before the peer is given up. A coordinator reads
+/// while it waits for answers, not while it computes, so this is longer than a part of its step.
+pub const WRITE_MAX: Duration = Duration::from_secs(3);
 /// Accepted connections that wait for the gRPC server to take them.
 pub const ACCEPT_LEN_MAX: usize = 64;
 /// Pause after a connection could not be accepted.

@@ -37,6 +37,10 @@ pub async fn run(
     listener.set_nonblocking(true).map_err(unusable)?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
+    let credentials = config.credentials()?;
+    if credentials.is_none() && !address.ip().is_loopback() {
+        return Err(Error::PlainText(address));
+    }
 
     let model = config.model.clone();
     let loading = tokio::task::spawn_blocking(move || ExpertNode::load(&config, &Told(progress)));
@@ -50,7 +54,7 @@ pub async fn run(
     let info = node.info();
     let (experts, weights_bytes) = (info.experts.len(), info.weights_bytes);
     on_ready(Ready { address, experts, weights_bytes });
-    serve(node, listener, shutdown).await
+    serve(node, listener, credentials.as_ref(), shutdown).await
 }
 
 /// A function that wants to know how far loading is.

@@ -1,20 +1,19 @@
-//! The network door: the gRPC service that turns messages into frames and answers into messages,
-//! and the usher who shows each connection to this door or to that of [`crate::stream`].
+//! The gRPC service that turns messages into frames and answers into messages, and [`serve`], which
+//! runs it and the byte streams behind one [`Door`].
 //!
 //! Each stream is read by one task. Before it reads a frame it reserves the place of the answer in
 //! the stream's outgoing channel; so an answer never waits for room, the compute thread never
 //! blocks on a peer, and a peer that does not read its answers stops being read.
 
 use std::future::Future;
-use std::io;
 use std::sync::Arc;
 
 use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
 use entente_proto::ids::ExchangeId;
-use entente_proto::stream::PREFACE;
 use entente_proto::wire;
 use entente_proto::wire::exchange_server::{Exchange, ExchangeServer};
-use tokio::net::{TcpListener, TcpStream};
+use entente_tls::Credentials;
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -23,9 +22,10 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Error;
+use crate::door::{Door, Tls};
 use crate::limits::{
-    ACCEPT_LEN_MAX, ACCEPT_RETRY, CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, HELLO_MAX,
-    HTTP2_FRAME_BYTES_MAX, KEEPALIVE, STREAM_FRAMES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
+    ACCEPT_LEN_MAX, CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, HTTP2_FRAME_BYTES_MAX,
+    KEEPALIVE, STREAM_FRAMES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
 };
 use crate::node::NodeHandle;
 use crate::stream::Connections;
@@ -104,62 +104,23 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Takes connections and shows each to the door that its first byte asks for.
-async fn accept(
-    listener: TcpListener,
-    node: NodeHandle,
-    connections: Arc<Connections>,
-    grpc: mpsc::Sender<io::Result<TcpStream>>,
-) {
-    loop {
-        let socket = match listener.accept().await {
-            Ok((socket, _)) => socket,
-            Err(error) => {
-                // Too many open files, most often; it passes when some are closed.
-                tracing::warn!(%error, "a connection was not taken");
-                sleep(ACCEPT_RETRY).await;
-                continue;
-            }
-        };
-        let (node, connections, grpc) = (node.clone(), connections.clone(), grpc.clone());
-        tokio::spawn(async move {
-            if let Err(error) = usher(socket, node, &connections, grpc).await {
-                tracing::debug!(%error, "a connection was not served");
-            }
-        });
-    }
-}
-
-async fn usher(
-    socket: TcpStream,
-    node: NodeHandle,
-    connections: &Connections,
-    grpc: mpsc::Sender<io::Result<TcpStream>>,
-) -> io::Result<()> {
-    socket.set_nodelay(true)?;
-    let mut first = [0];
-    timeout(HELLO_MAX, socket.peek(&mut first)).await??;
-    if first[0] == PREFACE[0] {
-        return connections.serve(node, socket.into_std()?);
-    }
-    // Fails only when the server has ended.
-    grpc.send(Ok(socket)).await.map_err(io::Error::other)
-}
-
-/// Serves the node on `listener` until `shutdown` resolves. Then new frames are refused as
+/// Serves the node on `listener` until `shutdown` resolves: with credentials over TLS, to
+/// coordinators of the same cluster; without, in plain text to whoever comes. In the end new frames are refused as
 /// DRAINING, what is queued is computed and answered, and streams are ended; all of that within a
 /// few seconds, whatever peers do.
 pub async fn serve(
     node: NodeHandle,
     listener: TcpListener,
+    credentials: Option<&Credentials>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
+    let tls = credentials.map(Tls::new).transpose()?;
     let (close, closing) = watch::channel(false);
     let mut closed = closing.clone();
     let connections = Arc::new(Connections::default());
     let (grpc, incoming) = mpsc::channel(ACCEPT_LEN_MAX);
-    let accepting =
-        AbortOnDrop(tokio::spawn(accept(listener, node.clone(), connections.clone(), grpc)));
+    let door = Door { node: node.clone(), connections: connections.clone(), grpc, tls };
+    let accepting = AbortOnDrop(tokio::spawn(door.open(listener)));
     let service = ExchangeServer::new(Service { node: node.clone(), closing })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);

@@ -1,45 +1,64 @@
-//! The second network door: frames on a plain byte stream, for the transport `stream`.
+//! The second network door: frames on a byte stream, for the transport `stream`.
 //!
-//! It shares the port with gRPC; a connection that starts with [`PREFACE`] comes here. Each has one
-//! thread, which reads a frame, computes it if nobody else computes, and writes the answer: a frame
-//! changes threads nowhere. Answers to frames that somebody else computes are written by that
-//! thread.
+//! It shares the port with gRPC ([`crate::door`] tells them apart and does the handshake). Each
+//! connection has one thread, which reads a frame, computes it if nobody else computes, and writes
+//! the answer: a frame changes threads nowhere. Answers to frames that somebody else computes are
+//! written by that thread.
 //!
-//! Invariant: a peer that does not read its answers is given up after [`WRITE_MAX`], so it cannot
-//! hold up the others for longer.
+//! Invariants:
+//! - what encrypts is never locked while this side waits for bytes, so an answer never waits for a
+//!   frame;
+//! - a peer that does not read its answers is given up after [`WRITE_MAX`], so it cannot hold up
+//!   the others for longer.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 
 use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::ExchangeId;
-use entente_proto::stream::{FrameReader, FrameWriter, Framed, PREFACE};
+use entente_proto::stream::{FrameReader, FrameWriter, Framed};
 use entente_proto::wire;
+use entente_tls::{Channel, Incoming, Outgoing, PIECE_BYTES};
+use prost::Message;
 
-use crate::limits::{HELLO_MAX, STREAM_CONNECTIONS_MAX, WRITE_MAX};
+use crate::limits::{STREAM_CONNECTIONS_MAX, WRITE_MAX};
 use crate::node::NodeHandle;
 
 /// The connections that are open, so that they can be counted and closed.
 #[derive(Default)]
-pub(crate) struct Connections(Mutex<Vec<Weak<TcpStream>>>);
+pub(crate) struct Connections(Mutex<Vec<Weak<Connection>>>);
 
 impl Connections {
-    /// Serves a connection on a thread of its own, if there is room for one more.
-    pub(crate) fn serve(&self, node: NodeHandle, socket: TcpStream) -> io::Result<()> {
-        let socket = Arc::new(socket);
+    /// Serves a connection on a thread of its own, if there is room for one more. Its peer is known
+    /// by now; `incoming` is what it said beyond that.
+    pub(crate) fn serve(
+        &self,
+        node: NodeHandle,
+        socket: TcpStream,
+        channel: Channel,
+        incoming: Incoming,
+    ) -> io::Result<()> {
+        socket.set_nonblocking(false)?;
+        socket.set_write_timeout(Some(WRITE_MAX))?;
+        let sealer = Mutex::new(Sealer {
+            channel,
+            out: Outgoing::default(),
+            frames: FrameWriter::default(),
+        });
+        let connection = Arc::new(Connection { socket, sealer });
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|other| other.strong_count() > 0);
         if open.len() >= STREAM_CONNECTIONS_MAX {
             return Err(io::Error::other("too many connections"));
         }
-        open.push(Arc::downgrade(&socket));
+        open.push(Arc::downgrade(&connection));
         let serve = move || {
-            if let Err(error) = run(&node, &socket) {
+            if let Err(error) = run(&node, &connection, incoming) {
                 tracing::debug!(%error, "a connection broke");
             }
-            let _ = socket.shutdown(Shutdown::Both);
+            connection.close();
         };
         thread::Builder::new().name("stream".to_owned()).spawn(serve)?;
         Ok(())
@@ -48,10 +67,7 @@ impl Connections {
     /// Ends every connection.
     pub(crate) fn close(&self) {
         let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for socket in open.iter().filter_map(Weak::upgrade) {
-            // A socket that is closed already is what is wanted.
-            let _ = socket.shutdown(Shutdown::Both);
-        }
+        open.iter().filter_map(Weak::upgrade).for_each(|connection| connection.close());
     }
 }
 
@@ -61,53 +77,71 @@ impl Drop for Connections {
     }
 }
 
-/// Writes to one connection, from whichever thread has an answer.
-struct Outgoing {
-    socket: Arc<TcpStream>,
-    frames: Mutex<FrameWriter>,
+struct Connection {
+    socket: TcpStream,
+    sealer: Mutex<Sealer>,
 }
 
-impl Outgoing {
+/// What encrypts and decrypts, and the buffers that frames leave through.
+struct Sealer {
+    channel: Channel,
+    out: Outgoing,
+    frames: FrameWriter,
+}
+
+impl Connection {
+    fn sealer(&self) -> MutexGuard<'_, Sealer> {
+        self.sealer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write<M: Message>(&self, frame: &Framed<M>) -> io::Result<()> {
+        let Sealer { channel, out, frames } = &mut *self.sealer();
+        let pieces = frames.pieces(frame, PIECE_BYTES)?;
+        channel.send(pieces, out, |_, bytes| (&self.socket).write_all(bytes))
+    }
+
     fn answer(&self, answer: Answer) {
-        let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = frames.write(&mut &*self.socket, &Framed::answer(answer)) {
+        if let Err(error) = self.write(&Framed::answer(answer)) {
             // Half a frame may be out; what follows could not be told from it.
             tracing::debug!(%error, "an answer was not taken");
-            let _ = self.socket.shutdown(Shutdown::Both);
+            self.close();
         }
+    }
+
+    fn close(&self) {
+        // A socket that is closed already is what is wanted.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
 /// Serves one connection until it ends.
-fn run(node: &NodeHandle, socket: &Arc<TcpStream>) -> io::Result<()> {
-    socket.set_nonblocking(false)?;
-    socket.set_write_timeout(Some(WRITE_MAX))?;
-    greet(node, socket)?;
-    let outgoing = Arc::new(Outgoing { socket: socket.clone(), frames: Mutex::default() });
+fn run(node: &NodeHandle, connection: &Arc<Connection>, mut incoming: Incoming) -> io::Result<()> {
+    connection
+        .write(&Framed { message: wire::NodeInfo::from(node.info()), rows: bytes::Bytes::new() })?;
     let mut frames = FrameReader::default();
-    while let Some(frame) = frames.read::<wire::Dispatch>(&mut &**socket)? {
-        let exchange = ExchangeId(frame.message.exchange_id);
-        let outgoing = outgoing.clone();
-        match Dispatch::try_from(frame.into_wire()) {
-            Ok(frame) => node.compute(frame, Box::new(move |answer| outgoing.answer(answer))),
-            Err(error) => {
-                let result = Err(Refusal::Invalid(error.to_string()));
-                outgoing.answer(Answer { exchange, fence: None, result });
-            }
+    // Frames may have come with the end of the handshake.
+    while connection.sealer().channel.open(&mut incoming, |plain| frames.extend(plain))? {
+        while let Some(frame) = frames.next_frame::<wire::Dispatch>()? {
+            take(node, connection, frame);
+        }
+        match (&connection.socket).read(incoming.space())? {
+            0 => break,
+            read => incoming.advance(read),
         }
     }
-    Ok(())
+    if frames.is_between_frames() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
-/// Takes the preface and says who this node is.
-fn greet(node: &NodeHandle, socket: &TcpStream) -> io::Result<()> {
-    socket.set_read_timeout(Some(HELLO_MAX))?;
-    let mut preface = [0; PREFACE.len()];
-    (&*socket).read_exact(&mut preface)?;
-    if preface != PREFACE {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "another protocol"));
+fn take(node: &NodeHandle, connection: &Arc<Connection>, frame: Framed<wire::Dispatch>) {
+    let exchange = ExchangeId(frame.message.exchange_id);
+    match Dispatch::try_from(frame.into_wire()) {
+        Ok(frame) => {
+            let connection = connection.clone();
+            node.compute(frame, Box::new(move |answer| connection.answer(answer)));
+        }
+        Err(error) => {
+            let result = Err(Refusal::Invalid(error.to_string()));
+            connection.answer(Answer { exchange, fence: None, result });
+        }
     }
-    socket.set_read_timeout(None)?;
-    let message = wire::NodeInfo::from(node.info());
-    FrameWriter::default().write(&mut &*socket, &Framed { message, rows: bytes::Bytes::new() })
 }

@@ -16,6 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use entente_proto::identity::{self, Expected};
 use entente_proto::ids::{NodeId, NodeName, Region};
 use entente_proto::placement::PlacementNode;
 use serde::{Deserialize, Serialize};
@@ -111,6 +112,12 @@ impl Roster {
     /// The cluster's name.
     pub fn name(&self) -> &str {
         &self.0.name
+    }
+
+    /// What a process of this cluster must be: its role and, where it is known, which one.
+    pub fn expect(&self, role: identity::Role, member: Option<(Region, NodeName)>) -> Expected {
+        let cluster = self.name().parse().expect("a roster's name was checked as a node's is");
+        Expected { cluster, role, member }
     }
 
     /// Replicas of each expert in each region.

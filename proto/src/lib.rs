@@ -10,12 +10,14 @@
 //! - a [`frame::Dispatch`] holds exactly `row_count x hidden` values and every assignment's row
 //!   exists; a [`frame::Answer`] is checked against the dispatch that it answers;
 //! - a [`placement::Placement`] lists every replica once and no expert without one;
+//! - an [`identity::Identity`] has one spelling;
 //! - [`link::Link`] is the one door to another node, whatever carries the bytes.
 //!
 //! What this crate does not know: sockets, clocks, tokio, models, which experts exist where. The
 //! gRPC stubs are behind the feature `grpc`, so that the pure crates build without them.
 
 pub mod frame;
+pub mod identity;
 pub mod ids;
 pub mod link;
 pub mod placement;

@@ -4,16 +4,16 @@
 //!   u32 message length | u32 rows length | message (prost, without its rows) | rows
 //! ```
 //!
-//! The rows stand apart from the message, so that they are written from where they lie and read to
-//! where they stay: no copy on either side, and one write a frame. A connection starts with
-//! [`PREFACE`] from the coordinator, which tells it from an HTTP/2 connection to the same port; the
-//! node answers with its description, and frames follow, both ways.
+//! The rows stand apart from the message, so that they are encrypted from where they lie and stay
+//! where they were decrypted to. The node begins with its description, and frames follow, both
+//! ways. Without TLS, whose ALPN name tells this protocol from HTTP/2 to the same port, the
+//! coordinator sends [`PREFACE`] before that.
 //!
 //! Invariant: no length is believed beyond its bound, and none is allocated before that.
 //!
-//! What it does not know: sockets. It reads from and writes to whatever does so.
+//! What it does not know: sockets and TLS. It takes bytes and gives bytes.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io;
 
 use bytes::{Bytes, BytesMut};
 use prost::Message;
@@ -21,12 +21,12 @@ use prost::Message;
 use crate::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, ROWS_BYTES_MAX};
 use crate::wire;
 
-/// First bytes of a connection. HTTP/2 starts with `PRI * HT`.
+/// First bytes of a connection without TLS. HTTP/2 starts with `PRI * HT`.
 pub const PREFACE: [u8; 8] = *b"ENTENTE1";
 
 const PREFIX_LEN: usize = 8;
-/// What one read may bring beyond the frame that it completes.
-const READ_AHEAD_BYTES: usize = 64 << 10;
+/// The message and the first rows are one piece of this length: what one record of TLS holds.
+pub const FIRST_PIECE_BYTES: usize = 16 << 10;
 
 /// A message and the rows that came with it.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,43 +77,42 @@ impl Framed<wire::Combine> {
 /// Cuts a byte stream into frames.
 #[derive(Debug, Default)]
 pub struct FrameReader {
-    /// All of it is initialised; the first `filled` bytes were read.
     buffer: BytesMut,
-    filled: usize,
 }
 
 impl FrameReader {
-    /// Reads until a frame is complete. `None` at the end of the stream.
+    /// Takes what came next.
+    pub fn extend(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next frame, once all of it has come. Its rows stay where they were put.
     ///
     /// # Errors
-    /// What the source says; `InvalidData` for lengths out of bounds and for what is no message.
-    pub fn read<M: Message + Default>(
-        &mut self,
-        source: &mut impl Read,
-    ) -> io::Result<Option<Framed<M>>> {
-        loop {
-            let needed = match self.lengths()? {
-                Some((message, rows)) if self.filled >= PREFIX_LEN + message + rows => {
-                    return self.take(message, rows).map(Some);
-                }
-                Some((message, rows)) => PREFIX_LEN + message + rows,
-                None => PREFIX_LEN,
-            };
-            if self.buffer.len() < needed + READ_AHEAD_BYTES {
-                // Takes the old allocation over once nobody holds rows of earlier frames.
-                self.buffer.resize(needed + READ_AHEAD_BYTES, 0);
-            }
-            match source.read(&mut self.buffer[self.filled..])? {
-                0 if self.filled == 0 => return Ok(None),
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                read => self.filled += read,
-            }
+    /// `InvalidData` for lengths out of bounds and for what is no message.
+    pub fn next_frame<M: Message + Default>(&mut self) -> io::Result<Option<Framed<M>>> {
+        let Some((message, rows)) = self.lengths()? else { return Ok(None) };
+        let frame_len = PREFIX_LEN + message + rows;
+        if self.buffer.len() < frame_len {
+            // Takes the old allocation over once nobody holds rows of earlier frames.
+            self.buffer.reserve(frame_len - self.buffer.len());
+            return Ok(None);
         }
+        let mut frame = self.buffer.split_to(frame_len).freeze();
+        let rows = frame.split_off(PREFIX_LEN + message);
+        let message = M::decode(frame.split_off(PREFIX_LEN))
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok(Some(Framed { message, rows }))
+    }
+
+    /// Whether the stream may end here: not within a frame.
+    pub fn is_between_frames(&self) -> bool {
+        self.buffer.is_empty()
     }
 
     /// Lengths of message and rows of the frame that comes next, once its prefix is there.
     fn lengths(&self) -> io::Result<Option<(usize, usize)>> {
-        if self.filled < PREFIX_LEN {
+        if self.buffer.len() < PREFIX_LEN {
             return Ok(None);
         }
         let number = |at: usize| {
@@ -127,49 +126,35 @@ impl FrameReader {
         }
         Ok(Some((message, rows)))
     }
-
-    fn take<M: Message + Default>(&mut self, message: usize, rows: usize) -> io::Result<Framed<M>> {
-        let mut frame = self.buffer.split_to(PREFIX_LEN + message + rows).freeze();
-        self.filled -= frame.len();
-        let rows = frame.split_off(PREFIX_LEN + message);
-        let message = M::decode(frame.split_off(PREFIX_LEN))
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        Ok(Framed { message, rows })
-    }
 }
 
-/// Writes frames to a byte stream, reusing one buffer for everything but rows.
+/// Cuts frames into pieces for sending, reusing one buffer for everything but rows.
 #[derive(Debug, Default)]
 pub struct FrameWriter {
     head: Vec<u8>,
 }
 
 impl FrameWriter {
-    /// Writes a frame, with one call if the sink takes it whole.
-    pub fn write<M: Message>(
-        &mut self,
-        sink: &mut impl Write,
-        frame: &Framed<M>,
-    ) -> io::Result<()> {
+    /// The bytes of a frame in pieces of at most `piece_len`. The first rows join the message, as
+    /// many as make [`FIRST_PIECE_BYTES`], so that a small frame is one piece; the others are given
+    /// from where they lie.
+    ///
+    /// # Errors
+    /// When the message cannot be encoded, which does not happen with memory to spare.
+    pub fn pieces<'a, M: Message>(
+        &'a mut self,
+        frame: &'a Framed<M>,
+        piece_len: usize,
+    ) -> io::Result<impl Iterator<Item = &'a [u8]>> {
         let (message_len, rows_len) = (frame.message.encoded_len(), frame.rows.len());
         self.head.clear();
         self.head.extend_from_slice(&(message_len as u32).to_le_bytes());
         self.head.extend_from_slice(&(rows_len as u32).to_le_bytes());
         frame.message.encode(&mut self.head).map_err(io::Error::other)?;
-        let mut slices = [IoSlice::new(&self.head), IoSlice::new(&frame.rows)];
-        let mut left = &mut slices[..];
-        while !left.is_empty() {
-            match sink.write_vectored(left) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => IoSlice::advance_slices(&mut left, written),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-            while left.first().is_some_and(|slice| slice.is_empty()) {
-                left = &mut left[1..];
-            }
-        }
-        Ok(())
+        let joining = FIRST_PIECE_BYTES.saturating_sub(self.head.len()).min(rows_len);
+        let (joining, rest) = frame.rows.split_at(joining);
+        self.head.extend_from_slice(joining);
+        Ok(self.head.chunks(piece_len).chain(rest.chunks(piece_len)))
     }
 }
 
@@ -189,22 +174,14 @@ mod tests {
         Answer { exchange: ExchangeId(exchange), fence: Some(fence), result: Ok(rows.into()) }
     }
 
-    /// Gives out a stream in pieces of a fixed length.
-    struct Pieces<'a>(&'a [u8], usize);
-
-    impl Read for Pieces<'_> {
-        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-            let len = self.1.min(self.0.len()).min(into.len());
-            into[..len].copy_from_slice(&self.0[..len]);
-            self.0 = &self.0[len..];
-            Ok(len)
-        }
-    }
-
     fn written(answers: &[Answer]) -> Vec<u8> {
         let (mut writer, mut stream) = (FrameWriter::default(), Vec::new());
         for answer in answers {
-            writer.write(&mut stream, &Framed::answer(answer.clone())).unwrap();
+            let framed = Framed::answer(answer.clone());
+            for piece in writer.pieces(&framed, 50_000).unwrap() {
+                assert!(piece.len() <= 50_000);
+                stream.extend_from_slice(piece);
+            }
         }
         stream
     }
@@ -213,34 +190,58 @@ mod tests {
     fn frames_come_out_as_they_went_in_however_the_stream_is_cut() {
         let answers: Vec<Answer> = [0, 5, 200_000, 1].map(|n| answer(n as u64, n)).to_vec();
         let stream = written(&answers);
-        for piece in [1, 7, 4_096, usize::MAX] {
-            let (mut reader, mut source) = (FrameReader::default(), Pieces(&stream, piece));
-            for answer in &answers {
-                let frame = reader.read::<wire::Combine>(&mut source).unwrap().unwrap();
-                assert_eq!(Answer::try_from(frame.into_wire()).unwrap(), *answer);
+        for len in [1, 7, 4_096, stream.len()] {
+            let (mut reader, mut read) = (FrameReader::default(), Vec::new());
+            for piece in stream.chunks(len) {
+                reader.extend(piece);
+                while let Some(frame) = reader.next_frame::<wire::Combine>().unwrap() {
+                    read.push(Answer::try_from(frame.into_wire()).unwrap());
+                }
             }
-            assert_eq!(reader.read::<wire::Combine>(&mut source).unwrap(), None);
+            assert!(read == answers, "in pieces of {len} bytes");
+            assert!(reader.is_between_frames());
         }
     }
 
     #[test]
-    fn a_stream_that_ends_within_a_frame_is_an_error() {
+    fn a_frame_that_has_not_come_whole_is_none() {
         let stream = written(&[answer(1, 100)]);
         for len in [1, 7, 8, 20, stream.len() - 1] {
-            let mut source = Pieces(&stream[..len], usize::MAX);
-            let error = FrameReader::default().read::<wire::Combine>(&mut source).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "cut after {len} bytes");
+            let mut reader = FrameReader::default();
+            reader.extend(&stream[..len]);
+            assert_eq!(reader.next_frame::<wire::Combine>().unwrap(), None, "after {len} bytes");
+            assert!(!reader.is_between_frames());
         }
+    }
+
+    #[test]
+    fn a_small_frame_is_one_piece() {
+        let (mut writer, framed) = (FrameWriter::default(), Framed::answer(answer(1, 8_192)));
+        assert_eq!(writer.pieces(&framed, 1 << 20).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn frames_that_are_done_with_leave_their_memory_to_the_next() {
+        let stream = written(&[answer(1, 300_000)]);
+        let mut reader = FrameReader::default();
+        for _ in 0..50 {
+            stream.chunks(16_384).for_each(|piece| {
+                reader.extend(piece);
+                // Dropped at once, as an exchange drops its rows when it is combined.
+                let _ = reader.next_frame::<wire::Combine>().unwrap();
+            });
+        }
+        assert!(reader.buffer.capacity() < 4 * stream.len(), "{}", reader.buffer.capacity());
     }
 
     #[test]
     fn lengths_out_of_bounds_are_refused_before_anything_is_allocated() {
         for lengths in [[u32::MAX, 0], [0, u32::MAX], [0, ROWS_BYTES_MAX as u32 + 1]] {
-            let stream: Vec<u8> = lengths.iter().flat_map(|n| n.to_le_bytes()).collect();
             let mut reader = FrameReader::default();
-            let error = reader.read::<wire::Combine>(&mut Pieces(&stream, usize::MAX)).unwrap_err();
+            lengths.iter().for_each(|n| reader.extend(&n.to_le_bytes()));
+            let error = reader.next_frame::<wire::Combine>().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-            assert!(reader.buffer.capacity() <= 2 * READ_AHEAD_BYTES);
+            assert!(reader.buffer.capacity() <= 4_096);
         }
     }
 }

@@ -165,7 +165,7 @@ fn answers_do_not_depend_on_the_transport() {
             &["--regions", "fr=2", "--transport", "inproc"],
             &["--regions", "fr=4", "--transport", "inproc", "--replicas", "2"],
             &["--regions", "fr=2,se=2", "--transport", "inproc"],
-            &["--regions", "fr=2,se=2", "--transport", "stream"],
+            &["--regions", "fr=2,se=2", "--transport", "grpc"],
         ],
     );
 }

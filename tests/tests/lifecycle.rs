@@ -180,3 +180,50 @@ fn chat_finds_the_cluster_by_its_data_directory() {
     assert_eq!(end.code(), Some(2), "{end:#?}");
     assert!(end.stderr.contains("no cluster is running"), "{}", end.stderr);
 }
+
+#[test]
+fn an_expert_node_without_certificates_listens_on_loopback_only() {
+    let golden = Golden::load("mixtral");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("node.toml");
+    let text = format!(
+        r#"
+        name = "fr-expert-1"
+        region = "fr"
+        listen = "0.0.0.0:0"
+        model = "{}"
+        weights = "f32"
+
+        [cluster]
+        name = "local"
+        nodes = [{{ name = "fr-expert-1", region = "fr", address = "192.0.2.1:7100" }}]
+        "#,
+        golden.path()
+    );
+    fs::write(&file, text).unwrap();
+    let end = run(&["expert-node", "--config", file.to_str().unwrap()]);
+    assert_eq!(end.code(), Some(1), "{end:#?}");
+    assert!(end.stderr.contains("the section [tls] is needed"), "{}", end.stderr);
+}
+
+#[test]
+fn an_expert_node_of_a_running_cluster_answers_nobody_without_a_certificate() {
+    use std::io::{Read, Write};
+
+    let golden = Golden::load("mixtral");
+    let cluster = Cluster::start(&["--model", golden.path(), "--regions", "fr=1"]);
+    let processes = cluster.file()["processes"].as_array().unwrap().clone();
+    let node = processes.iter().find(|process| process["role"] == "expert-node").unwrap();
+    // The beginnings of both protocols, in plain text.
+    for begin in ["ENTENTE1", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+        let mut peer = std::net::TcpStream::connect(node["address"].as_str().unwrap()).unwrap();
+        peer.set_read_timeout(Some(STOP_DEADLINE)).unwrap();
+        peer.write_all(begin.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        // The connection ends, and not by our own patience.
+        if let Err(error) = peer.read_to_end(&mut answer) {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
+        assert!(answer.is_empty(), "{begin:?} was answered with {answer:?}");
+    }
+}

@@ -1,4 +1,5 @@
-//! The folder of one `entente up`: configurations, logs, the unpacked model and `cluster.json`.
+//! The folder of one `entente up`: configurations, certificates, logs, the unpacked model and
+//! `cluster.json`.
 //!
 //! One process owns it at a time, by a lock that the kernel drops when that process ends, however
 //! it ends. `cluster.json` is there exactly while the cluster is ready: written by an atomic
@@ -96,6 +97,11 @@ impl DataDir {
     /// Where unpacked models are kept.
     pub fn models(&self) -> PathBuf {
         self.root.join("models")
+    }
+
+    /// Where certificates and keys are kept.
+    pub fn tls(&self) -> PathBuf {
+        self.root.join("tls")
     }
 
     /// The log of the child `name`.

@@ -11,6 +11,7 @@
 //! the roster in their configuration, exactly as they would on separate machines.
 
 pub mod data_dir;
+pub mod pki;
 pub mod plan;
 pub mod report;
 pub mod supervisor;

@@ -17,6 +17,7 @@ use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
+use super::pki;
 use crate::exit::Misuse;
 
 /// Most expert nodes in one region of a cluster on one machine.
@@ -70,10 +71,10 @@ pub enum KvCache {
 /// How rows travel from a coordinator to its expert nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// Expert nodes are processes of their own, reached by gRPC.
-    Grpc,
-    /// Expert nodes are processes of their own, reached by frames on a plain byte stream.
+    /// Expert nodes are processes of their own, reached by frames on a byte stream over TLS.
     Stream,
+    /// Expert nodes are processes of their own, reached by gRPC over TLS.
+    Grpc,
     /// Expert nodes live inside the coordinator's process.
     Inproc,
 }
@@ -207,8 +208,16 @@ pub struct Common {
     pub threads: Option<u16>,
     /// How rows travel.
     pub transport: Transport,
+    /// The folder of everybody's certificates, where rows travel between processes.
+    pub tls: Option<PathBuf>,
     /// The expert nodes and where they listen.
     pub roster: Roster,
+}
+
+impl Common {
+    fn tls_files(&self, member: &Member) -> Option<entente_tls::Files> {
+        self.tls.as_ref().map(|folder| pki::files(folder, &member.name))
+    }
 }
 
 /// The roster that every process is given. An expert node without an address lives inside its
@@ -240,6 +249,7 @@ pub fn configuration(
             model: common.model.clone(),
             weights: common.weights.into(),
             threads: common.threads.map(usize::from),
+            tls: common.tls_files(member),
             cluster: common.roster.clone(),
         }),
     };
@@ -265,6 +275,7 @@ pub fn coordinator(
             kv_dtype: common.kv_dtype.map(KvDtype::from),
             ..EngineConfig::default()
         },
+        tls: common.tls_files(member),
         cluster: common.roster.clone(),
     }
 }
@@ -331,6 +342,7 @@ mod tests {
             kv_dtype: Some(KvCache::F32),
             threads: Some(2),
             transport: Transport::Inproc,
+            tls: Some("certificates".into()),
             roster: roster(2, nodes).unwrap(),
         };
         let text = |at: usize| configuration(&common, &members[at], address).unwrap();
@@ -339,5 +351,7 @@ mod tests {
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
         assert_eq!(node.model, common.model);
         assert_eq!(coordinator.engine.kv_dtype, Some(KvDtype::F32));
+        assert_eq!(node.tls, Some(pki::files("certificates".as_ref(), &members[2].name)));
+        assert_eq!(coordinator.tls, Some(pki::files("certificates".as_ref(), &members[0].name)));
     }
 }

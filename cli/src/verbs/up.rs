@@ -17,6 +17,7 @@ use tokio::task::spawn_blocking;
 use crate::bundled;
 use crate::client::{Client, Sampling, Style};
 use crate::cluster::data_dir::{ClusterFile, DataDir, ProcessEntry};
+use crate::cluster::pki;
 use crate::cluster::plan::{self, Common, KvCache, Member, Regions, Role, Transport, Weights};
 use crate::cluster::report::{Progress, log_tail, process_table};
 use crate::cluster::supervisor::{Event, Launch, Supervisor};
@@ -76,7 +77,7 @@ pub struct UpArgs {
     replicas: u16,
 
     /// Whether expert nodes are processes of their own or live inside their coordinator.
-    #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "grpc")]
+    #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "stream")]
     transport: Transport,
 
     /// Compute threads of each process; all cores if absent.
@@ -180,13 +181,20 @@ impl Cluster {
             let address = members.iter().position(|member| *member == node).map(|at| addresses[at]);
             (node, address)
         });
+        let roster = plan::roster(args.replicas, nodes)?;
+        // Nothing leaves a process whose expert nodes are in it.
+        let tls = (args.transport != Transport::Inproc).then(|| data.tls());
+        if let Some(folder) = &tls {
+            pki::mint(folder, &roster, &members)?;
+        }
         let common = Common {
             model: model.to_owned(),
             weights: args.weights,
             kv_dtype: args.kv_dtype,
             threads: args.threads,
             transport: args.transport,
-            roster: plan::roster(args.replicas, nodes)?,
+            tls,
+            roster,
         };
 
         let exe = std::env::current_exe().context("cannot find this program's own file")?;

@@ -3,56 +3,31 @@
 //! It owns the engine's view of the cluster, since the same events that answer an exchange also
 //! tell which nodes are up, and it publishes whether all experts can be reached the moment that
 //! changes, also while an exchange waits. All decisions are the router's; this file only has the
-//! clock, the links and the inbox.
+//! clock and the links.
 //!
 //! Invariant: between two steps nothing is in flight. A step finishes what it starts, and where one
 //! exchange fails the others of its step are given up with it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use entente_proto::frame::Dtype;
 use entente_proto::ids::{LayerId, NodeId, RegionSet};
-use entente_proto::link::{Link, LinkEvent, LinkEvents};
+use entente_proto::link::LinkEvent;
 use entente_router::exchange::{Command, Failure, Job, Status};
 use entente_router::exchanges::{Exchanges, Ticket};
 use entente_router::gate::Choice;
 use entente_router::view::ClusterView;
 use tokio::sync::watch;
 
+use crate::link::{Bell, Links};
 use crate::metrics::Metrics;
-
-/// Events that wait for the engine. In flight are at most a few frames a node, so this is ample;
-/// past it an event is dropped, and the exchange that misses it runs into its deadline.
-const INBOX_LEN_MAX: usize = 4_096;
-
-/// What links report, with the node that each is about.
-pub type Inbox = Receiver<(NodeId, LinkEvent)>;
-
-/// The sink that links are opened with.
-pub struct Mailbox(Sender<(NodeId, LinkEvent)>);
-
-impl LinkEvents for Mailbox {
-    fn on_event(&self, node: NodeId, event: LinkEvent) {
-        if let Err(TrySendError::Full(_)) = self.0.try_send((node, event)) {
-            tracing::error!(node = node.0, "the engine's inbox is full; an event was dropped");
-        }
-    }
-}
-
-/// The inbox of an engine and the sink that fills it.
-pub fn mailbox() -> (Arc<Mailbox>, Inbox) {
-    let (sender, receiver) = bounded(INBOX_LEN_MAX);
-    (Arc::new(Mailbox(sender)), receiver)
-}
 
 /// See the module.
 pub struct Exchanger {
-    links: BTreeMap<NodeId, Box<dyn Link>>,
-    inbox: Inbox,
+    links: Links,
     view: ClusterView,
     exchanges: Exchanges,
     started: Instant,
@@ -97,10 +72,9 @@ pub struct InFlight {
 }
 
 impl Exchanger {
-    /// An exchanger whose links fill `inbox`.
+    /// An exchanger over these links.
     pub fn new(
-        links: BTreeMap<NodeId, Box<dyn Link>>,
-        inbox: Inbox,
+        links: Links,
         view: ClusterView,
         row_dtype: Dtype,
         deadline: Duration,
@@ -111,7 +85,6 @@ impl Exchanger {
             readiness: watch::Sender::new(waiting),
             allowed_regions: [view.home].into(),
             links,
-            inbox,
             view,
             exchanges: Exchanges::new(),
             started: Instant::now(),
@@ -128,9 +101,9 @@ impl Exchanger {
         self.started.elapsed().as_micros() as u64
     }
 
-    /// The inbox, for waiting on it together with other channels.
-    pub fn inbox(&self) -> &Inbox {
-        &self.inbox
+    /// What ends [`Exchanger::idle`].
+    pub fn bell(&self) -> Arc<Bell> {
+        self.links.bell()
     }
 
     /// Whether every expert has a live replica that this coordinator may use.
@@ -154,13 +127,20 @@ impl Exchanger {
 
     /// Takes what links have reported, without waiting.
     pub fn absorb(&mut self) {
-        while let Ok((node, event)) = self.inbox.try_recv() {
+        while let Some((node, event)) = self.links.next(Duration::ZERO) {
+            self.take(node, event);
+        }
+    }
+
+    /// Waits until a link has something to report, and takes it, or until the bell is rung.
+    pub fn idle(&mut self) {
+        if let Some((node, event)) = self.links.next_unless_rung() {
             self.take(node, event);
         }
     }
 
     /// Takes one event: keeps the view up to date, and tells the exchanges that it concerns.
-    pub fn take(&mut self, node: NodeId, event: LinkEvent) {
+    fn take(&mut self, node: NodeId, event: LinkEvent) {
         let now_us = self.now_us();
         let commands = match event {
             LinkEvent::Answer(answer) => self.exchanges.on_answer(&self.view, node, answer, now_us),
@@ -207,7 +187,7 @@ impl Exchanger {
     /// Whether nodes compute while this thread does something else: then it pays to have several
     /// exchanges in flight.
     pub fn overlaps(&self) -> bool {
-        self.links.values().any(|link| link.is_asynchronous())
+        self.links.are_asynchronous()
     }
 
     /// Sends `rows` to their experts, without waiting for them.
@@ -263,9 +243,9 @@ impl Exchanger {
     fn wait(&mut self) {
         let until_us = self.exchanges.wake_us().unwrap_or(0);
         let timeout = Duration::from_micros(until_us.saturating_sub(self.now_us()));
-        match self.inbox.recv_timeout(timeout) {
-            Ok((node, event)) => self.take(node, event),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+        match self.links.next(timeout) {
+            Some((node, event)) => self.take(node, event),
+            None => {
                 let commands = self.exchanges.on_tick(&self.view, self.now_us());
                 self.perform(commands);
             }
@@ -278,8 +258,7 @@ impl Exchanger {
         while let Some(Command::Send { node, frame }) = commands.pop_front() {
             let id = frame.exchange;
             self.metrics.frames_sent.inc();
-            let sent = self.links.get(&node).is_some_and(|link| link.send(frame).is_ok());
-            if !sent {
+            if self.links.send(node, frame).is_err() {
                 let now_us = self.now_us();
                 commands.extend(self.exchanges.on_not_sent(&self.view, id, now_us));
             }

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
 use entente_model::{Detokenizer, Tokenizer};
 use tokio::sync::{mpsc, watch};
 
@@ -33,6 +33,7 @@ use self::output::{Finish, StopConditions, TextStream};
 use self::sampler::{Sampling, ScoredToken};
 use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
 use self::speculation::{Candidate, HitRate, Speculator};
+use crate::link::Bell;
 use crate::metrics::Metrics;
 
 /// Events beyond one a token: prompt scores, the end, and one to spare.
@@ -112,8 +113,20 @@ type Submission = (Request, mpsc::Sender<Event>, Instant);
 /// The way in. Cheap to clone.
 #[derive(Clone)]
 pub struct EngineHandle {
+    // Dropped before the ringer, so that the engine finds it gone when it is woken.
     submissions: Sender<Submission>,
+    ringer: Ringer,
     readiness: watch::Receiver<Readiness>,
+}
+
+/// Wakes an engine that waits, also when it is dropped.
+#[derive(Clone)]
+struct Ringer(Arc<Bell>);
+
+impl Drop for Ringer {
+    fn drop(&mut self) {
+        self.0.ring();
+    }
 }
 
 impl EngineHandle {
@@ -121,7 +134,10 @@ impl EngineHandle {
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, EngineError> {
         let (sender, receiver) = mpsc::channel(request.stop.max_tokens + EXTRA_EVENTS);
         match self.submissions.try_send((request, sender, Instant::now())) {
-            Ok(()) => Ok(receiver),
+            Ok(()) => {
+                self.ringer.0.ring();
+                Ok(receiver)
+            }
             Err(TrySendError::Full(_)) => Err(EngineError::Busy("too many requests wait".into())),
             Err(TrySendError::Disconnected(_)) => Err(EngineError::Stopped),
         }
@@ -187,6 +203,7 @@ impl Engine {
     pub fn start(parts: Parts) -> std::io::Result<EngineHandle> {
         let (sender, submissions) = crossbeam_channel::bounded(parts.scheduler.waiting_max);
         let readiness = parts.exchanger.readiness();
+        let ringer = Ringer(parts.exchanger.bell());
         parts.metrics.kv_blocks_total.set(parts.scheduler.blocks as i64);
         let mut engine = Self {
             scheduler: Scheduler::new(parts.scheduler),
@@ -201,7 +218,7 @@ impl Engine {
             metrics: parts.metrics,
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
-        Ok(EngineHandle { submissions: sender, readiness })
+        Ok(EngineHandle { submissions: sender, ringer, readiness })
     }
 
     fn run(&mut self) {
@@ -215,23 +232,15 @@ impl Engine {
     /// Takes what has arrived; waits for something when there is nothing to do. False at the end.
     fn take_input(&mut self) -> bool {
         self.exchanger.absorb();
-        if self.generations.is_empty() {
-            let submissions = self.submissions.clone();
-            let inbox = self.exchanger.inbox().clone();
-            crossbeam_channel::select! {
-                recv(submissions) -> submission => match submission {
-                    Ok(submission) => self.accept(submission),
-                    Err(_) => return false,
-                },
-                recv(inbox) -> event => if let Ok((node, event)) = event {
-                    self.exchanger.take(node, event);
-                },
+        loop {
+            match self.submissions.try_recv() {
+                Ok(submission) => self.accept(submission),
+                Err(TryRecvError::Disconnected) if self.generations.is_empty() => return false,
+                Err(_) if !self.generations.is_empty() => return true,
+                // Whoever submits, or drops the last handle, rings after that.
+                Err(_) => self.exchanger.idle(),
             }
         }
-        while let Ok(submission) = self.submissions.try_recv() {
-            self.accept(submission);
-        }
-        true
     }
 
     fn accept(&mut self, (request, events, arrived): Submission) {

@@ -14,19 +14,25 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use entente_proto::frame::{Dispatch, MESSAGE_BYTES_MAX};
-use entente_proto::ids::{NodeId, NodeName};
+use entente_proto::ids::NodeName;
 use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo, NotSent};
 use entente_proto::wire;
 use entente_proto::wire::exchange_client::ExchangeClient;
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
-use super::{REDIAL_MAX, REDIAL_MIN, checked_answer};
+use super::{Peer, REDIAL_MAX, REDIAL_MIN, checked_answer};
 
 /// Frames that wait for the connection to take them; more are not taken.
 const QUEUE_LEN_MAX: usize = 256;
@@ -51,17 +57,10 @@ pub struct GrpcLink {
 }
 
 impl GrpcLink {
-    /// Starts dialling `address` (`host:port`) on `runtime`. A node that gives another name than
-    /// `expected_name` is not used.
-    pub fn open(
-        node: NodeId,
-        expected_name: NodeName,
-        address: String,
-        events: Arc<dyn LinkEvents>,
-        runtime: &tokio::runtime::Handle,
-    ) -> Self {
+    /// Starts dialling `peer` on `runtime`.
+    pub fn open(peer: Peer, events: Arc<dyn LinkEvents>, runtime: &tokio::runtime::Handle) -> Self {
         let frames = Frames::default();
-        let dialler = Dialler { node, expected_name, address, events, frames: frames.clone() };
+        let dialler = Dialler { peer, events, frames: frames.clone() };
         Self { frames, task: runtime.spawn(dialler.run()) }
     }
 }
@@ -101,16 +100,18 @@ fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        let further = error.to_string();
+        // Some errors say what they were caused by, and are then asked again.
+        if !text.ends_with(&further) {
+            text = format!("{text}: {further}");
+        }
         cause = error.source();
     }
     text
 }
 
 struct Dialler {
-    node: NodeId,
-    expected_name: NodeName,
-    address: String,
+    peer: Peer,
     events: Arc<dyn LinkEvents>,
     frames: Frames,
 }
@@ -131,10 +132,10 @@ impl Dialler {
             // Nothing enters the queue after this, and what is in it is gone.
             self.set_frames(None);
             if report {
-                self.events.on_event(self.node, LinkEvent::Down(reason.to_string()));
+                self.events.on_event(self.peer.node, LinkEvent::Down(reason.to_string()));
                 report = false;
             } else {
-                tracing::debug!(node = %self.expected_name, %reason, "redialling");
+                tracing::debug!(node = %self.peer.name, %reason, "redialling");
             }
             sleep(pause).await;
             pause = (pause * 2).min(REDIAL_MAX);
@@ -152,20 +153,22 @@ impl Dialler {
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let described = in_time("Describe", client.describe(wire::DescribeRequest {})).await?;
         let info = NodeInfo::try_from(described.into_inner())?;
-        if info.name != self.expected_name {
+        if info.name != self.peer.name {
             return Err(Broken::Stranger(info.name));
         }
         let (frames, queued) = mpsc::channel(QUEUE_LEN_MAX);
         let messages = ReceiverStream::new(queued).map(wire::Dispatch::from);
         let answers = in_time("Stream", client.stream(messages)).await?.into_inner();
         self.set_frames(Some(frames));
-        self.events.on_event(self.node, LinkEvent::Up(info));
+        self.events.on_event(self.peer.node, LinkEvent::Up(info));
         Ok(answers)
     }
 
     async fn dial(&self) -> Result<Channel, Broken> {
-        let failed = |source| Broken::Dial { address: self.address.clone(), source };
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
+        let address = &self.peer.address;
+        let failed = |source| Broken::Dial { address: address.clone(), source };
+        // The scheme says what gRPC is to do about TLS: nothing, the connector does it.
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(failed)?
             .connect_timeout(DIAL_MAX)
             .tcp_nodelay(true)
@@ -175,7 +178,12 @@ impl Dialler {
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(HTTP2_FRAME_BYTES_MAX);
-        endpoint.connect().await.map_err(failed)
+        let Some(config) = &self.peer.tls else {
+            return endpoint.connect().await.map_err(failed);
+        };
+        let (config, address) = (config.clone(), address.clone());
+        let connector = tower::service_fn(move |_| secured(config.clone(), address.clone()));
+        endpoint.connect_with_connector(connector).await.map_err(failed)
     }
 
     /// Delivers answers until the connection breaks; says why it did.
@@ -183,12 +191,36 @@ impl Dialler {
         loop {
             match answers.message().await {
                 Ok(Some(message)) => {
-                    self.events.on_event(self.node, LinkEvent::Answer(checked_answer(message)));
+                    self.events
+                        .on_event(self.peer.node, LinkEvent::Answer(checked_answer(message)));
                 }
                 Ok(None) => return Broken::Ended,
                 Err(status) => return Broken::Call { call: "Stream", status },
             }
         }
+    }
+}
+
+/// Dials and does the handshake; together they may take as long as dialling.
+async fn secured(
+    config: Arc<ClientConfig>,
+    address: String,
+) -> std::io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let connected = async {
+        let socket = TcpStream::connect(address).await?;
+        socket.set_nodelay(true)?;
+        // The name is neither sent nor checked: the identity in the certificate is what counts.
+        let name = ServerName::try_from("entente").map_err(std::io::Error::other)?;
+        TlsConnector::from(config).connect(name, socket).await
+    };
+    timeout(DIAL_MAX, connected).await?.map(TokioIo::new).map_err(in_words)
+}
+
+/// What the verifier found is otherwise printed as a structure.
+fn in_words(error: std::io::Error) -> std::io::Error {
+    match error.downcast::<rustls::Error>() {
+        Ok(error) => std::io::Error::other(entente_tls::Error::from(error).to_string()),
+        Err(error) => error,
     }
 }
 

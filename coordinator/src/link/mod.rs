@@ -1,18 +1,40 @@
 //! Links to expert nodes over a network. The seam is [`entente_proto::link`]; the link within one
 //! process lives with the node that it leads to.
 //!
-//! Both links dial, ask the node who it is, report [`LinkEvent::Up`], and redial when they break.
+//! Both kinds dial, ask the node who it is, report [`LinkEvent::Up`], and redial when they break.
+//! [`Links`] is the engine's end of them all.
 //!
 //! [`LinkEvent::Up`]: entente_proto::link::LinkEvent::Up
 
+mod bell;
+mod connection;
 pub mod grpc;
-pub mod stream;
+mod links;
+mod stream;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use entente_proto::frame::{Answer, Refusal};
-use entente_proto::ids::ExchangeId;
+use entente_proto::ids::{ExchangeId, NodeId, NodeName};
 use entente_proto::wire;
+use rustls::ClientConfig;
+
+pub use self::bell::Bell;
+pub use self::links::{Links, Mailbox};
+
+/// The node at the other end of a link.
+#[derive(Clone)]
+pub struct Peer {
+    /// Its number.
+    pub node: NodeId,
+    /// The name that it must give; another node is not used.
+    pub name: NodeName,
+    /// Where it is dialled, `host:port`.
+    pub address: String,
+    /// How the connection is secured, and whose certificate is expected; plain text without.
+    pub tls: Option<Arc<ClientConfig>>,
+}
 
 /// First pause before dialling again; doubles up to [`REDIAL_MAX`].
 const REDIAL_MIN: Duration = Duration::from_millis(50);

@@ -1,184 +1,92 @@
-//! The link over a plain byte stream: frames without HTTP/2 around them.
+//! Dials nodes for the transport `stream`: frames without HTTP/2 around them.
 //!
-//! One thread a link dials, reads answers and redials; frames are written by whoever sends them.
-//! Nothing else touches a frame, so the way from the engine to the node's kernels and back has one
-//! change of threads in it, the one that wakes the engine. Why it exists beside gRPC, with figures:
-//! `docs/decisions/0010`.
-//!
-//! As with gRPC, a frame is never carried over to the next connection, which may lead to another
-//! incarnation of the node.
+//! One thread a node dials, does the handshake and the greeting, and hands the connection to the
+//! engine ([`super::links`]), which alone reads and writes it from then on. So nothing that may
+//! take seconds happens on the engine's thread, and nothing that takes microseconds on another.
+//! Why this exists beside gRPC, with figures: `docs/decisions/0010` and `0011`.
 
-use std::io::{self, Write};
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use entente_proto::frame::{Dispatch, FrameError};
-use entente_proto::ids::{NodeId, NodeName};
-use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo, NotSent};
-use entente_proto::stream::{FrameReader, FrameWriter, Framed, PREFACE};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use entente_proto::link::{LinkEvent, LinkEvents, NodeInfo};
+use entente_proto::stream::PREFACE;
 use entente_proto::wire;
+use entente_tls::Channel;
 use rustix::net::sockopt;
 
-use super::{REDIAL_MAX, REDIAL_MIN, checked_answer};
+use super::connection::{Broken, Connection, Inbound};
+use super::links::{Arrival, Mailbox};
+use super::{Peer, REDIAL_MAX, REDIAL_MIN};
 
-/// How long dialling, and each step of greeting, may take.
+/// How long dialling may take, and how long handshake and greeting.
 const DIAL_MAX: Duration = Duration::from_secs(3);
-/// How long writing one frame may take before the node is given up.
-const WRITE_MAX: Duration = Duration::from_secs(1);
 /// Silence of the peer's kernel after which the connection counts as broken.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 
-/// A link to one expert node, open until it is dropped.
-pub struct StreamLink(Arc<Shared>);
-
-struct Shared {
-    node: NodeId,
-    expected_name: NodeName,
-    address: String,
-    events: Arc<dyn LinkEvents>,
-    state: Mutex<State>,
-    closed: Condvar,
+/// The thread that makes connections to one node.
+pub(crate) struct Dialler {
+    peer: Peer,
+    mailbox: Arc<Mailbox>,
+    orders: Receiver<()>,
 }
 
-#[derive(Default)]
-struct State {
-    /// The connection that is up, if one is.
-    outgoing: Option<Outgoing>,
-    closed: bool,
-}
-
-struct Outgoing {
-    socket: Arc<TcpStream>,
-    frames: FrameWriter,
-}
-
-/// Why a connection is of no use, or no longer.
-#[derive(Debug, thiserror::Error)]
-enum Broken {
-    #[error("cannot reach {address}: {source}")]
-    Dial { address: String, source: io::Error },
-    #[error("greeting: {0}")]
-    Greeting(io::Error),
-    #[error("the node describes itself wrongly: {0}")]
-    Description(#[from] FrameError),
-    #[error("another node answered: {0}")]
-    Stranger(NodeName),
-    #[error("the connection broke: {0}")]
-    Lost(io::Error),
-    #[error("the node ended the connection")]
-    Ended,
-}
-
-impl StreamLink {
-    /// Starts dialling `address` (`host:port`) on a thread of its own. A node that gives another
-    /// name than `expected_name` is not used.
-    ///
-    /// # Errors
-    /// When the system refuses a thread.
-    pub fn open(
-        node: NodeId,
-        expected_name: NodeName,
-        address: String,
-        events: Arc<dyn LinkEvents>,
-    ) -> io::Result<Self> {
-        let (state, closed) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { node, expected_name, address, events, state, closed });
-        let of_thread = shared.clone();
-        thread::Builder::new().name(format!("link-{node}")).spawn(move || of_thread.run())?;
-        Ok(Self(shared))
-    }
-}
-
-impl Link for StreamLink {
-    /// Blocks for at most a second, and only while the node's kernel takes nothing.
-    fn send(&self, frame: Dispatch) -> Result<(), NotSent> {
-        let mut state = self.0.state();
-        let Outgoing { socket, frames } = state.outgoing.as_mut().ok_or(NotSent)?;
-        if frames.write(&mut &**socket, &Framed::dispatch(frame)).is_ok() {
-            return Ok(());
-        }
-        // Half a frame may be out. The reading thread sees the end and reports it.
-        let _ = socket.shutdown(Shutdown::Both);
-        state.outgoing = None;
-        Err(NotSent)
-    }
-}
-
-impl Drop for StreamLink {
-    fn drop(&mut self) {
-        let mut state = self.0.state();
-        state.closed = true;
-        if let Some(outgoing) = &state.outgoing {
-            let _ = outgoing.socket.shutdown(Shutdown::Both);
-        }
-        self.0.closed.notify_all();
-    }
-}
-
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+impl Dialler {
+    /// Starts dialling. Each order asks for one more connection; the thread ends when no more can
+    /// come.
+    pub(crate) fn start(peer: Peer, mailbox: Arc<Mailbox>, orders: Receiver<()>) -> io::Result<()> {
+        let name = format!("dial-{}", peer.node);
+        let dialler = Self { peer, mailbox, orders };
+        thread::Builder::new().name(name).spawn(move || dialler.run())?;
+        Ok(())
     }
 
     fn run(&self) {
-        let mut pause = REDIAL_MIN;
-        // The first failure is reported, then each loss of a link that was up.
-        let mut report = true;
-        while !self.state().closed {
-            let reason = match self.connect() {
-                Ok((socket, frames, info)) => {
-                    (pause, report) = (REDIAL_MIN, true);
-                    self.deliver(&socket, frames, info)
+        let (mut pause, mut report) = (REDIAL_MIN, true);
+        loop {
+            match self.connect() {
+                Ok(connected) => {
+                    // The engine tells of the loss of a connection that it was given.
+                    (pause, report) = (REDIAL_MIN, false);
+                    if self.mailbox.put(self.peer.node, connected) && self.orders.recv().is_err() {
+                        return;
+                    }
                 }
-                Err(reason) => reason,
-            };
-            // Nothing is sent after this, and what was sent will not be answered.
-            self.state().outgoing = None;
-            if report {
-                self.events.on_event(self.node, LinkEvent::Down(reason.to_string()));
-                report = false;
-            } else {
-                tracing::debug!(node = %self.expected_name, %reason, "redialling");
+                // Only the first of many failures is news.
+                Err(reason) if report => {
+                    report = false;
+                    self.mailbox.on_event(self.peer.node, LinkEvent::Down(reason.to_string()));
+                }
+                Err(reason) => tracing::debug!(node = %self.peer.name, %reason, "redialling"),
             }
-            self.wait(pause);
+            if self.orders.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected) {
+                return;
+            }
             pause = (pause * 2).min(REDIAL_MAX);
         }
     }
 
-    /// Waits before dialling again, or until the link is closed.
-    fn wait(&self, pause: Duration) {
-        let open = |state: &mut State| !state.closed;
-        let _ = self.closed.wait_timeout_while(self.state(), pause, open);
-    }
-
-    fn connect(&self) -> Result<(Arc<TcpStream>, FrameReader, NodeInfo), Broken> {
-        let failed = |source| Broken::Dial { address: self.address.clone(), source };
-        let socket = dial(&self.address).map_err(failed)?;
-        let (frames, info) = greet(&socket).map_err(Broken::Greeting)?;
+    fn connect(&self) -> Result<Arrival, Broken> {
+        let address = &self.peer.address;
+        let failed = |source| Broken::Dial { address: address.clone(), source };
+        let socket = dial(address).map_err(failed)?;
+        let mut channel = match &self.peer.tls {
+            Some(config) => {
+                Channel::client(config.clone()).map_err(|error| Broken::Greeting(error.into()))?
+            }
+            None => Channel::plain(),
+        };
+        let mut inbound = Inbound::new();
+        let info = greet(&socket, &mut channel, &mut inbound).map_err(Broken::Greeting)?;
         let info = NodeInfo::try_from(info)?;
-        if info.name != self.expected_name {
+        if info.name != self.peer.name {
             return Err(Broken::Stranger(info.name));
         }
-        Ok((Arc::new(socket), frames, info))
-    }
-
-    /// Announces the link and delivers answers until it breaks; says why it did.
-    fn deliver(&self, socket: &Arc<TcpStream>, mut frames: FrameReader, info: NodeInfo) -> Broken {
-        let outgoing = Outgoing { socket: socket.clone(), frames: FrameWriter::default() };
-        self.state().outgoing = Some(outgoing);
-        self.events.on_event(self.node, LinkEvent::Up(info));
-        loop {
-            match frames.read::<wire::Combine>(&mut &**socket) {
-                Ok(Some(frame)) => {
-                    let answer = checked_answer(frame.into_wire());
-                    self.events.on_event(self.node, LinkEvent::Answer(answer));
-                }
-                Ok(None) => return Broken::Ended,
-                Err(error) => return Broken::Lost(error),
-            }
-        }
+        let connection = Connection::new(socket, channel, inbound)?;
+        Ok(Arrival::Connected(Box::new(connection), info))
     }
 }
 
@@ -196,7 +104,7 @@ fn dial(address: &str) -> io::Result<TcpStream> {
 /// Small frames leave at once, and a peer that is gone without a word is noticed.
 fn configure(socket: TcpStream) -> io::Result<TcpStream> {
     socket.set_nodelay(true)?;
-    socket.set_write_timeout(Some(WRITE_MAX))?;
+    socket.set_write_timeout(Some(DIAL_MAX))?;
     sockopt::set_tcp_user_timeout(&socket, SILENCE_MAX.as_millis() as u32)?;
     sockopt::set_tcp_keepidle(&socket, SILENCE_MAX / 2)?;
     sockopt::set_tcp_keepintvl(&socket, SILENCE_MAX / 5)?;
@@ -204,12 +112,52 @@ fn configure(socket: TcpStream) -> io::Result<TcpStream> {
     Ok(socket)
 }
 
-/// Says which protocol this is and hears who the node is.
-fn greet(socket: &TcpStream) -> io::Result<(FrameReader, wire::NodeInfo)> {
-    (&*socket).write_all(&PREFACE)?;
-    socket.set_read_timeout(Some(DIAL_MAX))?;
-    let mut frames = FrameReader::default();
-    let info = frames.read::<wire::NodeInfo>(&mut &*socket)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-    socket.set_read_timeout(None)?;
-    Ok((frames, info.message))
+/// Does the handshake, or without TLS says which protocol this is, and hears who the node is. All
+/// of it within [`DIAL_MAX`], however slowly the peer speaks.
+fn greet(
+    socket: &TcpStream,
+    channel: &mut Channel,
+    inbound: &mut Inbound,
+) -> io::Result<wire::NodeInfo> {
+    let deadline = Instant::now() + DIAL_MAX;
+    if channel.is_plain() {
+        (&*socket).write_all(&PREFACE)?;
+    }
+    loop {
+        let shaken = channel.shake(&mut inbound.incoming);
+        // An alert too: the node should know why.
+        (&*socket).write_all(&channel.take_owed())?;
+        if shaken? {
+            break;
+        }
+        read(socket, inbound, deadline)?;
+    }
+    loop {
+        let frames = &mut inbound.frames;
+        channel.open(&mut inbound.incoming, |plain| frames.extend(plain))?;
+        if let Some(info) = inbound.frames.next_frame::<wire::NodeInfo>()? {
+            return Ok(info.message);
+        }
+        read(socket, inbound, deadline)?;
+    }
+}
+
+fn read(mut socket: &TcpStream, inbound: &mut Inbound, deadline: Instant) -> io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    socket.set_read_timeout(Some(left))?;
+    match socket.read(inbound.incoming.space()) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(read) => {
+            inbound.incoming.advance(read);
+            Ok(())
+        }
+        // How a read that took too long ends.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(io::ErrorKind::TimedOut.into())
+        }
+        Err(error) => Err(error),
+    }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 
 use super::relay;
 use crate::cluster::data_dir::DataDir;
+use crate::cluster::pki;
 use crate::cluster::plan::{self, Common, Member, Regions, Role, Transport, Weights};
 use crate::cluster::report::log_tail;
 use crate::cluster::supervisor::{Event, Launch, Supervisor};
@@ -60,16 +61,23 @@ impl Nodes {
         let dialled = dialled(&addresses, wanted.link_delay)?;
         let address_of =
             |(at, member): (usize, &Member)| (member.clone(), dialled.get(at).copied());
+        let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
+        let data = DataDir::open(dir.path())?;
+        let roster = plan::roster(1, members.iter().enumerate().map(address_of))?;
+        let tls = is_process.then(|| data.tls());
+        if let Some(folder) = &tls {
+            let everyone = [std::slice::from_ref(&coordinator), &members].concat();
+            pki::mint(folder, &roster, &everyone)?;
+        }
         let common = Common {
             model: wanted.model,
             weights: wanted.weights,
             kv_dtype: None,
             threads: wanted.threads,
             transport: wanted.transport,
-            roster: plan::roster(1, members.iter().enumerate().map(address_of))?,
+            tls,
+            roster,
         };
-        let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
-        let data = DataDir::open(dir.path())?;
         let mut supervisor = Supervisor::new();
         let exe = std::env::current_exe().context("cannot find this program's own file")?;
         for ((member, listener), address) in members.iter().zip(listeners).zip(&addresses) {

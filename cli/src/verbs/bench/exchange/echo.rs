@@ -1,47 +1,15 @@
 //! The least that a transport could cost: blocking sockets, one thread an end, nothing but bytes.
+//! TLS is rustls' ordinary connection with the provider, the cipher and the certificates of a link.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::thread;
 
 use anyhow::Context;
-use rustls::pki_types::{PrivateKeyDer, ServerName};
-use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
-};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, ServerConnection, StreamOwned};
 
-/// The name in the certificate.
-const HOST: &str = "localhost";
-
-/// Both ends of TLS with a certificate made for the occasion.
-pub struct Tls {
-    client: Arc<ClientConfig>,
-    server: Arc<ServerConfig>,
-}
-
-impl Tls {
-    /// TLS 1.3 only, with the provider's first choice of cipher.
-    pub fn new() -> anyhow::Result<Self> {
-        let own = rcgen::generate_simple_self_signed([HOST.to_owned()])?;
-        let certificate = own.cert.der().clone();
-        let key = PrivateKeyDer::try_from(own.signing_key.serialize_der())
-            .map_err(|reason| anyhow::anyhow!("the key is not valid: {reason}"))?;
-        let mut roots = RootCertStore::empty();
-        roots.add(certificate.clone())?;
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let versions = &[&rustls::version::TLS13];
-        let client = ClientConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(versions)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let server = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(versions)?
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)?;
-        Ok(Self { client: Arc::new(client), server: Arc::new(server) })
-    }
-}
+use super::Tls;
 
 /// This end of a connection.
 enum Stream {
@@ -71,10 +39,10 @@ impl Echo {
     pub fn secure(peers: usize, bytes: usize, tls: &Tls) -> anyhow::Result<Self> {
         let stream = || {
             let (near, far) = connection()?;
-            let far = StreamOwned::new(ServerConnection::new(tls.server.clone())?, far);
+            let far = StreamOwned::new(ServerConnection::new(tls.server()?)?, far);
             thread::Builder::new().name("echo".into()).spawn(move || echo(far, bytes))?;
-            let host = ServerName::try_from(HOST)?;
-            let near = ClientConnection::new(tls.client.clone(), host)
+            let host = ServerName::try_from("localhost")?;
+            let near = ClientConnection::new(tls.client(&[])?, host)
                 .map(|connection| StreamOwned::new(connection, near))?;
             anyhow::Ok(Stream::Secure(Box::new(near)))
         };

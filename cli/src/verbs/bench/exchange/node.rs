@@ -1,13 +1,14 @@
 //! Expert nodes whose kernels copy, and links to them.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use bytes::{Bytes, BytesMut};
 use entente_coordinator::link::grpc::GrpcLink;
-use entente_coordinator::link::stream::StreamLink;
+use entente_coordinator::link::{Links, Peer};
 use entente_expert_node::inproc::InprocLink;
 use entente_expert_node::{ExpertNode, NodeHandle, found, serve};
 use entente_membership::roster::{Roster, RosterNode};
@@ -19,124 +20,217 @@ use entente_model::kernels::{
 use entente_model::synth::{self, Shape};
 use entente_proto::frame::{Assignment, Dispatch, Dtype};
 use entente_proto::ids::{ExchangeId, ExpertId, KernelClass, LayerId, NodeId};
-use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo};
+use entente_proto::link::{LinkEvent, NodeInfo};
+use entente_tls::{ALPN_GRPC, ALPN_STREAM};
 use tokio::runtime::Runtime;
 
+use super::Tls;
 use crate::cluster::plan::Transport;
 
 /// Rows of 4 KiB in bf16, as large models have.
 const HIDDEN: usize = 2_048;
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Events that wait; there are never more than a few in flight.
-const EVENTS_LEN_MAX: usize = 64;
-
-/// What links report.
-type Events = (NodeId, LinkEvent);
-
-struct Sink(SyncSender<Events>);
-
-impl LinkEvents for Sink {
-    fn on_event(&self, node: NodeId, event: LinkEvent) {
-        // The bench may be over.
-        let _ = self.0.try_send((node, event));
-    }
-}
+/// Every node's name: each is the only one of its cluster.
+pub const NAME: &str = "fr-expert-1";
 
 /// Nodes and the links to them. The nodes end with their runtimes.
 pub struct Nodes {
-    links: Vec<(Box<dyn Link>, NodeInfo)>,
-    events: Receiver<Events>,
+    links: Links,
+    infos: BTreeMap<NodeId, NodeInfo>,
+    dtype: Dtype,
+    buffers: Buffers,
     next: u64,
     // Dropped last: links and nodes run on these.
     _runtimes: Vec<Runtime>,
 }
 
+/// What a coordinator keeps from one exchange to the next.
+#[derive(Default)]
+struct Buffers {
+    values: Vec<f32>,
+    encoded: BytesMut,
+    /// The same rows for each frame that nobody rounds.
+    rows: Bytes,
+    answer: Vec<f32>,
+}
+
 impl Nodes {
     /// Starts `count` nodes and waits for the links to them. Each node holds one layer's experts of
     /// a made-up model, which its kernels ignore.
-    pub fn start(count: usize, transport: Transport) -> anyhow::Result<Self> {
+    pub fn start(
+        count: usize,
+        transport: Transport,
+        tls: Option<&Tls>,
+        dtype: Dtype,
+    ) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
         let shape =
             Shape { hidden: HIDDEN, inner: 2, layers: 1, heads: 16, vocab: 259, ..Shape::TINY };
         synth::write(dir.path(), &shape, 1, &|_, _| {})?;
         let checkpoint = Checkpoint::open(dir.path())?;
-        let runtime = || {
-            let workers =
-                tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-            workers.context("cannot start a runtime")
-        };
-        let (sender, events) = sync_channel(EVENTS_LEN_MAX);
-        let sink = Arc::new(Sink(sender));
         let near = runtime()?;
-        let mut runtimes = Vec::new();
-        let mut links = Vec::new();
+        let (mut links, mut infos, mut runtimes) = (Links::new()?, BTreeMap::new(), Vec::new());
         for number in 0..count as u32 {
-            let (id, far) = (NodeId(number), runtime()?);
-            let (node, name) = start_node(&checkpoint)?;
-            let listener = far.block_on(tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
-            let address = listener.local_addr()?.to_string();
-            far.spawn(serve(node.clone(), listener, std::future::pending()));
-            let sink = sink.clone();
-            let link: Box<dyn Link> = match transport {
-                Transport::Stream => Box::new(StreamLink::open(id, name, address, sink)?),
-                Transport::Grpc => Box::new(GrpcLink::open(id, name, address, sink, near.handle())),
-                Transport::Inproc => Box::new(InprocLink::open(id, node, sink)),
-            };
-            let (_, LinkEvent::Up(info)) = events.recv_timeout(PATIENCE)? else {
+            let (node, far) = (NodeId(number), runtime()?);
+            let handle = start_node(&checkpoint, dtype)?;
+            if transport == Transport::Inproc {
+                let link = InprocLink::open(node, handle, links.mailbox());
+                links.add(node, Box::new(link));
+            } else {
+                let address = serve_node(&far, handle, tls)?;
+                open_link(&mut links, node, transport, address, tls, &near)?;
+            }
+            let Some((_, LinkEvent::Up(info))) = links.next(PATIENCE) else {
                 bail!("a node could not be reached");
             };
-            links.push((link, info));
+            infos.insert(node, info);
             runtimes.push(far);
         }
         runtimes.push(near);
-        Ok(Self { links, events, next: 0, _runtimes: runtimes })
+        Ok(Self { links, infos, dtype, buffers: Buffers::default(), next: 0, _runtimes: runtimes })
     }
 
     /// One frame with `bytes` of rows to each node; returns when each has answered.
-    pub fn exchange(&mut self, bytes: usize) -> anyhow::Result<()> {
-        let rows = bytes / (HIDDEN * Dtype::Bf16.size());
-        let values = vec![1; bytes];
-        let rows_bytes = bytes::Bytes::from(values);
-        self.next += 1;
-        for (link, info) in &self.links {
-            let expert = info.experts.first().map_or(ExpertId(0), |(_, expert)| *expert);
-            let assignment = |row| Assignment { row: row as u16, expert };
-            let frame = Dispatch {
-                exchange: ExchangeId(self.next),
-                fence: info.fence,
-                layer: LayerId(0),
-                allowed_regions: [info.region].into(),
-                deadline_ms: PATIENCE.as_millis() as u32,
-                dtype: Dtype::Bf16,
-                hidden: HIDDEN,
-                assignments: (0..rows).map(assignment).collect(),
-                rows: rows_bytes.clone(),
-            };
-            link.send(frame)?;
+    pub fn frames(&mut self, bytes: usize) -> anyhow::Result<()> {
+        if self.buffers.rows.len() != bytes {
+            self.buffers.rows = vec![1; bytes].into();
         }
-        for _ in &self.links {
-            let (_, LinkEvent::Answer(answer)) = self.events.recv_timeout(PATIENCE)? else {
+        self.next += 1;
+        let frame = self.frame(self.buffers.rows.clone());
+        self.send_all(|_| Ok(frame.clone()))?;
+        self.receive_all(bytes, |_, _| {})
+    }
+
+    /// The same with what a coordinator does besides: it rounds the rows to each node, widens what
+    /// comes back and adds it up.
+    pub fn exchange(&mut self, bytes: usize) -> anyhow::Result<()> {
+        let count = bytes / self.dtype.size();
+        self.buffers.values.resize(count, 1.0);
+        self.buffers.answer.resize(count, 0.0);
+        self.next += 1;
+        let mut sums = std::mem::take(&mut self.buffers.values);
+        let template = self.frame(Bytes::new());
+        let assignments = self.assignments(bytes);
+        let dtype = self.dtype;
+        self.send_all(|buffers| {
+            buffers.encoded.resize(bytes, 0);
+            dtype.encode_into(&sums, &mut buffers.encoded);
+            let rows = buffers.encoded.split().freeze();
+            Ok(Dispatch { rows, assignments: assignments.clone(), ..template.clone() })
+        })?;
+        let done = self.receive_all(bytes, |buffers, rows| {
+            dtype.decode(rows, &mut buffers.answer);
+            sums.iter_mut().zip(&buffers.answer).for_each(|(sum, value)| *sum += 0.5 * value);
+        });
+        sums.fill(1.0);
+        self.buffers.values = sums;
+        done
+    }
+
+    fn assignments(&self, bytes: usize) -> Vec<Assignment> {
+        let rows = bytes / (HIDDEN * self.dtype.size());
+        let expert = self.infos.values().next().and_then(|info| info.experts.first());
+        let expert = expert.map_or(ExpertId(0), |(_, expert)| *expert);
+        (0..rows).map(|row| Assignment { row: row as u16, expert }).collect()
+    }
+
+    /// A frame to no node in particular: [`Nodes::send_all`] gives it its fence.
+    fn frame(&self, rows: Bytes) -> Dispatch {
+        let fence = self.infos[&NodeId(0)].fence;
+        Dispatch {
+            exchange: ExchangeId(self.next),
+            fence,
+            layer: LayerId(0),
+            allowed_regions: self.infos.values().map(|info| info.region).collect(),
+            deadline_ms: PATIENCE.as_millis() as u32,
+            dtype: self.dtype,
+            hidden: HIDDEN,
+            assignments: self.assignments(rows.len()),
+            rows,
+        }
+    }
+
+    fn send_all(
+        &mut self,
+        mut frame: impl FnMut(&mut Buffers) -> anyhow::Result<Dispatch>,
+    ) -> anyhow::Result<()> {
+        for (node, info) in &self.infos {
+            let frame = Dispatch { fence: info.fence, ..frame(&mut self.buffers)? };
+            self.links.send(*node, frame)?;
+        }
+        Ok(())
+    }
+
+    fn receive_all(
+        &mut self,
+        bytes: usize,
+        mut on_rows: impl FnMut(&mut Buffers, &[u8]),
+    ) -> anyhow::Result<()> {
+        for _ in 0..self.infos.len() {
+            let Some((_, LinkEvent::Answer(answer))) = self.links.next(PATIENCE) else {
                 bail!("a link broke");
             };
             let answered = answer.result?;
             anyhow::ensure!(answered.len() == bytes, "an answer has {} bytes", answered.len());
+            on_rows(&mut self.buffers, &answered);
         }
         Ok(())
     }
 }
 
-/// A node that holds every expert of the checkpoint, as the only one of its cluster.
-fn start_node(
-    checkpoint: &Checkpoint,
-) -> anyhow::Result<(NodeHandle, entente_proto::ids::NodeName)> {
-    let name: entente_proto::ids::NodeName = "fr-expert-1".parse()?;
-    let region = "fr".parse()?;
-    let node = RosterNode { name: name.clone(), region, address: "127.0.0.1:1".to_owned() };
-    let roster = Roster::new("bench".to_owned(), 1, vec![node])?;
-    let state = found(&roster, checkpoint, WeightFormat::Bf16)?;
-    let kernels = Arc::new(Copying(kernels::select(WeightFormat::Bf16, 1)?));
-    Ok((ExpertNode::start(&name, &state, checkpoint, kernels, &())?, name))
+fn runtime() -> anyhow::Result<Runtime> {
+    let mut workers = tokio::runtime::Builder::new_multi_thread();
+    workers.worker_threads(1).enable_all().build().context("cannot start a runtime")
+}
+
+/// The cluster of each node.
+pub fn roster() -> anyhow::Result<Roster> {
+    let (name, region) = (NAME.parse()?, "fr".parse()?);
+    let node = RosterNode { name, region, address: "127.0.0.1:1".to_owned() };
+    Ok(Roster::new("bench".to_owned(), 1, vec![node])?)
+}
+
+/// A node that holds every expert of the checkpoint.
+fn start_node(checkpoint: &Checkpoint, dtype: Dtype) -> anyhow::Result<NodeHandle> {
+    let format = match dtype {
+        Dtype::F32 => WeightFormat::F32,
+        Dtype::Bf16 => WeightFormat::Bf16,
+    };
+    let state = found(&roster()?, checkpoint, format)?;
+    let kernels = Arc::new(Copying(kernels::select(format, 1)?));
+    Ok(ExpertNode::start(&NAME.parse()?, &state, checkpoint, kernels, &())?)
+}
+
+/// Serves a node on a free port and says where.
+fn serve_node(on: &Runtime, node: NodeHandle, tls: Option<&Tls>) -> anyhow::Result<String> {
+    let listener = on.block_on(tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
+    let address = listener.local_addr()?.to_string();
+    let credentials = tls.map(|tls| tls.node.clone());
+    on.spawn(
+        async move { serve(node, listener, credentials.as_ref(), std::future::pending()).await },
+    );
+    Ok(address)
+}
+
+fn open_link(
+    links: &mut Links,
+    node: NodeId,
+    transport: Transport,
+    address: String,
+    tls: Option<&Tls>,
+    runtime: &Runtime,
+) -> anyhow::Result<()> {
+    let alpn = if transport == Transport::Grpc { ALPN_GRPC } else { ALPN_STREAM };
+    let tls = tls.map(|tls| tls.client(&[alpn])).transpose()?;
+    let peer = Peer { node, name: NAME.parse()?, address, tls };
+    if transport == Transport::Grpc {
+        let link = GrpcLink::open(peer, links.mailbox(), runtime.handle());
+        links.add(node, Box::new(link));
+    } else {
+        links.dial(peer)?;
+    }
+    Ok(())
 }
 
 /// Kernels whose experts give back what they get.

@@ -1,0 +1,94 @@
+//! Certificates for the processes of a cluster on one machine, new at each start.
+//!
+//! The CA's key never leaves this process and is gone once the certificates are written: nothing can
+//! be issued for this cluster later, and nothing of an earlier one is believed.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use entente_membership::roster::Roster;
+use entente_proto::identity::{Identity, Role as IdentityRole};
+use entente_proto::ids::NodeName;
+use entente_tls::{Authority, Files};
+
+use super::plan::{Member, Role};
+
+/// A certificate is looked at when a connection is made, and processes of one machine connect when
+/// they start; this only has to outlast redialling after a fault.
+const VALID: Duration = Duration::from_secs(30 * 24 * 3_600);
+
+/// Where the files of the process `name` are in `folder`.
+pub fn files(folder: &Path, name: &NodeName) -> Files {
+    let path = |file: String| -> PathBuf { folder.join(file) };
+    Files {
+        ca: path("ca.pem".to_owned()),
+        certificate: path(format!("{name}.pem")),
+        key: path(format!("{name}.key")),
+    }
+}
+
+/// Makes a CA and writes a certificate and a key for each of `members` to `folder`.
+pub fn mint(folder: &Path, roster: &Roster, members: &[Member]) -> anyhow::Result<()> {
+    let cannot = || format!("cannot write certificates to {}", folder.display());
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).with_context(cannot)?;
+    let authority = Authority::new(roster.name(), VALID)?;
+    for member in members {
+        let files = files(folder, &member.name);
+        let issued = authority.issue(&identity(roster, member), VALID)?;
+        write(&files.ca, &authority.certificate_pem(), 0o644).with_context(cannot)?;
+        write(&files.certificate, &issued.certificate_pem, 0o644).with_context(cannot)?;
+        write(&files.key, &issued.key_pem, 0o600).with_context(cannot)?;
+    }
+    Ok(())
+}
+
+fn identity(roster: &Roster, member: &Member) -> Identity {
+    let role = match member.role {
+        Role::Coordinator => IdentityRole::Coordinator,
+        Role::ExpertNode => IdentityRole::Expert,
+    };
+    let cluster = roster.expect(role, None).cluster;
+    Identity { cluster, region: member.region, role, node: member.name.clone() }
+}
+
+/// Writes a new file, so that nobody has an old one open and its mode is this one from the start.
+fn write(path: &Path, text: &str, mode: u32) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+    file.write_all(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use entente_tls::Credentials;
+
+    use super::*;
+    use crate::cluster::plan::{self, Regions};
+
+    #[test]
+    fn each_process_gets_its_own_identity_and_a_key_that_nobody_else_reads() {
+        let members = "fr=1,se=1".parse::<Regions>().unwrap().members();
+        let nodes = members.iter().filter(|member| member.role == Role::ExpertNode);
+        let roster = plan::roster(1, nodes.cloned().map(|member| (member, None))).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        // Twice, as a second `up` in the same folder does.
+        mint(dir.path(), &roster, &members).unwrap();
+        mint(dir.path(), &roster, &members).unwrap();
+        for member in &members {
+            let files = files(dir.path(), &member.name);
+            let credentials = Credentials::load(&files).unwrap();
+            assert_eq!(*credentials.identity(), identity(&roster, member));
+            let mode = fs::metadata(&files.key).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
+        }
+    }
+}

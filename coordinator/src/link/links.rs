@@ -1,0 +1,261 @@
+//! The engine's end of all its links, whatever carries them.
+//!
+//! ```text
+//!   gRPC task, node in this process ── events ──► channel ─┐
+//!   dial threads ── connections that are ready ──► channel ─┼─ bell ─► the engine's thread
+//!   byte streams ── their sockets ─────────────────────────┴─ epoll ─► reads and decrypts them itself
+//! ```
+//!
+//! An answer on a byte stream wakes the engine and nobody else: the thread that needs the rows is
+//! the one that takes them from the socket. It owns the connection and its TLS state, so there is
+//! no lock on the way out or in.
+//!
+//! Invariants:
+//! - nothing is read from a socket except while the engine waits or writes, and no more answers are
+//!   taken from a node than it was sent frames;
+//! - a frame is never carried over to the next connection, which may lead to another incarnation
+//!   of the node: when a connection breaks, the engine hears [`LinkEvent::Down`] and decides.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use entente_proto::frame::Dispatch;
+use entente_proto::ids::NodeId;
+use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo, NotSent};
+use mio::{Events, Interest, Poll, Token};
+
+use super::Peer;
+use super::bell::Bell;
+use super::connection::{Broken, Connection};
+use super::stream::Dialler;
+
+/// Events that wait for the engine. In flight are at most a few frames a node, so this is ample;
+/// past it an event is dropped, and the exchange that misses it runs into its deadline.
+const INBOX_LEN_MAX: usize = 4_096;
+/// Sockets that one wait reports; others are reported by the next.
+const POLLED_LEN_MAX: usize = 256;
+/// The bell's token; node numbers have 32 bits.
+const BELL: Token = Token(usize::MAX);
+
+/// What comes in through the channel.
+pub(crate) enum Arrival {
+    Event(LinkEvent),
+    Connected(Box<Connection>, NodeInfo),
+}
+
+/// The sink that links are opened with.
+pub struct Mailbox {
+    arrivals: Sender<(NodeId, Arrival)>,
+    bell: Arc<Bell>,
+}
+
+impl Mailbox {
+    /// False when there is no room, or nobody who reads.
+    pub(crate) fn put(&self, node: NodeId, arrival: Arrival) -> bool {
+        let sent = self.arrivals.try_send((node, arrival));
+        if let Err(TrySendError::Full(_)) = &sent {
+            tracing::error!(node = node.0, "the engine's inbox is full; an event was dropped");
+        }
+        self.bell.ring();
+        sent.is_ok()
+    }
+}
+
+impl LinkEvents for Mailbox {
+    fn on_event(&self, node: NodeId, event: LinkEvent) {
+        self.put(node, Arrival::Event(event));
+    }
+}
+
+/// How a node is reached.
+enum Way {
+    /// By a link that runs by itself and reports to the mailbox.
+    Link(Box<dyn Link>),
+    /// By a byte stream that the engine reads and writes.
+    Stream(Stream),
+}
+
+struct Stream {
+    connection: Option<Box<Connection>>,
+    /// Tells the thread that dials to dial again; dropping it ends the thread.
+    redial: Sender<()>,
+}
+
+/// See the module.
+pub struct Links {
+    poll: Poll,
+    polled: Events,
+    bell: Arc<Bell>,
+    mailbox: Arc<Mailbox>,
+    arrivals: Receiver<(NodeId, Arrival)>,
+    ways: BTreeMap<NodeId, Way>,
+    ready: VecDeque<(NodeId, LinkEvent)>,
+}
+
+impl Links {
+    /// No links yet.
+    ///
+    /// # Errors
+    /// When the system has no epoll instance to spare.
+    pub fn new() -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let bell = Arc::new(Bell::new(&poll, BELL)?);
+        let (sender, arrivals) = bounded(INBOX_LEN_MAX);
+        Ok(Self {
+            poll,
+            polled: Events::with_capacity(POLLED_LEN_MAX),
+            mailbox: Arc::new(Mailbox { arrivals: sender, bell: bell.clone() }),
+            bell,
+            arrivals,
+            ways: BTreeMap::new(),
+            ready: VecDeque::new(),
+        })
+    }
+
+    /// Where links that run by themselves report.
+    pub fn mailbox(&self) -> Arc<Mailbox> {
+        self.mailbox.clone()
+    }
+
+    /// What ends [`Links::next_unless_rung`] although no link has anything to say.
+    pub fn bell(&self) -> Arc<Bell> {
+        self.bell.clone()
+    }
+
+    /// Adds a link that was opened with [`Links::mailbox`].
+    pub fn add(&mut self, node: NodeId, link: Box<dyn Link>) {
+        self.ways.insert(node, Way::Link(link));
+    }
+
+    /// Adds a byte stream to `peer`, which a thread of its own starts to dial.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    pub fn dial(&mut self, peer: Peer) -> io::Result<()> {
+        let node = peer.node;
+        // One order to dial at a time: the thread takes the next when it has given a connection.
+        let (redial, orders) = bounded(1);
+        Dialler::start(peer, self.mailbox.clone(), orders)?;
+        self.ways.insert(node, Way::Stream(Stream { connection: None, redial }));
+        Ok(())
+    }
+
+    /// Whether any node computes while this thread does something else.
+    pub fn are_asynchronous(&self) -> bool {
+        self.ways.values().any(|way| match way {
+            Way::Link(link) => link.is_asynchronous(),
+            Way::Stream(_) => true,
+        })
+    }
+
+    /// Sends a frame. An answer, or [`LinkEvent::Down`], follows. Blocks for at most a second, and
+    /// only while the node's kernel takes nothing.
+    ///
+    /// # Errors
+    /// When the link is down or breaks.
+    pub fn send(&mut self, node: NodeId, frame: Dispatch) -> Result<(), NotSent> {
+        let stream = match self.ways.get_mut(&node).ok_or(NotSent)? {
+            Way::Link(link) => return link.send(frame),
+            Way::Stream(stream) => stream,
+        };
+        let connection = stream.connection.as_mut().ok_or(NotSent)?;
+        let ready = &mut self.ready;
+        let sent = connection.send(frame, |answer| {
+            ready.push_back((node, LinkEvent::Answer(answer)));
+        });
+        sent.map_err(|broken| {
+            stream.lose();
+            ready.push_back((node, LinkEvent::Down(broken.to_string())));
+            NotSent
+        })
+    }
+
+    /// The next event, if there is one before the time is over.
+    pub fn next(&mut self, timeout: Duration) -> Option<(NodeId, LinkEvent)> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(event) = self.look() {
+                return Some(event);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.wait(Some(left));
+            if left.is_zero() {
+                return self.look();
+            }
+        }
+    }
+
+    /// The next event, or none when there is something to do besides: it may be that the bell was
+    /// rung.
+    pub fn next_unless_rung(&mut self) -> Option<(NodeId, LinkEvent)> {
+        self.look().or_else(|| {
+            self.wait(None);
+            self.look()
+        })
+    }
+
+    fn look(&mut self) -> Option<(NodeId, LinkEvent)> {
+        while self.ready.is_empty()
+            && let Ok((node, arrival)) = self.arrivals.try_recv()
+        {
+            match arrival {
+                Arrival::Event(event) => self.ready.push_back((node, event)),
+                Arrival::Connected(connection, info) => self.connected(node, connection, info),
+            }
+        }
+        self.ready.pop_front()
+    }
+
+    fn connected(&mut self, node: NodeId, mut connection: Box<Connection>, info: NodeInfo) {
+        let Some(Way::Stream(stream)) = self.ways.get_mut(&node) else { return };
+        let token = Token(node.0 as usize);
+        let registry = self.poll.registry();
+        let event = match registry.register(connection.socket_mut(), token, Interest::READABLE) {
+            Ok(()) => {
+                stream.connection = Some(connection);
+                LinkEvent::Up(info)
+            }
+            Err(error) => {
+                stream.lose();
+                LinkEvent::Down(Broken::Lost(error).to_string())
+            }
+        };
+        self.ready.push_back((node, event));
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        let timeout = if self.bell.park() { timeout } else { Some(Duration::ZERO) };
+        let polled = self.poll.poll(&mut self.polled, timeout);
+        self.bell.unpark();
+        if let Err(error) = polled
+            && error.kind() != io::ErrorKind::Interrupted
+        {
+            tracing::error!(%error, "waiting for links failed");
+        }
+        for event in self.polled.iter().filter(|event| event.token() != BELL) {
+            let node = NodeId(event.token().0 as u32);
+            let Some(Way::Stream(stream)) = self.ways.get_mut(&node) else { continue };
+            let Some(connection) = &mut stream.connection else { continue };
+            let ready = &mut self.ready;
+            let received = connection.receive(event.is_read_closed(), |answer| {
+                ready.push_back((node, LinkEvent::Answer(answer)));
+            });
+            if let Err(broken) = received {
+                stream.lose();
+                ready.push_back((node, LinkEvent::Down(broken.to_string())));
+            }
+        }
+    }
+}
+
+impl Stream {
+    /// Lets go of a connection that is of no more use.
+    fn lose(&mut self) {
+        self.connection = None;
+        // A full channel holds the same order already.
+        let _ = self.redial.try_send(());
+    }
+}

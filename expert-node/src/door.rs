@@ -1,0 +1,270 @@
+//! The door: takes connections, finds out who is there and what they speak, and shows them in.
+//!
+//! ```text
+//!            ┌── TLS, ALPN "entente/1" ──► handshake ──┬──► a thread of crate::stream
+//!   accept ──┤                                         │
+//!            ├── TLS, ALPN "h2" ─────────► handshake ──┼──► the gRPC server
+//!            └── plain (loopback only): the first byte tells ┘
+//! ```
+//!
+//! Invariants: who has not shown the certificate of a coordinator costs a task, never a thread; a
+//! handshake ends after [`HELLO_MAX`], and at most [`HANDSHAKES_MAX`] are under way.
+
+use std::io::{self, Cursor};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use entente_proto::identity::{Expected, Role};
+use entente_proto::stream::PREFACE;
+use entente_tls::{ALPN_GRPC, ALPN_STREAM, Channel, Credentials, Incoming};
+use rustls::ServerConfig;
+use rustls::server::Acceptor;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, join};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tonic::transport::server::Connected;
+
+use crate::limits::{ACCEPT_RETRY, HANDSHAKES_MAX, HELLO_MAX};
+use crate::node::NodeHandle;
+use crate::stream::Connections;
+
+/// What shows connections in.
+pub(crate) struct Door {
+    pub(crate) node: NodeHandle,
+    pub(crate) connections: Arc<Connections>,
+    pub(crate) grpc: mpsc::Sender<io::Result<GrpcIo>>,
+    pub(crate) tls: Option<Tls>,
+}
+
+/// How each protocol is secured.
+pub(crate) struct Tls {
+    stream: Arc<ServerConfig>,
+    grpc: Arc<ServerConfig>,
+}
+
+impl Tls {
+    /// Coordinators of our cluster may come in, and nobody else.
+    pub(crate) fn new(credentials: &Credentials) -> Result<Self, entente_tls::Error> {
+        let cluster = credentials.identity().cluster.clone();
+        let coordinator = Expected { cluster, role: Role::Coordinator, member: None };
+        Ok(Self {
+            stream: credentials.server(coordinator.clone(), &[ALPN_STREAM])?,
+            grpc: credentials.server(coordinator, &[ALPN_GRPC])?,
+        })
+    }
+}
+
+/// A connection that has said who it is and what it speaks.
+enum Guest {
+    Stream(TcpStream, Box<Channel>, Incoming),
+    Grpc(GrpcIo),
+}
+
+impl Door {
+    /// Takes connections for as long as it is polled.
+    pub(crate) async fn open(self, listener: TcpListener) {
+        let door = Arc::new(self);
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        loop {
+            let (socket, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Too many open files, most often; it passes when some are closed.
+                    tracing::warn!(%error, "a connection was not taken");
+                    sleep(ACCEPT_RETRY).await;
+                    continue;
+                }
+            };
+            let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+                tracing::warn!(%peer, "a connection was not taken: too many are being greeted");
+                continue;
+            };
+            let door = door.clone();
+            tokio::spawn(async move {
+                let greeted = timeout(HELLO_MAX, door.greet(socket)).await;
+                drop(permit);
+                let shown = match greeted {
+                    Ok(Ok(guest)) => door.show_in(guest).await,
+                    Ok(Err(error)) => Err(error),
+                    Err(_) => Err(io::Error::other("it did not say who it is in time")),
+                };
+                if let Err(error) = shown {
+                    refused(peer, &error);
+                }
+            });
+        }
+    }
+
+    async fn greet(&self, mut socket: TcpStream) -> io::Result<Guest> {
+        socket.set_nodelay(true)?;
+        let Some(tls) = &self.tls else { return greet_plain(socket).await };
+        let (incoming, protocol) = hear_hello(&mut socket).await?;
+        match protocol {
+            Protocol::Stream => {
+                let mut channel = Box::new(Channel::server(tls.stream.clone())?);
+                let incoming = shake(&mut socket, &mut channel, incoming).await?;
+                Ok(Guest::Stream(socket, channel, incoming))
+            }
+            Protocol::Grpc => {
+                // The handshake has to see what was read already.
+                let (read, write) = socket.into_split();
+                let read = Cursor::new(incoming.unopened().to_vec()).chain(read);
+                let secured = TlsAcceptor::from(tls.grpc.clone()).accept(join(read, write)).await?;
+                Ok(Guest::Grpc(GrpcIo(Box::pin(secured))))
+            }
+        }
+    }
+
+    async fn show_in(&self, guest: Guest) -> io::Result<()> {
+        match guest {
+            Guest::Stream(socket, channel, incoming) => {
+                let (node, socket) = (self.node.clone(), socket.into_std()?);
+                self.connections.serve(node, socket, *channel, incoming)
+            }
+            // Fails only when the server has ended.
+            Guest::Grpc(io) => {
+                let sent = self.grpc.send(Ok(io)).await;
+                sent.map_err(|_| io::Error::other("the gRPC server has ended"))
+            }
+        }
+    }
+}
+
+/// Peers that only look whether somebody is there are nothing to warn of.
+fn refused(peer: SocketAddr, error: &io::Error) {
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        tracing::debug!(%peer, %error, "a connection was not served");
+    } else {
+        tracing::warn!(%peer, %error, "a connection was refused");
+    }
+}
+
+async fn greet_plain(mut socket: TcpStream) -> io::Result<Guest> {
+    let mut first = [0];
+    if socket.peek(&mut first).await? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if first[0] != PREFACE[0] {
+        return Ok(Guest::Grpc(GrpcIo(Box::pin(socket))));
+    }
+    let mut preface = [0; PREFACE.len()];
+    socket.read_exact(&mut preface).await?;
+    if preface != PREFACE {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "another protocol"));
+    }
+    Ok(Guest::Stream(socket, Box::new(Channel::plain()), Incoming::default()))
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    Stream,
+    Grpc,
+}
+
+/// Reads until the peer has said what it wants to speak. What was read stays to be read again by
+/// whoever does the handshake.
+async fn hear_hello(socket: &mut TcpStream) -> io::Result<(Incoming, Protocol)> {
+    let (mut incoming, mut acceptor) = (Incoming::default(), Acceptor::default());
+    loop {
+        let seen = incoming.unopened().len();
+        read(socket, &mut incoming).await?;
+        acceptor.read_tls(&mut &incoming.unopened()[seen..])?;
+        let Some(accepted) = acceptor.accept().map_err(|(error, _)| no_tls(&error))? else {
+            continue;
+        };
+        let hello = accepted.client_hello();
+        let names: Vec<&[u8]> = hello.alpn().into_iter().flatten().collect();
+        return match names[..] {
+            [ALPN_STREAM] => Ok((incoming, Protocol::Stream)),
+            [ALPN_GRPC] => Ok((incoming, Protocol::Grpc)),
+            _ => Err(no_tls(&"ALPN must be entente/1 or h2")),
+        };
+    }
+}
+
+fn no_tls(reason: &dyn std::fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {reason}"))
+}
+
+async fn read(socket: &mut TcpStream, incoming: &mut Incoming) -> io::Result<()> {
+    match socket.read(incoming.space()).await? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        len => {
+            incoming.advance(len);
+            Ok(())
+        }
+    }
+}
+
+async fn shake(
+    socket: &mut TcpStream,
+    channel: &mut Channel,
+    mut incoming: Incoming,
+) -> io::Result<Incoming> {
+    loop {
+        let shaken = channel.shake(&mut incoming);
+        // An alert too: the peer should know why.
+        socket.write_all(&channel.take_owed()).await?;
+        if shaken? {
+            return Ok(incoming);
+        }
+        read(socket, &mut incoming).await?;
+    }
+}
+
+/// What the gRPC server talks through.
+pub(crate) struct GrpcIo(Pin<Box<dyn Duplex>>);
+
+pub(crate) trait Duplex: AsyncRead + AsyncWrite + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
+
+impl Connected for GrpcIo {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for GrpcIo {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.0.as_mut().poll_read(context, into)
+    }
+}
+
+impl AsyncWrite for GrpcIo {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.0.as_mut().poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.0.as_mut().poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.as_mut().poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.as_mut().poll_shutdown(context)
+    }
+}
