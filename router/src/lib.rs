@@ -28,5 +28,8 @@
 
 pub mod exchange;
 pub mod gate;
+pub mod pace;
 pub mod placement;
+#[cfg(test)]
+mod testing;
 pub mod view;

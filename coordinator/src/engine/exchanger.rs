@@ -17,6 +17,7 @@ use entente_proto::ids::{LayerId, NodeId, RegionSet};
 use entente_proto::link::{Link, LinkEvent, LinkEvents};
 use entente_router::exchange::{Command, Exchange, ExchangeIds, Failure, Job, Status};
 use entente_router::gate::Choice;
+use entente_router::pace::Pace;
 use entente_router::view::ClusterView;
 use tokio::sync::watch;
 
@@ -52,6 +53,8 @@ pub struct Exchanger {
     inbox: Inbox,
     view: ClusterView,
     ids: ExchangeIds,
+    /// How fast nodes answer, over all exchanges.
+    pace: Pace,
     started: Instant,
     deadline_us: u64,
     allowed_regions: RegionSet,
@@ -103,6 +106,7 @@ impl Exchanger {
             inbox,
             view,
             ids: ExchangeIds::new(),
+            pace: Pace::new(),
             started: Instant::now(),
             deadline_us: deadline.as_micros() as u64,
             row_dtype,
@@ -162,7 +166,11 @@ impl Exchanger {
 
     fn change(&mut self, node: NodeId, event: LinkEvent) -> Option<bool> {
         match event {
-            LinkEvent::Answer(_) => None, // Nobody waits for it any more.
+            LinkEvent::Answer(answer) => {
+                // No exchange waits for it any more, but it tells that the node is well.
+                self.pace.on_answer(node, &answer, self.now_us());
+                None
+            }
             LinkEvent::Up(info) => match self.view.node_up(node, &info) {
                 Ok(()) => {
                     tracing::info!(node = %info.name, "expert node is up");
@@ -176,6 +184,7 @@ impl Exchanger {
             LinkEvent::Down(reason) => {
                 tracing::warn!(node = node.0, reason, "expert node is down");
                 self.view.node_down(node);
+                self.pace.on_link_down(node);
                 Some(false)
             }
         }
@@ -200,7 +209,8 @@ impl Exchanger {
             policy_of_row: vec![0; count],
             deadline_us: now_us + self.deadline_us,
         };
-        let (mut exchange, commands) = Exchange::start(job, &self.view, &mut self.ids, now_us);
+        let (mut exchange, commands) =
+            Exchange::start(job, &self.view, &mut self.pace, &mut self.ids, now_us);
         self.perform(&mut exchange, commands);
         loop {
             match exchange.status() {
@@ -220,18 +230,18 @@ impl Exchanger {
         let now_us = self.now_us();
         let commands = match received {
             Ok((node, LinkEvent::Answer(answer))) => {
-                exchange.on_answer(&self.view, node, answer, now_us)
+                exchange.on_answer(&self.view, &mut self.pace, node, answer, now_us)
             }
             Ok((node, event)) => match self.note(node, event) {
                 None => Vec::new(),
-                Some(true) => exchange.on_view_changed(&self.view, now_us),
+                Some(true) => exchange.on_view_changed(&self.view, &mut self.pace, now_us),
                 Some(false) => {
                     self.metrics.link_breaks.inc();
-                    exchange.on_link_down(&self.view, node, now_us)
+                    exchange.on_link_down(&self.view, &mut self.pace, node, now_us)
                 }
             },
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                exchange.on_tick(&self.view, now_us)
+                exchange.on_tick(&self.view, &mut self.pace, now_us)
             }
         };
         self.perform(exchange, commands);
@@ -245,8 +255,12 @@ impl Exchanger {
             self.metrics.frames_sent.inc();
             let sent = self.links.get(&node).is_some_and(|link| link.send(frame).is_ok());
             if !sent {
-                commands.extend(exchange.on_not_sent(&self.view, id, self.now_us()));
+                let now_us = self.now_us();
+                commands.extend(exchange.on_not_sent(&self.view, &mut self.pace, id, now_us));
             }
         }
+        let work = self.pace.take_work();
+        self.metrics.hedged_rows.inc_by(work.hedged);
+        self.metrics.retried_rows.inc_by(work.retried);
     }
 }
