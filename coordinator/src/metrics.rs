@@ -38,6 +38,10 @@ pub struct Metrics {
     pub frames_sent: IntCounter,
     /// Links that broke while an exchange waited.
     pub link_breaks: IntCounter,
+    /// (row, expert) pairs asked of a second node because the first was slow.
+    pub hedged_rows: IntCounter,
+    /// (row, expert) pairs sent again because the first attempt came to nothing.
+    pub retried_rows: IntCounter,
     /// Wall-clock time of a step.
     pub step_seconds: Histogram,
     /// Time from a request's arrival to its first token.
@@ -98,6 +102,8 @@ impl Metrics {
             ),
             frames_sent: counter("exchange_frames_total", "Frames sent to expert nodes."),
             link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
+            hedged_rows: counter("hedged_rows_total", "Rows asked of a second, faster replica."),
+            retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),
             step_seconds: seconds("step_seconds", "Wall-clock time of one engine step."),
             ttft_seconds: seconds("time_to_first_token_seconds", "Arrival to first token."),
             gate_rows: counters(

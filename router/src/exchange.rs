@@ -1,9 +1,11 @@
 //! One exchange: the rows of one layer on their way through their experts, as a state machine.
 //!
 //! Events in (an answer, a broken link, time), commands out (send this frame to that node). Each
-//! (row, expert) pair is a **slot**. A slot is *missing*, *in flight* in exactly one frame, or
-//! *answered*; whatever goes wrong with a frame makes its unanswered slots missing again, and
-//! missing slots are planned on the replicas that are left. Nothing else is ever sent again.
+//! (row, expert) pair is a **slot**. A slot is *missing*, *in flight* in one or more frames, or
+//! *answered*. When the last frame that carries an unanswered slot comes to nothing, the slot is
+//! missing again, and missing slots are planned on the replicas that are left. While every frame
+//! that carries a slot is late, another replica is asked as well (a *hedge*, within the budget of
+//! [`Pace`]). Nothing else is ever sent again.
 //!
 //! ```text
 //!              plan                    valid answer
@@ -13,8 +15,8 @@
 //! ```
 //!
 //! How a replica is chosen: permitted by the row's policy, live, and not out of favour; of those
-//! the one with the fewest slots of this exchange, then the lowest id. A node falls out of favour
-//! in two ways:
+//! one that is not suspected of being slow, with the fewest slots of this exchange, then the lowest
+//! id. A node falls out of favour in two ways:
 //! - it *rests* for a while after something that may pass (busy, not sent, link broken);
 //! - it is *excluded under its fence* after something that will not (draining, stale fence, expert
 //!   not held, nonsense). A restarted node has another fence and is asked again.
@@ -34,6 +36,7 @@ use entente_proto::frame::{Answer, Dispatch, Dtype, Refusal};
 use entente_proto::ids::{ExchangeId, Fence, LayerId, NodeId, RegionSet};
 
 use crate::gate::Choice;
+use crate::pace::{Pace, Patience};
 use crate::view::ClusterView;
 use standing::Standing;
 
@@ -176,6 +179,8 @@ struct InFlight {
     fence: Fence,
     /// Bytes that a valid answer has.
     answer_len: usize,
+    /// When it is late.
+    patience: Patience,
     /// The slots of the frame's assignments, in order.
     slots: Vec<u32>,
 }
@@ -184,7 +189,8 @@ struct InFlight {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Slot {
     Missing,
-    InFlight,
+    /// In this many frames.
+    InFlight(u8),
     /// In `answers[answer]`, as the row `position`.
     Answered {
         answer: u32,
@@ -205,7 +211,7 @@ pub struct Exchange {
     unanswered: usize,
     answers: Vec<Bytes>,
     standing: Standing,
-    /// When a resting node may be asked for what is missing.
+    /// When a resting node may be asked for what is missing, or a frame is late.
     wake_us: Option<u64>,
     /// What happened to the last frame that came to nothing.
     last_trouble: &'static str,
@@ -217,6 +223,7 @@ impl Exchange {
     pub fn start(
         job: Job,
         view: &ClusterView,
+        pace: &mut Pace,
         ids: &mut ExchangeIds,
         now_us: u64,
     ) -> (Self, Vec<Command>) {
@@ -242,7 +249,8 @@ impl Exchange {
             failure,
             job,
         };
-        let commands = exchange.plan(view, now_us);
+        pace.earn(exchange.slots.len());
+        let commands = exchange.plan(view, pace, now_us);
         (exchange, commands)
     }
 
@@ -273,10 +281,12 @@ impl Exchange {
     pub fn on_answer(
         &mut self,
         view: &ClusterView,
+        pace: &mut Pace,
         node: NodeId,
         answer: Answer,
         now_us: u64,
     ) -> Vec<Command> {
+        pace.on_answer(node, &answer, now_us);
         let Some(sent) = self.in_flight.get(&answer.exchange) else { return Vec::new() };
         let fence = sent.fence;
         if sent.node != node || answer.fence.is_some_and(|theirs| theirs != fence) {
@@ -304,13 +314,20 @@ impl Exchange {
                 }
             }
         }
-        self.give_up(answer.exchange);
-        self.plan(view, now_us)
+        self.give_up(pace, answer.exchange);
+        self.plan(view, pace, now_us)
     }
 
     /// Takes note that the link to `node` broke: nothing in flight to it will be answered. The view
     /// must know already.
-    pub fn on_link_down(&mut self, view: &ClusterView, node: NodeId, now_us: u64) -> Vec<Command> {
+    pub fn on_link_down(
+        &mut self,
+        view: &ClusterView,
+        pace: &mut Pace,
+        node: NodeId,
+        now_us: u64,
+    ) -> Vec<Command> {
+        pace.on_link_down(node);
         let lost: Vec<ExchangeId> = self
             .in_flight
             .iter()
@@ -322,27 +339,39 @@ impl Exchange {
         }
         self.last_trouble = "a link broke";
         self.standing.rest(node, now_us);
-        lost.into_iter().for_each(|id| self.give_up(id));
-        self.plan(view, now_us)
+        lost.into_iter().for_each(|id| self.give_up(pace, id));
+        self.plan(view, pace, now_us)
     }
 
     /// Takes note that a frame could not be handed to its link.
-    pub fn on_not_sent(&mut self, view: &ClusterView, id: ExchangeId, now_us: u64) -> Vec<Command> {
+    pub fn on_not_sent(
+        &mut self,
+        view: &ClusterView,
+        pace: &mut Pace,
+        id: ExchangeId,
+        now_us: u64,
+    ) -> Vec<Command> {
+        pace.on_not_sent(id);
         let Some(sent) = self.in_flight.get(&id) else { return Vec::new() };
         self.last_trouble = "a link was down or full";
         self.standing.rest(sent.node, now_us);
-        self.give_up(id);
-        self.plan(view, now_us)
+        self.give_up(pace, id);
+        self.plan(view, pace, now_us)
     }
 
     /// Takes note that nodes came up or that epochs moved.
-    pub fn on_view_changed(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
-        self.plan(view, now_us)
+    pub fn on_view_changed(
+        &mut self,
+        view: &ClusterView,
+        pace: &mut Pace,
+        now_us: u64,
+    ) -> Vec<Command> {
+        self.plan(view, pace, now_us)
     }
 
     /// Takes note of the time; due when [`Status::Waiting`] says so, harmless at any other time.
-    pub fn on_tick(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
-        self.plan(view, now_us)
+    pub fn on_tick(&mut self, view: &ClusterView, pace: &mut Pace, now_us: u64) -> Vec<Command> {
+        self.plan(view, pace, now_us)
     }
 
     /// Adds the experts' outputs to `out` (`[rows, hidden]`): for each row, in ascending order of
@@ -372,24 +401,36 @@ impl Exchange {
     fn keep(&mut self, id: ExchangeId, rows: Bytes) {
         let Some(sent) = self.in_flight.remove(&id) else { return };
         let answer = self.answers.len() as u32;
+        let before = self.unanswered;
         for (position, slot) in sent.slots.into_iter().enumerate() {
             let slot = &mut self.slots[slot as usize];
-            if *slot == Slot::InFlight {
+            if let Slot::InFlight(_) = *slot {
                 *slot = Slot::Answered { answer, position: position as u32 };
                 self.unanswered -= 1;
             }
         }
-        self.answers.push(rows);
+        // An answer that another one forestalled need not be held in memory.
+        if self.unanswered < before {
+            self.answers.push(rows);
+        }
     }
 
-    /// Makes the slots of a frame missing again.
-    fn give_up(&mut self, id: ExchangeId) {
+    /// Makes the slots of a frame missing again, but for those that another frame carries too.
+    fn give_up(&mut self, pace: &mut Pace, id: ExchangeId) {
         let Some(sent) = self.in_flight.remove(&id) else { return };
+        let mut lost = 0;
         for slot in sent.slots {
-            if self.slots[slot as usize] == Slot::InFlight {
-                self.slots[slot as usize] = Slot::Missing;
-            }
+            let slot = &mut self.slots[slot as usize];
+            *slot = match *slot {
+                Slot::InFlight(frames @ 2..) => Slot::InFlight(frames - 1),
+                Slot::InFlight(_) => {
+                    lost += 1;
+                    Slot::Missing
+                }
+                other => other,
+            };
         }
+        pace.count_retried(lost);
     }
 
     fn fail(&mut self, failure: Failure) {
@@ -398,7 +439,7 @@ impl Exchange {
     }
 
     /// Sends what is missing to whoever may and can compute it now.
-    fn plan(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
+    fn plan(&mut self, view: &ClusterView, pace: &mut Pace, now_us: u64) -> Vec<Command> {
         if self.unanswered == 0 || self.failure.is_some() {
             return Vec::new();
         }
@@ -413,11 +454,21 @@ impl Exchange {
             });
             return Vec::new();
         }
-        let groups = self.assign(view, now_us);
-        let commands = self.frames(view, groups, now_us);
+        pace.blame_overdue(now_us);
+        let groups = self.assign(view, pace, now_us);
+        let mut commands = self.frames(view, pace, groups, now_us);
+        let groups = self.hedge(view, pace, now_us);
+        commands.extend(self.frames(view, pace, groups, now_us));
         let still_missing = any_missing && self.slots.contains(&Slot::Missing);
-        self.wake_us = still_missing.then(|| self.standing.next_return_us(now_us)).flatten();
+        let rested_us = still_missing.then(|| self.standing.next_return_us(now_us)).flatten();
+        self.wake_us = rested_us.into_iter().chain(self.next_late_us(now_us)).min();
         commands
+    }
+
+    /// When the next frame will be late, or overdue.
+    fn next_late_us(&self, now_us: u64) -> Option<u64> {
+        let times = |sent: &InFlight| [sent.patience.hedge_at_us, sent.patience.overdue_at_us];
+        self.in_flight.values().flat_map(times).filter(|at| *at > now_us).min()
     }
 }
 

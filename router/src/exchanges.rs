@@ -16,6 +16,7 @@ use entente_proto::frame::Answer;
 use entente_proto::ids::{ExchangeId, NodeId};
 
 use crate::exchange::{Command, Exchange, ExchangeIds, Job, Status};
+use crate::pace::{Pace, Work};
 use crate::view::ClusterView;
 
 /// Stands for an exchange that was started. Not cloneable: an exchange is finished once.
@@ -29,6 +30,8 @@ pub struct Exchanges {
     ids: ExchangeIds,
     /// By the number that all names of an exchange's frames share.
     in_flight: BTreeMap<u64, Exchange>,
+    /// How fast nodes answer, over all exchanges.
+    pace: Pace,
 }
 
 impl Exchanges {
@@ -44,7 +47,8 @@ impl Exchanges {
 
     /// Starts one more exchange; see [`Exchange::start`].
     pub fn start(&mut self, job: Job, view: &ClusterView, now_us: u64) -> (Ticket, Vec<Command>) {
-        let (exchange, commands) = Exchange::start(job, view, &mut self.ids, now_us);
+        let (exchange, commands) =
+            Exchange::start(job, view, &mut self.pace, &mut self.ids, now_us);
         let number = exchange.number();
         self.in_flight.insert(number, exchange);
         (Ticket(number), commands)
@@ -83,36 +87,50 @@ impl Exchanges {
         answer: Answer,
         now_us: u64,
     ) -> Vec<Command> {
-        let Some(exchange) = self.owner(answer.exchange) else { return Vec::new() };
-        exchange.on_answer(view, node, answer, now_us)
+        let Self { in_flight, pace, .. } = self;
+        match in_flight.get_mut(&Exchange::number_of(answer.exchange)) {
+            Some(exchange) => exchange.on_answer(view, pace, node, answer, now_us),
+            None => {
+                // Nobody waits for it any more, but it tells that the node is well.
+                pace.on_answer(node, &answer, now_us);
+                Vec::new()
+            }
+        }
     }
 
     /// A frame could not be handed to its link.
     pub fn on_not_sent(&mut self, view: &ClusterView, id: ExchangeId, now_us: u64) -> Vec<Command> {
-        let Some(exchange) = self.owner(id) else { return Vec::new() };
-        exchange.on_not_sent(view, id, now_us)
+        let Self { in_flight, pace, .. } = self;
+        let exchange = in_flight.get_mut(&Exchange::number_of(id));
+        exchange.map_or(Vec::new(), |exchange| exchange.on_not_sent(view, pace, id, now_us))
     }
 
     /// The link to `node` broke. The view must know already.
     pub fn on_link_down(&mut self, view: &ClusterView, node: NodeId, now_us: u64) -> Vec<Command> {
-        self.all(|exchange| exchange.on_link_down(view, node, now_us))
+        self.pace.on_link_down(node);
+        self.all(|exchange, pace| exchange.on_link_down(view, pace, node, now_us))
     }
 
     /// Nodes came up or epochs moved.
     pub fn on_view_changed(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
-        self.all(|exchange| exchange.on_view_changed(view, now_us))
+        self.all(|exchange, pace| exchange.on_view_changed(view, pace, now_us))
     }
 
     /// Time passed. Harmless for exchanges that do not wait for it.
     pub fn on_tick(&mut self, view: &ClusterView, now_us: u64) -> Vec<Command> {
-        self.all(|exchange| exchange.on_tick(view, now_us))
+        self.all(|exchange, pace| exchange.on_tick(view, pace, now_us))
     }
 
-    fn owner(&mut self, id: ExchangeId) -> Option<&mut Exchange> {
-        self.in_flight.get_mut(&Exchange::number_of(id))
+    /// What was sent more than once since the last call.
+    pub fn take_work(&mut self) -> Work {
+        self.pace.take_work()
     }
 
-    fn all(&mut self, tell: impl FnMut(&mut Exchange) -> Vec<Command>) -> Vec<Command> {
-        self.in_flight.values_mut().flat_map(tell).collect()
+    fn all(
+        &mut self,
+        mut tell: impl FnMut(&mut Exchange, &mut Pace) -> Vec<Command>,
+    ) -> Vec<Command> {
+        let Self { in_flight, pace, .. } = self;
+        in_flight.values_mut().flat_map(|exchange| tell(exchange, pace)).collect()
     }
 }

@@ -31,5 +31,8 @@
 pub mod exchange;
 pub mod exchanges;
 pub mod gate;
+pub mod pace;
 pub mod placement;
+#[cfg(test)]
+mod testing;
 pub mod view;

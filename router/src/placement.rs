@@ -1,19 +1,165 @@
-//! Which node holds which expert: a pure function of the nodes, the model and the replicas wanted,
-//! so that every process that is given the same cluster computes the same placement.
+//! Which node holds which expert: a pure function of the nodes, the model, the replicas wanted and
+//! the load measured, so that every process that is given the same cluster computes the same plan.
 //!
-//! Each region gets a **complete** set of experts, `replicas` copies of each on as many different
-//! nodes of that region: a request must never depend on another country. Within a region the
-//! experts of every layer are spread evenly over the nodes, as far as their memory allows. What
-//! does not fit is refused with the arithmetic.
+//! The order of what is granted:
+//! 1. one **complete** set of experts in each serving region: a request must never depend on
+//!    another country;
+//! 2. `replicas` copies of each in each serving region, on as many different nodes, at different
+//!    sites where there are some: one node, or one site, may be lost;
+//! 3. redundant copies of the experts that are hot, as far as memory goes ([`eplb`]).
 //!
-//! It does not know how often an expert is chosen; balancing by load builds on this later.
+//! Within a region the load of every layer is spread evenly over the nodes, because a layer's
+//! exchange takes as long as its busiest node. What is there stays there unless moving it pays.
+//! What does not fit is refused with the arithmetic, and so is what would cross a border on the
+//! normal path: one crossing is one round trip for each layer of each token.
+//!
+//! It decides what should be, not how to get there; [`crate::moves`] does.
 
-use std::cmp::Reverse;
-use std::collections::BTreeMap;
+pub mod eplb;
+mod region;
+#[cfg(test)]
+mod tests;
 
-use entente_proto::ids::{NodeId, Region};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use entente_proto::ids::{LayerId, NodeId, Region, RegionSet};
 use entente_proto::placement::ExpertKey;
 pub use entente_proto::placement::{ModelShape, Placement, PlacementNode};
+
+/// How often each expert was chosen, in rows. What is absent counts as never.
+pub type Loads = BTreeMap<ExpertKey, u64>;
+
+/// What may be done with a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostState {
+    /// It may be given experts.
+    Usable,
+    /// It keeps what it holds and is given nothing new.
+    Cordoned,
+    /// It is to be empty: nothing that it holds counts.
+    Draining,
+}
+
+/// An expert node as the planner sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Host {
+    /// The node.
+    pub id: NodeId,
+    /// The country that it stands in.
+    pub region: Region,
+    /// The data centre within the region; absent where nobody said.
+    pub site: Option<String>,
+    /// Bytes that expert weights may take there; not limited when absent.
+    pub memory_bytes: Option<u64>,
+    /// What may be done with it.
+    pub state: HostState,
+    /// The experts that it holds now.
+    pub held: BTreeSet<ExpertKey>,
+}
+
+impl From<&PlacementNode> for Host {
+    fn from(node: &PlacementNode) -> Self {
+        Self {
+            id: node.id,
+            region: node.region,
+            site: None,
+            memory_bytes: node.memory_bytes,
+            state: HostState::Usable,
+            held: BTreeSet::new(),
+        }
+    }
+}
+
+/// Round-trip times between regions, in microseconds. A pair is measured in either direction.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RoundTrips(BTreeMap<(Region, Region), u64>);
+
+impl RoundTrips {
+    /// Takes note of a measured round trip.
+    pub fn set(&mut self, a: Region, b: Region, rtt_us: u64) {
+        self.0.insert((a.min(b), a.max(b)), rtt_us);
+    }
+
+    /// The round trip between two regions, if it was measured.
+    pub fn get(&self, a: Region, b: Region) -> Option<u64> {
+        self.0.get(&(a.min(b), a.max(b))).copied()
+    }
+}
+
+/// Everything that a plan depends on.
+#[derive(Debug, Clone)]
+pub struct Planner<'a> {
+    /// The expert nodes that are up, in any order.
+    pub hosts: &'a [Host],
+    /// The model.
+    pub shape: &'a ModelShape,
+    /// The regions that have coordinators: each gets a complete set. Others get nothing.
+    pub serving: &'a RegionSet,
+    /// Copies of each expert in each serving region.
+    pub replicas: u16,
+    /// Further copies, of hot experts, in each layer of each serving region at most. They take
+    /// only memory that is left, and none while no load is measured.
+    pub redundant_per_layer: u16,
+    /// The load of the last while; without it all experts count as equally hot.
+    pub loads: Option<&'a Loads>,
+    /// Round trips between regions.
+    pub round_trips: &'a RoundTrips,
+}
+
+/// A placement with the figures that speak for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Which node should hold which expert.
+    pub placement: Placement,
+    /// What each serving region looks like.
+    pub regions: BTreeMap<Region, RegionPlan>,
+}
+
+/// One region of a plan.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RegionPlan {
+    /// Bytes of all copies together.
+    pub bytes_needed: u128,
+    /// Bytes that the nodes have room for, no node holding an expert twice.
+    pub bytes_there: u128,
+    /// Copies beyond the replicas that were asked for.
+    pub redundant: u64,
+    /// Copies that share a site with another copy of their expert.
+    pub site_conflicts: u64,
+    /// Load of the busiest node over the average, by layer.
+    pub max_over_mean: BTreeMap<LayerId, f64>,
+}
+
+/// What serving a region from another would cost at best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Crossing {
+    /// The nearest region that could hold what is missing.
+    pub to: Region,
+    /// Layers that cannot be complete at home: each costs a round trip for every token.
+    pub crossings_per_token: u64,
+    /// The measured round trip.
+    pub rtt_us: Option<u64>,
+}
+
+impl Crossing {
+    /// Microseconds that the crossings alone add to every token.
+    pub fn predicted_us(&self) -> Option<u64> {
+        Some(self.crossings_per_token.saturating_mul(self.rtt_us?))
+    }
+}
+
+impl fmt::Display for Crossing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { to, crossings_per_token: count, rtt_us } = self;
+        write!(f, "serving it from {to} would cross the border {count} times per token")?;
+        let ms = |us: u64| us as f64 / 1e3;
+        match rtt_us.zip(self.predicted_us()) {
+            Some((rtt, all)) => write!(f, ": {count} x {} ms = {} ms per token", ms(rtt), ms(all)),
+            None => write!(f, "; the round trip is not measured"),
+        }
+    }
+}
 
 /// Why experts cannot be placed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -22,21 +168,27 @@ pub enum PlacementRefused {
     #[error("replicas is 0; each expert needs at least 1 replica")]
     NoReplicas,
     /// Replicas of one expert would have to share a node.
-    #[error("region {region}: {replicas} replicas need {replicas} nodes, it has {nodes}")]
+    #[error(
+        "region {region}: {replicas} replicas need {replicas} nodes, it has {nodes}{}",
+        and(.crossing)
+    )]
     TooFewNodes {
         /// The region.
         region: Region,
         /// Replicas wanted of each expert.
         replicas: u16,
-        /// Expert nodes of the region.
+        /// Expert nodes of the region that may be used.
         nodes: usize,
+        /// What doing without would cost, where not even one set is complete.
+        crossing: Option<Crossing>,
     },
     /// The nodes of a region are too small.
     #[error(
         "region {region}: {replicas} x {experts} experts of {expert_bytes} bytes need {} bytes; \
-         its {nodes} nodes have room for {room} experts ({} bytes)",
+         its {nodes} nodes have room for {room} experts ({} bytes){}",
         bytes(u64::from(*.replicas) * .experts, *.expert_bytes),
-        bytes(*.room, *.expert_bytes)
+        bytes(*.room, *.expert_bytes),
+        and(.crossing)
     )]
     TooLittleMemory {
         /// The region.
@@ -47,10 +199,12 @@ pub enum PlacementRefused {
         experts: u64,
         /// Bytes of one expert.
         expert_bytes: u64,
-        /// Expert nodes of the region.
+        /// Expert nodes of the region that may be used.
         nodes: usize,
         /// Replicas that fit into them, no node holding an expert twice.
         room: u64,
+        /// What doing without would cost, where not even one set is complete.
+        crossing: Option<Crossing>,
     },
 }
 
@@ -58,200 +212,117 @@ fn bytes(experts: u64, expert_bytes: u64) -> u128 {
     u128::from(experts) * u128::from(expert_bytes)
 }
 
-/// Places `replicas` copies of every expert in every region that has nodes.
-///
-/// Deterministic; the order of `nodes` does not matter. Without memory limits no node of a region
-/// holds two experts more than another.
+fn and(crossing: &Option<Crossing>) -> String {
+    crossing.map_or_else(String::new, |crossing| format!("; {crossing}"))
+}
+
+/// Places `replicas` copies of every expert in every region that has nodes: the first placement of
+/// a cluster, where nothing is held and nothing measured.
 pub fn plan(
     nodes: &[PlacementNode],
     shape: &ModelShape,
     replicas: u16,
 ) -> Result<Placement, PlacementRefused> {
-    if replicas == 0 {
-        return Err(PlacementRefused::NoReplicas);
-    }
-    let mut regions: BTreeMap<Region, Vec<&PlacementNode>> = BTreeMap::new();
-    for node in nodes {
-        regions.entry(node.region).or_default().push(node);
-    }
-    let mut placement = Placement::new();
-    for (region, nodes) in regions {
-        let mut spread = Spread::new(shares(region, &nodes, shape, replicas)?);
-        for expert in shape.experts() {
-            spread.place(expert, replicas, &mut placement);
-        }
-    }
-    Ok(placement)
+    let hosts: Vec<Host> = nodes.iter().map(Host::from).collect();
+    let planner = Planner {
+        hosts: &hosts,
+        shape,
+        serving: &hosts.iter().map(|host| host.region).collect(),
+        replicas,
+        redundant_per_layer: 0,
+        loads: None,
+        round_trips: &RoundTrips::default(),
+    };
+    planner.plan().map(|plan| plan.placement)
 }
 
-/// How many replicas each node of a region gets: as even as memory allows.
-///
-/// Water-filling: the nodes with least room take what they can of an equal share, the others
-/// divide the rest. No share exceeds the number of experts, and all add up to `replicas x experts`;
-/// that is what makes [`Spread::place`] always find enough different nodes.
-fn shares(
-    region: Region,
-    nodes: &[&PlacementNode],
-    shape: &ModelShape,
-    replicas: u16,
-) -> Result<Vec<(NodeId, u64)>, PlacementRefused> {
-    if nodes.len() < usize::from(replicas) {
-        return Err(PlacementRefused::TooFewNodes { region, replicas, nodes: nodes.len() });
+impl<'a> Planner<'a> {
+    /// Plans every serving region. Deterministic; the order of the hosts does not matter.
+    pub fn plan(&self) -> Result<Plan, PlacementRefused> {
+        if self.replicas == 0 {
+            return Err(PlacementRefused::NoReplicas);
+        }
+        let mut plan = Plan { placement: Placement::new(), regions: BTreeMap::new() };
+        for region in self.serving {
+            let packed = region::pack(self, *region).ok_or_else(|| self.refusal(*region))?;
+            for (expert, node) in packed.copies() {
+                plan.placement.add(expert, node);
+            }
+            let there = bytes(self.room(*region), self.shape.expert_bytes);
+            plan.regions.insert(*region, packed.figures(there));
+        }
+        Ok(plan)
     }
-    let experts = shape.expert_count();
-    let room_of = |node: &PlacementNode| {
-        let fits = node.memory_bytes.map(|bytes| bytes / shape.expert_bytes.max(1));
+
+    /// The hosts of a region whose copies count, in ascending order.
+    fn hosts_of(&self, region: Region) -> Vec<&'a Host> {
+        let counts = |host: &&Host| host.region == region && host.state != HostState::Draining;
+        let mut hosts: Vec<&'a Host> = self.hosts.iter().filter(counts).collect();
+        hosts.sort_unstable_by_key(|host| host.id);
+        hosts
+    }
+
+    /// Different experts that fit on a host: those it may have, bounded by its memory.
+    fn room_of(&self, host: &Host) -> u64 {
+        let experts = match host.state {
+            HostState::Usable => self.shape.expert_count(),
+            HostState::Cordoned => host.held.len() as u64,
+            HostState::Draining => 0,
+        };
+        let fits = host.memory_bytes.map(|bytes| bytes / self.shape.expert_bytes.max(1));
         fits.unwrap_or(experts).min(experts)
-    };
-    let mut rooms: Vec<(u64, NodeId)> = nodes.iter().map(|n| (room_of(n), n.id)).collect();
-    rooms.sort_unstable();
-    let room: u64 = rooms.iter().map(|(room, _)| room).sum();
-    let mut left = u64::from(replicas) * experts;
-    if room < left {
-        let (expert_bytes, nodes) = (shape.expert_bytes, nodes.len());
-        return Err(PlacementRefused::TooLittleMemory {
+    }
+
+    fn room(&self, region: Region) -> u64 {
+        self.hosts_of(region).into_iter().map(|host| self.room_of(host)).sum()
+    }
+
+    /// The arithmetic of why a region could not be packed.
+    fn refusal(&self, region: Region) -> PlacementRefused {
+        let (replicas, experts) = (self.replicas, self.shape.expert_count());
+        let expert_bytes = self.shape.expert_bytes;
+        let (nodes, room) = (self.hosts_of(region).len(), self.room(region));
+        let crossing = self.crossing(region);
+        if room >= u64::from(replicas) * experts || nodes < usize::from(replicas) {
+            // Memory would do, were it on other nodes: some expert finds too few that may hold it.
+            let usable = |host: &&Host| host.state == HostState::Usable;
+            let nodes = self.hosts_of(region).iter().copied().filter(usable).count();
+            return PlacementRefused::TooFewNodes { region, replicas, nodes, crossing };
+        }
+        PlacementRefused::TooLittleMemory {
             region,
             replicas,
             experts,
             expert_bytes,
             nodes,
             room,
-        });
-    }
-    let count = rooms.len() as u64;
-    let mut shares = Vec::with_capacity(rooms.len());
-    for (i, (room, node)) in rooms.into_iter().enumerate() {
-        let share = (left / (count - i as u64)).min(room);
-        left -= share;
-        shares.push((node, share));
-    }
-    Ok(shares)
-}
-
-/// Deals the experts of the model out to the nodes of one region.
-struct Spread {
-    /// Each node with the replicas that it will still get.
-    left: Vec<(NodeId, u64)>,
-    /// How many experts the nodes `i` and `j` share, at `i * nodes + j`.
-    shared: Vec<u32>,
-}
-
-impl Spread {
-    fn new(mut shares: Vec<(NodeId, u64)>) -> Self {
-        shares.sort_unstable();
-        Self { shared: vec![0; shares.len() * shares.len()], left: shares }
-    }
-
-    /// Puts one expert on the nodes with most replicas left to get; that order always works out.
-    /// Of equal ones it takes those that share least with the nodes taken already, so that the
-    /// load of a lost node falls on many others and not on one twin.
-    fn place(&mut self, expert: ExpertKey, replicas: u16, placement: &mut Placement) {
-        let count = self.left.len();
-        let mut taken: Vec<usize> = Vec::with_capacity(replicas.into());
-        for _ in 0..replicas {
-            let shared = |i: usize| taken.iter().map(|j| self.shared[i * count + j]).sum::<u32>();
-            let best = (0..count)
-                .filter(|i| !taken.contains(i))
-                .min_by_key(|i| (Reverse(self.left[*i].1), shared(*i)))
-                .expect("a region has at least as many nodes as replicas");
-            for other in &taken {
-                self.shared[best * count + other] += 1;
-                self.shared[other * count + best] += 1;
-            }
-            let (node, left) = &mut self.left[best];
-            *left -= 1;
-            placement.add(expert, *node);
-            taken.push(best);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use entente_proto::ids::{ExpertId, LayerId};
-
-    fn nodes(code: &str, ids: std::ops::Range<u32>, memory: Option<u64>) -> Vec<PlacementNode> {
-        let region = code.parse().unwrap();
-        ids.map(|id| PlacementNode { id: NodeId(id), region, memory_bytes: memory }).collect()
-    }
-
-    fn mixtral() -> ModelShape {
-        ModelShape { layers: (0..4).map(|l| (LayerId(l), 8)).collect(), expert_bytes: 100 }
-    }
-
-    #[test]
-    fn each_region_gets_a_complete_and_even_set_whatever_its_size() {
-        let shape = mixtral();
-        for (fr, se, replicas) in [(1, 1, 1), (2, 2, 1), (4, 2, 2), (3, 5, 3), (7, 2, 2)] {
-            let all = [nodes("fr", 0..fr, None), nodes("se", 100..100 + se, None)].concat();
-            let placement = plan(&all, &shape, replicas).unwrap();
-            for ids in [0..fr, 100..100 + se] {
-                let here = |id: &NodeId| ids.contains(&id.0);
-                for expert in shape.experts() {
-                    let copies = placement.replicas(expert).filter(here).count();
-                    assert_eq!(copies, usize::from(replicas), "{expert:?} of {ids:?}");
-                }
-                let held = ids.clone().map(|id| placement.experts_of(NodeId(id)).len());
-                let (min, max) = (held.clone().min().unwrap(), held.max().unwrap());
-                assert!(max - min <= 1, "{ids:?} hold from {min} to {max}");
-            }
+            crossing,
         }
     }
 
-    #[test]
-    fn the_order_of_the_nodes_does_not_matter() {
-        let forward = nodes("fr", 0..5, None);
-        let backward: Vec<_> = forward.iter().rev().cloned().collect();
-        assert_eq!(plan(&forward, &mixtral(), 2), plan(&backward, &mixtral(), 2));
-    }
-
-    #[test]
-    fn a_lost_node_leaves_its_load_to_all_others() {
-        let placement = plan(&nodes("fr", 0..4, None), &mixtral(), 2).unwrap();
-        for lost in 0..4 {
-            let experts = placement.experts_of(NodeId(lost));
-            let heirs = experts.iter().flat_map(|e| placement.replicas(*e)).collect::<Vec<_>>();
-            for other in (0..4).filter(|id| *id != lost) {
-                let inherits = heirs.iter().filter(|id| id.0 == other).count();
-                assert!((4..=7).contains(&inherits), "{other} inherits {inherits} from {lost}");
+    /// What it would cost to serve the region from elsewhere; absent when it can hold one complete
+    /// set, or nobody else can.
+    fn crossing(&self, region: Region) -> Option<Crossing> {
+        let mut room = self.room(region);
+        let mut layers: Vec<u64> = self.shape.layers.iter().map(|(_, n)| u64::from(*n)).collect();
+        // The small layers first: that leaves the fewest incomplete.
+        layers.sort_unstable();
+        let mut crossings_per_token = 0;
+        for experts in layers {
+            match room.checked_sub(experts) {
+                Some(left) => room = left,
+                None => crossings_per_token += 1,
             }
         }
-    }
-
-    #[test]
-    fn small_nodes_get_what_fits_and_the_large_one_gets_the_rest() {
-        let mut all = nodes("fr", 0..3, Some(850));
-        all[1].memory_bytes = None;
-        // 32 experts twice: nodes 0 and 2 take 8 each, node 1 would need 48, more than there are.
-        assert!(plan(&all, &mixtral(), 2).is_err());
-        let placement = plan(&all, &mixtral(), 1).unwrap();
-        let held = [0, 1, 2].map(|id| placement.experts_of(NodeId(id)).len());
-        assert_eq!(held, [8, 16, 8]);
-    }
-
-    #[test]
-    fn what_does_not_fit_is_refused_with_the_arithmetic() {
-        let refused = |nodes: &[PlacementNode], replicas| {
-            plan(nodes, &mixtral(), replicas).unwrap_err().to_string()
+        let experts = self.shape.expert_count();
+        let able = |other: &Region| *other != region && self.room(*other) >= experts;
+        let others: BTreeSet<Region> = self.hosts.iter().map(|host| host.region).collect();
+        let distance = |other: &Region| {
+            let rtt_us = self.round_trips.get(region, *other);
+            (rtt_us.is_none(), rtt_us, *other)
         };
-        assert_eq!(
-            refused(&nodes("fr", 0..2, Some(1_000)), 1),
-            "region fr: 1 x 32 experts of 100 bytes need 3200 bytes; \
-             its 2 nodes have room for 20 experts (2000 bytes)"
-        );
-        assert_eq!(
-            refused(&nodes("se", 0..1, None), 2),
-            "region se: 2 replicas need 2 nodes, it has 1"
-        );
-        assert!(refused(&nodes("se", 0..1, None), 0).contains("replicas is 0"));
-    }
-
-    #[test]
-    fn experts_are_placed_by_layer_and_number() {
-        let placement = plan(&nodes("fr", 0..2, None), &mixtral(), 1).unwrap();
-        let first: Vec<_> = placement.replicas((LayerId(3), ExpertId(7))).collect();
-        assert_eq!(first.len(), 1);
-        assert_eq!(placement.replicas((LayerId(4), ExpertId(0))).count(), 0);
+        let to = others.into_iter().filter(able).min_by_key(distance)?;
+        let rtt_us = self.round_trips.get(region, to);
+        (crossings_per_token > 0).then_some(Crossing { to, crossings_per_token, rtt_us })
     }
 }

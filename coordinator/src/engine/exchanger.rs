@@ -263,5 +263,8 @@ impl Exchanger {
                 commands.extend(self.exchanges.on_not_sent(&self.view, id, now_us));
             }
         }
+        let work = self.exchanges.take_work();
+        self.metrics.hedged_rows.inc_by(work.hedged);
+        self.metrics.retried_rows.inc_by(work.retried);
     }
 }

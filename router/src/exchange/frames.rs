@@ -1,40 +1,38 @@
 //! From missing slots to frames: who gets which slot, and how the rows are packed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use entente_proto::frame::{ASSIGNMENTS_MAX, Assignment, Dispatch, ROWS_BYTES_MAX, ROWS_MAX};
 use entente_proto::ids::{ExchangeId, ExpertId, Fence, NodeId};
 
 use super::{Command, Exchange, InFlight, Job, Slot};
+use crate::pace::Pace;
 use crate::view::ClusterView;
 
 /// Missing slots in ascending order, by the node that gets them and the policy of their rows: a
 /// frame carries one policy, and rows of different policies must not share one.
 pub(super) type Groups = BTreeMap<(NodeId, u16), Vec<u32>>;
 
+/// The replicas that may compute a row of a policy through an expert, looked up once.
+type Replicas = BTreeMap<(u16, ExpertId), Vec<NodeId>>;
+
 impl Exchange {
-    /// Gives each missing slot to the replica with the fewest slots, of equals the lowest node.
-    /// Slots that nobody may compute now stay missing.
-    pub(super) fn assign(&mut self, view: &ClusterView, now_us: u64) -> Groups {
-        let mut replicas: BTreeMap<(u16, ExpertId), Vec<NodeId>> = BTreeMap::new();
+    /// Gives each missing slot to a replica that is not suspect, of those to the one with the fewest
+    /// slots, of equals to the lowest node. Slots that nobody may compute now stay missing.
+    pub(super) fn assign(&mut self, view: &ClusterView, pace: &Pace, now_us: u64) -> Groups {
+        let mut known = Replicas::new();
         let mut groups = Groups::new();
-        for (i, slot) in self.slots.iter().enumerate() {
-            if *slot != Slot::Missing {
+        for i in 0..self.slots.len() {
+            if self.slots[i] != Slot::Missing {
                 continue;
             }
             let policy = self.job.policy_of_row[i / self.job.top_k];
-            let expert = self.job.choices[i].expert;
-            let usable = |node: &NodeId| {
-                view.fence(*node)
-                    .is_some_and(|fence| self.standing.in_favour(*node, &fence, now_us))
+            let replicas = self.usable(view, &mut known, i, now_us);
+            let key = |node: &NodeId| {
+                (pace.is_suspect(*node, now_us), self.standing.assigned(*node), *node)
             };
-            let replicas = replicas.entry((policy, expert)).or_insert_with(|| {
-                let regions = &self.job.policies[usize::from(policy)];
-                view.replicas((self.job.layer, expert), regions).filter(usable).collect()
-            });
-            let least = replicas.iter().min_by_key(|node| (self.standing.assigned(**node), **node));
-            if let Some(node) = least.copied() {
+            if let Some(node) = replicas.iter().copied().min_by_key(key) {
                 self.standing.assign(node);
                 groups.entry((node, policy)).or_default().push(i as u32);
             }
@@ -42,10 +40,72 @@ impl Exchange {
         groups
     }
 
+    /// Gives slots that are late in every frame that carries them to one more replica: one that
+    /// does not have them yet and is not suspect itself. Nothing, when the budget is short of it.
+    pub(super) fn hedge(&mut self, view: &ClusterView, pace: &mut Pace, now_us: u64) -> Groups {
+        let late = |sent: &&InFlight| now_us >= sent.patience.hedge_at_us;
+        let mut asked: BTreeMap<u32, (BTreeSet<NodeId>, bool)> = BTreeMap::new();
+        for sent in self.in_flight.values().filter(late) {
+            let overdue = now_us >= sent.patience.overdue_at_us;
+            for slot in &sent.slots {
+                let (nodes, all_overdue) = asked.entry(*slot).or_insert((BTreeSet::new(), true));
+                nodes.insert(sent.node);
+                *all_overdue &= overdue;
+            }
+        }
+        let mut known = Replicas::new();
+        let mut groups = [Groups::new(), Groups::new()];
+        for (slot, (nodes, overdue)) in asked {
+            let i = slot as usize;
+            if self.slots[i] != Slot::InFlight(nodes.len() as u8) {
+                continue;
+            }
+            let policy = self.job.policy_of_row[i / self.job.top_k];
+            let replicas = self.usable(view, &mut known, i, now_us);
+            let other = |node: &&NodeId| !nodes.contains(node) && !pace.is_suspect(**node, now_us);
+            let key = |node: &&NodeId| (self.standing.assigned(**node), **node);
+            if let Some(node) = replicas.iter().filter(other).min_by_key(key).copied() {
+                self.standing.assign(node);
+                groups[usize::from(overdue)].entry((node, policy)).or_default().push(slot);
+            }
+        }
+        let [late, mut paid] = groups;
+        let rows = |groups: &Groups| groups.values().map(Vec::len).sum::<usize>();
+        pace.pay(rows(&paid), true);
+        if !late.is_empty() && pace.pay(rows(&late), false) {
+            for (to, slots) in late {
+                let group = paid.entry(to).or_default();
+                group.extend(slots);
+                group.sort_unstable();
+            }
+        }
+        paid
+    }
+
+    /// The replicas that may compute a slot now.
+    fn usable<'a>(
+        &self,
+        view: &ClusterView,
+        known: &'a mut Replicas,
+        slot: usize,
+        now_us: u64,
+    ) -> &'a [NodeId] {
+        let policy = self.job.policy_of_row[slot / self.job.top_k];
+        let expert = self.job.choices[slot].expert;
+        let in_favour = |node: &NodeId| {
+            view.fence(*node).is_some_and(|fence| self.standing.in_favour(*node, &fence, now_us))
+        };
+        known.entry((policy, expert)).or_insert_with(|| {
+            let regions = &self.job.policies[usize::from(policy)];
+            view.replicas((self.job.layer, expert), regions).filter(in_favour).collect()
+        })
+    }
+
     /// Turns groups into frames within the bounds of the wire, and takes note of them.
     pub(super) fn frames(
         &mut self,
         view: &ClusterView,
+        pace: &mut Pace,
         groups: Groups,
         now_us: u64,
     ) -> Vec<Command> {
@@ -55,9 +115,15 @@ impl Exchange {
             for slots in split(&self.job, slots) {
                 let frame = self.frame(fence, policy, &slots, now_us);
                 for slot in &slots {
-                    self.slots[*slot as usize] = Slot::InFlight;
+                    let slot = &mut self.slots[*slot as usize];
+                    *slot = match *slot {
+                        Slot::InFlight(frames) => Slot::InFlight(frames + 1),
+                        _ => Slot::InFlight(1),
+                    };
                 }
-                let sent = InFlight { node, fence, answer_len: frame.answer_len(), slots };
+                let patience = pace.on_sent(frame.exchange, node, slots.len(), now_us);
+                let answer_len = frame.answer_len();
+                let sent = InFlight { node, fence, answer_len, patience, slots };
                 self.in_flight.insert(frame.exchange, sent);
                 commands.push(Command::Send { node, frame });
             }

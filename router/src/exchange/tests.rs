@@ -1,5 +1,6 @@
 //! The exchange against simulated nodes that are slow, busy, broken, restarted and lying.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use entente_proto::ids::{
@@ -9,6 +10,7 @@ use entente_proto::placement::{ModelShape, Placement, PlacementNode};
 
 use super::*;
 use crate::placement;
+use crate::testing::Random;
 use crate::view::NodeView;
 
 pub(crate) const LAYER: LayerId = LayerId(2);
@@ -16,31 +18,6 @@ pub(crate) const DEADLINE_US: u64 = 1_000_000;
 
 pub(crate) fn region(code: &str) -> Region {
     code.parse().unwrap()
-}
-
-/// SplitMix64: all that a test needs of randomness.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-
-    pub(crate) fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    fn value(&mut self) -> f32 {
-        self.below(2_000_001) as f32 / 1e6 - 1.0
-    }
 }
 
 /// A view of live nodes `0..fr` in fr (home) and `100..100 + se` in se.
@@ -160,11 +137,27 @@ pub(crate) fn sends(commands: Vec<Command>) -> Vec<(NodeId, Dispatch)> {
     commands.into_iter().map(|Command::Send { node, frame }| (node, frame)).collect()
 }
 
+/// Lets every node answer in `time_us`, so that there is a p95.
+fn warm(pace: &mut Pace, view: &ClusterView, time_us: u64) {
+    for node in view.nodes.keys() {
+        for id in 0..64 {
+            let exchange = ExchangeId(id);
+            pace.on_sent(exchange, *node, 8, 0);
+            pace.on_answer(
+                *node,
+                &Answer { exchange, fence: None, result: Ok(Bytes::new()) },
+                time_us,
+            );
+        }
+    }
+}
+
 /// One exchange among nodes that misbehave as a seed says, for some time; then they are healthy.
 struct Storm {
     random: Random,
     view: ClusterView,
     exchange: Exchange,
+    pace: Pace,
     /// Frames on their way to nodes or back.
     travelling: Vec<(NodeId, Dispatch)>,
     now_us: u64,
@@ -181,8 +174,13 @@ impl Storm {
         let top_k = 1 + random.below(experts.min(4));
         let dtype = if random.one_in(2) { Dtype::F32 } else { Dtype::Bf16 };
         let job = job(&mut random, rows, experts, top_k, dtype);
-        let (exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
-        Self { random, view, exchange, travelling: sends(commands), now_us: 0 }
+        let mut pace = Pace::new();
+        // Nodes were fast until now, and hedges are paid for: late frames are asked for again.
+        warm(&mut pace, &view, 1_000 + random.below(4_000) as u64);
+        pace.earn(random.below(2_000));
+        let mut ids = ExchangeIds { blocks: 1 };
+        let (exchange, commands) = Exchange::start(job, &view, &mut pace, &mut ids, 0);
+        Self { random, view, exchange, pace, travelling: sends(commands), now_us: 0 }
     }
 
     fn send(&mut self, commands: Vec<Command>) {
@@ -202,7 +200,7 @@ impl Storm {
         let kind = self.random.below(12);
         let commands = match kind {
             0 => return self.restart(node),
-            1 => self.exchange.on_not_sent(&self.view, frame.exchange, self.now_us),
+            1 => self.exchange.on_not_sent(&self.view, &mut self.pace, frame.exchange, self.now_us),
             2..7 => {
                 let refusal = match kind {
                     2 => Refusal::Busy,
@@ -229,7 +227,7 @@ impl Storm {
     }
 
     fn answer(&mut self, node: NodeId, answer: Answer) -> Vec<Command> {
-        self.exchange.on_answer(&self.view, node, answer, self.now_us)
+        self.exchange.on_answer(&self.view, &mut self.pace, node, answer, self.now_us)
     }
 
     /// Answers that must not count: right in form, wrong in name, node or fence.
@@ -256,16 +254,16 @@ impl Storm {
     fn restart(&mut self, node: NodeId) {
         let was = self.view.fence(node).unwrap().incarnation;
         self.view.node_down(node);
-        let commands = self.exchange.on_link_down(&self.view, node, self.now_us);
+        let commands = self.exchange.on_link_down(&self.view, &mut self.pace, node, self.now_us);
         self.send(commands);
         self.view.nodes.get_mut(&node).unwrap().live = Some(Incarnation(was.0 + 1));
-        let commands = self.exchange.on_view_changed(&self.view, self.now_us);
+        let commands = self.exchange.on_view_changed(&self.view, &mut self.pace, self.now_us);
         self.send(commands);
     }
 
     fn pass_time(&mut self) {
         self.now_us += 500;
-        let commands = self.exchange.on_tick(&self.view, self.now_us);
+        let commands = self.exchange.on_tick(&self.view, &mut self.pace, self.now_us);
         self.send(commands);
     }
 
@@ -278,7 +276,7 @@ impl Storm {
             let frames = std::mem::take(&mut self.travelling);
             if frames.is_empty() {
                 self.now_us = self.now_us.max(until_us);
-                let commands = self.exchange.on_tick(&self.view, self.now_us);
+                let commands = self.exchange.on_tick(&self.view, &mut self.pace, self.now_us);
                 self.send(commands);
             }
             for (node, frame) in frames {
@@ -297,7 +295,13 @@ impl Storm {
             sent.slots.iter().for_each(|slot| in_flight[*slot as usize] += 1);
         }
         for (slot, frames) in self.exchange.slots.iter().zip(&in_flight) {
-            assert_eq!(*frames, usize::from(*slot == Slot::InFlight), "seed {seed}: {slot:?}");
+            let carried = match slot {
+                Slot::Missing => 0,
+                Slot::InFlight(frames) => usize::from(*frames),
+                Slot::Answered { .. } => continue,
+            };
+            assert_eq!(*frames, carried, "seed {seed}: {slot:?}");
+            assert!(*slot == Slot::Missing || carried > 0, "seed {seed}: in flight in no frame");
         }
         for (node, frame) in &self.travelling {
             let here = self.view.nodes[node].region;
@@ -342,7 +346,7 @@ fn a_row_goes_to_a_node_once_and_work_is_even() {
     let view = view(2, 0, 8, 2);
     let mut job = job(&mut random, 32, 8, 4, Dtype::F32);
     job.policy_of_row.fill(0);
-    let (_, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let (_, commands) = Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     let frames = sends(commands);
     assert_eq!(frames.len(), 2);
     for (_, frame) in frames {
@@ -356,18 +360,19 @@ fn only_what_a_lost_node_owes_is_sent_again() {
     let mut view = view(3, 0, 8, 2);
     let job = job(&mut random, 16, 8, 2, Dtype::Bf16);
     let expected = expected(&job);
-    let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let (mut exchange, commands) =
+        Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     let (lost, kept): (Vec<_>, Vec<_>) =
         sends(commands).into_iter().partition(|(node, _)| *node == NodeId(1));
     view.node_down(NodeId(1));
-    let again = sends(exchange.on_link_down(&view, NodeId(1), 10));
+    let again = sends(exchange.on_link_down(&view, &mut Pace::new(), NodeId(1), 10));
     let slots = |frames: &[(NodeId, Dispatch)]| -> usize {
         frames.iter().map(|(_, frame)| frame.assignments.len()).sum()
     };
     assert_eq!(slots(&again), slots(&lost));
     for (node, frame) in kept.into_iter().chain(again) {
         assert_ne!(node, NodeId(1));
-        exchange.on_answer(&view, node, compute(&frame), 20);
+        exchange.on_answer(&view, &mut Pace::new(), node, compute(&frame), 20);
     }
     assert_eq!(combined(&exchange), expected);
 }
@@ -378,12 +383,16 @@ fn a_busy_node_is_asked_again_after_a_pause_when_nobody_else_can() {
     let view = view(1, 0, 4, 1);
     let mut job = job(&mut random, 1, 4, 2, Dtype::F32);
     job.policy_of_row.fill(0);
-    let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let (mut exchange, commands) =
+        Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     let (node, frame) = sends(commands).remove(0);
-    assert_eq!(exchange.on_answer(&view, node, refuse(&frame, Refusal::Busy), 100), []);
+    assert_eq!(
+        exchange.on_answer(&view, &mut Pace::new(), node, refuse(&frame, Refusal::Busy), 100),
+        []
+    );
     let Status::Waiting { until_us } = exchange.status() else { panic!("must wait") };
-    assert_eq!(exchange.on_tick(&view, until_us - 1), []);
-    let again = sends(exchange.on_tick(&view, until_us));
+    assert_eq!(exchange.on_tick(&view, &mut Pace::new(), until_us - 1), []);
+    let again = sends(exchange.on_tick(&view, &mut Pace::new(), until_us));
     assert_eq!(again[0].1.rows, frame.rows, "a retry sends the same bytes");
 }
 
@@ -393,14 +402,15 @@ fn without_a_replica_the_exchange_waits_for_one_and_then_fails_without_naming_ex
     let mut view = view(1, 1, 4, 1);
     view.node_down(NodeId(0));
     let job = job(&mut random, 4, 4, 2, Dtype::F32);
-    let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let (mut exchange, commands) =
+        Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     assert_eq!(commands, [], "the nodes of the other region are not asked");
     assert_eq!(exchange.status(), Status::Waiting { until_us: DEADLINE_US });
     view.nodes.get_mut(&NodeId(0)).unwrap().live = Some(Incarnation(1));
-    assert_ne!(exchange.on_view_changed(&view, 10), []);
+    assert_ne!(exchange.on_view_changed(&view, &mut Pace::new(), 10), []);
     view.node_down(NodeId(0));
-    exchange.on_link_down(&view, NodeId(0), 20);
-    exchange.on_tick(&view, DEADLINE_US);
+    exchange.on_link_down(&view, &mut Pace::new(), NodeId(0), 20);
+    exchange.on_tick(&view, &mut Pace::new(), DEADLINE_US);
     let Status::Failed(failure) = exchange.status() else { panic!("must fail") };
     assert_eq!(
         failure.to_string(),
@@ -412,10 +422,11 @@ fn without_a_replica_the_exchange_waits_for_one_and_then_fails_without_naming_ex
 fn a_silent_node_fails_the_exchange_at_the_deadline_only() {
     let view = view(1, 0, 4, 1);
     let job = job(&mut Random(5), 4, 4, 2, Dtype::F32);
-    let (mut exchange, _) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
-    exchange.on_tick(&view, DEADLINE_US - 1);
+    let (mut exchange, _) =
+        Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
+    exchange.on_tick(&view, &mut Pace::new(), DEADLINE_US - 1);
     assert_eq!(exchange.status(), Status::Waiting { until_us: DEADLINE_US });
-    exchange.on_tick(&view, DEADLINE_US);
+    exchange.on_tick(&view, &mut Pace::new(), DEADLINE_US);
     let owing = Failure::Deadline { layer: LAYER, node: NodeId(0) };
     assert_eq!(exchange.status(), Status::Failed(owing));
 }
@@ -425,7 +436,8 @@ fn rows_that_may_not_stay_at_home_are_refused_before_anything_is_sent() {
     let view = view(1, 1, 4, 1);
     let mut job = job(&mut Random(6), 4, 4, 2, Dtype::F32);
     job.policies[1] = [region("se")].into();
-    let (exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+    let (exchange, commands) =
+        Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     assert_eq!(commands, []);
     let failure = Failure::NotPermitted { layer: LAYER, home: region("fr") };
     assert_eq!(exchange.status(), Status::Failed(failure));
@@ -445,13 +457,14 @@ fn an_exchange_too_big_for_one_frame_is_split() {
     // 256 KiB a row: 128 rows of answer fit into a frame, 260 are to come.
     for (job, frames) in [(many, 2), (wide, 3)] {
         let expected = expected(&job);
-        let (mut exchange, commands) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+        let (mut exchange, commands) =
+            Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
         let sent = sends(commands);
         assert_eq!(sent.len(), frames);
         for (node, frame) in sent {
             let wire = entente_proto::wire::Dispatch::from(frame.clone());
             assert!(Dispatch::try_from(wire).as_ref() == Ok(&frame), "out of bounds");
-            exchange.on_answer(&view, node, compute(&frame), 1);
+            exchange.on_answer(&view, &mut Pace::new(), node, compute(&frame), 1);
         }
         assert!(combined(&exchange) == expected);
     }
@@ -470,7 +483,8 @@ fn an_impossible_job_fails_instead_of_panicking() {
     for spoil in cases {
         let mut job = job(&mut Random(8), 4, 4, 2, Dtype::F32);
         spoil(&mut job);
-        let (exchange, _) = Exchange::start(job, &view, &mut ExchangeIds::new(), 0);
+        let (exchange, _) =
+            Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
         assert!(matches!(exchange.status(), Status::Failed(Failure::Impossible { .. })));
     }
 }
@@ -481,7 +495,7 @@ fn a_name_tells_which_exchange_it_belongs_to() {
     let mut ids = ExchangeIds::new();
     let mut start = || {
         let job = job(&mut Random(9), 4, 4, 2, Dtype::F32);
-        let (exchange, commands) = Exchange::start(job, &view, &mut ids, 0);
+        let (exchange, commands) = Exchange::start(job, &view, &mut Pace::new(), &mut ids, 0);
         (exchange, sends(commands)[0].1.exchange)
     };
     let ((first, id), (second, _)) = (start(), start());
@@ -494,4 +508,135 @@ fn the_placement_of_the_test_view_is_complete() {
     let view = view(3, 2, 8, 2);
     assert_ne!(*view.placement, Placement::new());
     assert_eq!(view.missing(&[region("fr")].into()), None);
+}
+
+/// One exchange after the other against nodes whose answers take as long as `delay_us` says.
+/// Gives the total work, and the time that each exchange took.
+fn serve(
+    seed: u64,
+    exchanges: usize,
+    view: &ClusterView,
+    delay_us: &mut dyn FnMut(&mut Random, NodeId) -> Option<u64>,
+) -> (crate::pace::Work, Vec<u64>) {
+    let (mut random, mut pace, mut ids) = (Random(seed), Pace::new(), ExchangeIds::new());
+    let (mut now_us, mut took) = (0, Vec::new());
+    // Answers on their way, by arrival; those of earlier exchanges arrive as well.
+    let mut arriving: BTreeMap<(u64, ExchangeId), (NodeId, Dispatch)> = BTreeMap::new();
+    for _ in 0..exchanges {
+        let rows = 1 + random.below(16);
+        let mut job = job(&mut random, rows, 8, 2, Dtype::Bf16);
+        job.deadline_us = now_us + DEADLINE_US;
+        let (expected, started_us) = (expected(&job), now_us);
+        let (mut exchange, mut commands) = Exchange::start(job, view, &mut pace, &mut ids, now_us);
+        loop {
+            for (node, frame) in sends(std::mem::take(&mut commands)) {
+                if let Some(delay_us) = delay_us(&mut random, node) {
+                    arriving.insert((now_us + delay_us, frame.exchange), (node, frame));
+                }
+            }
+            let until_us = match exchange.status() {
+                Status::Done => break,
+                Status::Failed(failure) => panic!("seed {seed}: {failure}"),
+                Status::Waiting { until_us } => until_us,
+            };
+            match arriving.first_entry().filter(|entry| entry.key().0 <= until_us) {
+                Some(entry) => {
+                    now_us = now_us.max(entry.key().0);
+                    let (node, frame) = entry.remove();
+                    commands = exchange.on_answer(view, &mut pace, node, compute(&frame), now_us);
+                }
+                None => {
+                    now_us = until_us;
+                    commands = exchange.on_tick(view, &mut pace, now_us);
+                    let again = Status::Waiting { until_us: now_us };
+                    assert_ne!(exchange.status(), again, "seed {seed}: woken for nothing");
+                }
+            }
+        }
+        assert_eq!(combined(&exchange), expected, "seed {seed}");
+        took.push(now_us - started_us);
+    }
+    (pace.take_work(), took)
+}
+
+/// Two milliseconds, give or take; now and then much more.
+fn healthy(random: &mut Random) -> u64 {
+    let usual = 1_500 + random.below(1_000) as u64;
+    if random.one_in(10) { usual + random.below(20_000) as u64 } else { usual }
+}
+
+#[test]
+fn healthy_nodes_are_hedged_for_at_most_5_percent_of_the_rows() {
+    for seed in 0..20 {
+        let view = view(3, 0, 8, 2);
+        let (work, _) = serve(seed, 500, &view, &mut |random, _| Some(healthy(random)));
+        assert!(work.hedged > 0, "seed {seed}: nothing was hedged");
+        assert!(work.hedged * 20 <= work.sent, "seed {seed}: {work:?}");
+    }
+}
+
+#[test]
+fn a_node_that_hangs_delays_no_exchange_until_its_deadline() {
+    for seed in 0..20 {
+        let view = view(3, 0, 8, 2);
+        let mut asked = 0;
+        let mut delay = |random: &mut Random, node: NodeId| {
+            asked += 1;
+            // Node 1 answers for a while, and never again.
+            (asked < 300 || node != NodeId(1)).then(|| healthy(random))
+        };
+        let (_, took) = serve(seed, 500, &view, &mut delay);
+        let slowest = took.iter().max().copied().unwrap_or_default();
+        assert!(slowest < DEADLINE_US / 5, "seed {seed}: an exchange took {slowest} us");
+        let late = took[150..].iter().filter(|took| **took > 50_000).count();
+        assert!(late <= 3, "seed {seed}: {late} exchanges waited for the node that hangs");
+    }
+}
+
+#[test]
+fn a_slow_node_is_asked_last_and_again_once_it_is_fast() {
+    let view = view(2, 0, 8, 2);
+    let (mut asked, mut to_slow) = (0, [0; 3]);
+    let mut delay = |random: &mut Random, node: NodeId| {
+        asked += 1;
+        let phase = (asked / 1_000).min(2);
+        to_slow[phase] += usize::from(node == NodeId(1));
+        let factor = if phase == 1 && node == NodeId(1) { 40 } else { 1 };
+        Some(factor * (1_500 + random.below(1_000) as u64))
+    };
+    serve(7, 2_600, &view, &mut delay);
+    let [before, slow, after] = to_slow;
+    assert!(before > 400, "both are asked alike: {before} of 1000");
+    assert!(slow < 100, "the slow one is left alone: {slow} of 1000");
+    assert!(after > 400, "it is asked again: {after}");
+}
+
+#[test]
+fn a_hedge_that_is_lost_as_well_is_asked_of_a_third() {
+    let mut random = Random(11);
+    let mut view = view(3, 0, 4, 3);
+    let mut pace = Pace::new();
+    warm(&mut pace, &view, 2_000);
+    let mut job = job(&mut random, 1, 4, 1, Dtype::F32);
+    job.policy_of_row.fill(0);
+    let expected = expected(&job);
+    let mut ids = ExchangeIds { blocks: 1 };
+    let (mut exchange, commands) = Exchange::start(job, &view, &mut pace, &mut ids, 0);
+    let first = sends(commands).remove(0).0;
+    let second = sends(exchange.on_tick(&view, &mut pace, 30_000)).remove(0).0;
+    view.node_down(second);
+    assert_eq!(exchange.on_link_down(&view, &mut pace, second, 30_001).len(), 1, "at once");
+    let third = exchange.in_flight.values().next_back().map(|sent| sent.node).unwrap();
+    assert_eq!(BTreeSet::from([first, second, third]).len(), 3);
+    let frame = exchange.in_flight.iter().next_back().map(|(id, sent)| (*id, sent.fence)).unwrap();
+    let rows = {
+        let mut rows = Vec::new();
+        let mut row = vec![0.0; exchange.job.hidden];
+        exchange.job.dtype.decode(&exchange.job.rows, &mut row);
+        exchange.job.dtype.encode(&expert(exchange.job.choices[0].expert, &row), &mut rows);
+        rows
+    };
+    let answer = Answer { exchange: frame.0, fence: Some(frame.1), result: Ok(rows.into()) };
+    exchange.on_answer(&view, &mut pace, third, answer, 30_002);
+    assert_eq!(combined(&exchange), expected);
 }

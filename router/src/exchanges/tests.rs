@@ -5,9 +5,8 @@ use entente_proto::ids::Incarnation;
 
 use super::*;
 use crate::exchange::Failure;
-use crate::exchange::tests::{
-    DEADLINE_US, LAYER, Random, compute, expected, job, refuse, sends, view,
-};
+use crate::exchange::tests::{DEADLINE_US, LAYER, compute, expected, job, refuse, sends, view};
+use crate::testing::Random;
 
 /// Two exchanges among a few nodes, and what is on its way.
 struct Two {
@@ -161,11 +160,11 @@ fn answers_to_what_was_given_up_find_nobody() {
     let mut next = job(&mut random, 3, 8, 2, Dtype::Bf16);
     next.policy_of_row.fill(0);
     let (ticket, commands) = two.exchanges.start(next, &two.view, 0);
-    let before = format!("{:?}", two.exchanges);
+    let before = format!("{:?}", two.exchanges.in_flight);
     for (node, frame) in &late {
         assert_eq!(two.exchanges.on_answer(&two.view, *node, compute(frame), 5), []);
     }
-    assert_eq!(format!("{:?}", two.exchanges), before, "a late answer left a trace");
+    assert_eq!(format!("{:?}", two.exchanges.in_flight), before, "a late answer left a trace");
     for (node, frame) in sends(commands) {
         two.answer(node, compute(&frame));
     }
