@@ -9,13 +9,15 @@
 //! whatever the number of threads and groups, so who computes a
 //! value never shows in it.
 
+use std::ops::Range;
+
 use super::super::matrix::{GROUP_PANELS_MAX, PANEL};
 use super::super::pool::Scatter;
 use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
 use super::Cpu;
 use super::elementwise::silu;
 use super::isa::{Isa, LANES};
-use super::matmul::{LIGHT_ROWS_MAX, multiply};
+use super::matmul::{LIGHT_ROWS_MAX, Upcoming, multiply};
 use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_tile, tile_rows};
 
 /// Rows that go through together: bounds the intermediate values, which are rows times inner.
@@ -103,12 +105,15 @@ fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &[f32], parts: &[Part<'_>], y: &mut [f32]) 
     let out = Scatter::new(&mut inner);
     let tasks = tasks_of(&sections, |s| s.inner_groups());
     cpu.run_neighbours(true, light, tasks.len(), |i| {
-        sections[tasks[i].0].expand(cpu.isa, &input, tasks[i].1, &out);
+        let next = tasks.get(cpu.next_task(i)).map(|(s, g)| (&sections[*s], *g));
+        sections[tasks[i].0].expand(cpu.isa, &input, tasks[i].1, (light, next), &out);
     });
     let out = Scatter::new(y);
     let tasks = tasks_of(&sections, |s| s.ffn.down.panels());
     cpu.run_neighbours(true, light, tasks.len(), |i| {
-        sections[tasks[i].0].contract(cpu.isa, &inner, tasks[i].1, &out);
+        let next = tasks.get(cpu.next_task(i)).map(|(s, p)| sections[*s].ffn.down.panel(*p));
+        let upcoming = Upcoming::new(light, next);
+        sections[tasks[i].0].contract(cpu.isa, &inner, tasks[i].1, upcoming, &out);
     });
 }
 
@@ -137,19 +142,40 @@ impl Section<'_> {
         self.ffn.gate.panels().div_ceil(self.ffn.down.layout().group_panels())
     }
 
-    /// Group `g` of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
-    fn expand<I: Isa>(&self, isa: I, input: &[u32], g: usize, out: &Scatter<'_, u32>) {
+    /// The panels of group `g` of `gate` and `up`.
+    fn group(&self, g: usize) -> Range<usize> {
+        let panels = self.ffn.down.layout().group_panels();
+        g * panels..((g + 1) * panels).min(self.ffn.gate.panels())
+    }
+
+    /// Group `g` of `activation(gate(x), up(x))`, for all tiles, packed for `down`. `next` is the
+    /// section and group that follow.
+    fn expand<I: Isa>(
+        &self,
+        isa: I,
+        input: &[u32],
+        g: usize,
+        (light, next): (bool, Option<(&Section<'_>, usize)>),
+        out: &Scatter<'_, u32>,
+    ) {
         let GatedFfn { gate, up, down, activation } = self.ffn;
-        let group_panels = down.layout().group_panels();
-        let panels = g * group_panels..((g + 1) * group_panels).min(gate.panels());
+        let panels = self.group(g);
+        let upcoming = |of: fn(&GatedFfn) -> &Matrix, i: usize| {
+            let panel = next.and_then(|(s, g)| Some(of(s.ffn).panel(s.group(g).nth(i)?)));
+            Upcoming::new(light, panel)
+        };
         let (start, end) = (panels.start * PANEL, gate.out_features().min(panels.end * PANEL));
         let (mut block, mut ups, mut joined) = (Block::ZERO, Block::ZERO, Joined::ZERO);
         for t in 0..self.input.count() {
             let ((_, count), (at, len)) = (self.input.tile(t), self.input.span(t));
             let x = &input[self.input_at + at..][..len];
+            let multiply = |panel, upcoming: Upcoming<'_>, out: &mut Block| {
+                let ahead = upcoming.ahead(panel, t, &self.input);
+                multiply(isa, gate.layout(), count, panel, ahead, x, out);
+            };
             for (i, p) in panels.clone().enumerate() {
-                multiply(isa, gate.layout(), count, gate.panel(p), x, &mut block);
-                multiply(isa, up.layout(), count, up.panel(p), x, &mut ups);
+                multiply(gate.panel(p), upcoming(|ffn| &ffn.gate, i), &mut block);
+                multiply(up.panel(p), upcoming(|ffn| &ffn.up, i), &mut ups);
                 join(isa, *activation, count, &block, &ups, i, &mut joined);
             }
             // A tile is stored input by input, so a group's part of it is contiguous.
@@ -162,14 +188,22 @@ impl Section<'_> {
     }
 
     /// Panel `p` of `down(inner)`, for all tiles, to the destination rows.
-    fn contract<I: Isa>(&self, isa: I, inner: &[u32], p: usize, y: &Scatter<'_, f32>) {
+    fn contract<I: Isa>(
+        &self,
+        isa: I,
+        inner: &[u32],
+        p: usize,
+        upcoming: Upcoming<'_>,
+        y: &Scatter<'_, f32>,
+    ) {
         let down = &self.ffn.down;
-        let columns = down.panel_outputs(p);
+        let (panel, columns) = (down.panel(p), down.panel_outputs(p));
         let mut block = Block::ZERO;
         for t in 0..self.inner.count() {
             let ((first, count), (at, len)) = (self.inner.tile(t), self.inner.span(t));
             let x = &inner[self.inner_at + at..][..len];
-            multiply(isa, down.layout(), count, down.panel(p), x, &mut block);
+            let ahead = upcoming.ahead(panel, t, &self.inner);
+            multiply(isa, down.layout(), count, panel, ahead, x, &mut block);
             for (values, (_, to)) in block.0.iter().zip(&self.rows[first..first + count]) {
                 let at = *to as usize * down.out_features() + columns.start;
                 // SAFETY: destination rows are distinct, and no two tasks of a section have a

@@ -80,6 +80,12 @@ impl<I: Isa> Cpu<I> {
         });
     }
 
+    /// The task that a thread takes after task `i` of a loop over single tasks, if all threads go on
+    /// as evenly as now: good enough for asking for its weights early.
+    fn next_task(&self, i: usize) -> usize {
+        i + self.pool.threads()
+    }
+
     /// A parallel loop over chunks, on this thread alone unless `parallel`.
     fn for_chunks(
         &self,
