@@ -213,8 +213,8 @@ fn connect(config: &Config, loaded: &Loaded, metrics: &Arc<Metrics>) -> std::io:
         links.insert(node.id, open_link(config.transport, node, local, mailbox.clone())?);
     }
     let deadline = Duration::from_millis(config.engine.exchange_deadline_ms);
-    let row_dtype = loaded.kernels.row_dtype();
-    Ok(Exchanger::new(links, inbox, view, row_dtype, deadline, metrics.clone()))
+    let kernels = loaded.kernels.clone();
+    Ok(Exchanger::new(links, inbox, view, kernels, deadline, metrics.clone()))
 }
 
 fn open_link(

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
-use entente_proto::frame::Dtype;
+use entente_model::kernels::Kernels;
 use entente_proto::ids::{LayerId, NodeId, RegionSet};
 use entente_proto::link::{Link, LinkEvent, LinkEvents};
 use entente_router::exchange::{Command, Exchange, ExchangeIds, Failure, Job, Status};
@@ -55,7 +55,7 @@ pub struct Exchanger {
     started: Instant,
     deadline_us: u64,
     allowed_regions: RegionSet,
-    row_dtype: Dtype,
+    kernels: Arc<dyn Kernels>,
     /// Memory for the rows of an exchange, used again for the next.
     encoded: BytesMut,
     metrics: Arc<Metrics>,
@@ -91,7 +91,7 @@ impl Exchanger {
         links: BTreeMap<NodeId, Box<dyn Link>>,
         inbox: Inbox,
         view: ClusterView,
-        row_dtype: Dtype,
+        kernels: Arc<dyn Kernels>,
         deadline: Duration,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -105,7 +105,7 @@ impl Exchanger {
             ids: ExchangeIds::new(),
             started: Instant::now(),
             deadline_us: deadline.as_micros() as u64,
-            row_dtype,
+            kernels,
             encoded: BytesMut::new(),
             metrics,
         };
@@ -186,13 +186,14 @@ impl Exchanger {
     pub fn exchange(&mut self, rows: Rows<'_>, out: &mut [f32]) -> Result<(), Failure> {
         let count = rows.values.len() / rows.hidden;
         // Takes the allocation of an earlier exchange over; its frames have left by now.
-        self.encoded.resize(rows.values.len() * self.row_dtype.size(), 0);
-        self.row_dtype.encode_into(rows.values, &mut self.encoded);
+        let dtype = self.kernels.row_dtype();
+        self.encoded.resize(rows.values.len() * dtype.size(), 0);
+        self.kernels.encode_rows(rows.values, &mut self.encoded);
         let now_us = self.now_us();
         let job = Job {
             layer: rows.layer,
             hidden: rows.hidden,
-            dtype: self.row_dtype,
+            dtype,
             rows: self.encoded.split().freeze(),
             choices: rows.choices,
             top_k: rows.top_k,
@@ -209,7 +210,7 @@ impl Exchanger {
                 Status::Waiting { until_us } => self.wait(&mut exchange, until_us),
             }
         }
-        exchange.combine(out);
+        self.kernels.add_weighted(&exchange.parts(), out);
         Ok(())
     }
 

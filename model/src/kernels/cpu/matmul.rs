@@ -9,7 +9,7 @@
 //! keeps the multipliers busy as long as weights come from a cache, so those of the thread's next
 //! panel are asked for while this one is multiplied, see [`Ahead`].
 
-use super::super::matrix::{Layout, Matrix, Q4_LINES, Q8_LINES};
+use super::super::matrix::{Layout, Matrix, PANEL, Q4_LINES, Q8_LINES};
 use super::super::memory::Line;
 use super::super::pool::Scatter;
 use super::super::quantise::{BLOCK_WORDS, CODEBOOK_UNSIGNED, GROUP_WORDS};
@@ -80,8 +80,17 @@ fn multiply_panel<I: Isa>(
         for (r, values) in block.0[..count].iter().enumerate() {
             let at = (first + r) * w.out_features() + columns.start;
             // SAFETY: no two tasks have a column in common.
-            unsafe { y.slice(at, columns.len()) }.copy_from_slice(&values[..columns.len()]);
+            copy_columns(values, unsafe { y.slice(at, columns.len()) });
         }
+    }
+}
+
+/// Copies the outputs that a matrix has of a panel's: mostly all, which takes no call.
+#[inline]
+pub fn copy_columns(values: &[f32; PANEL], out: &mut [f32]) {
+    match <&mut [f32; PANEL]>::try_from(&mut *out) {
+        Ok(out) => *out = *values,
+        Err(_) => out.copy_from_slice(&values[..out.len()]),
     }
 }
 
@@ -294,9 +303,10 @@ impl<'a> Upcoming<'a> {
             Self::Neighbour => Ahead::new(panel.as_ptr().wrapping_add(PREFETCH_LINES), LINE_BYTES),
             Self::Panel(next) => {
                 // Evenly, so that memory is as busy with the first tile as with the last.
-                let share = LINE_BYTES / tiles.count().min(SHARES_MAX);
+                let shares = tiles.count().min(SHARES_MAX);
+                let share = next.len() * LINE_BYTES / (shares * panel.len()).max(1);
                 let at = next.as_ptr().wrapping_byte_add(t * share * panel.len());
-                Ahead::new(at, if t < SHARES_MAX { share } else { 0 })
+                Ahead::new(at, if t < shares { share } else { 0 })
             }
             Self::End => Ahead::new(panel.as_ptr(), 0),
         }
