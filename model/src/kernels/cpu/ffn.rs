@@ -19,7 +19,7 @@ use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
 use super::Cpu;
 use super::elementwise::silu;
 use super::isa::{Isa, LANES};
-use super::matmul::{LIGHT_ROWS_MAX, Upcoming, copy_columns, multiply};
+use super::matmul::{LIGHT_ROWS_MAX, Panel, Upcoming, copy_columns};
 use super::rows::encode;
 use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_encoded_tile, pack_tile, tile_rows};
 
@@ -142,13 +142,13 @@ fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &Input<'_>, parts: &[Part<'_>], y: &Output<
             Some((s, g)) => Next::Group(&sections[*s], *g),
             None => Next::Down(&sections[0].ffn.down, cpu.next_task(i) - tasks.len()),
         };
-        sections[tasks[i].0].expand(cpu.isa, &input, tasks[i].1, next, &out);
+        sections[tasks[i].0].expand(cpu, &input, tasks[i].1, next, &out);
     });
     let tasks = tasks_of(&sections, |s| s.ffn.down.panels());
     cpu.run_neighbours(true, light, tasks.len(), |i| {
         let next = tasks.get(cpu.next_task(i)).map(|(s, p)| sections[*s].ffn.down.panel(*p));
         let upcoming = Upcoming::new(light, next);
-        sections[tasks[i].0].contract(cpu.isa, &inner, tasks[i].1, upcoming, y);
+        sections[tasks[i].0].contract(cpu, &inner, tasks[i].1, upcoming, y);
     });
 }
 
@@ -192,7 +192,7 @@ impl Section<'_> {
     /// Group `g` of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
     fn expand<I: Isa>(
         &self,
-        isa: I,
+        cpu: &Cpu<I>,
         input: &[u32],
         g: usize,
         next: Next<'_>,
@@ -201,50 +201,53 @@ impl Section<'_> {
         let GatedFfn { gate, up, down, activation } = self.ffn;
         let panels = self.group(g);
         let (start, end) = (panels.start * PANEL, gate.out_features().min(panels.end * PANEL));
+        let ready = |m, p| Panel::new(cpu, m, p, &self.input);
+        let weights: [Option<[Panel<'_>; 2]>; GROUP_PANELS_MAX] = std::array::from_fn(|i| {
+            let p = panels.clone().nth(i)?;
+            Some([ready(gate, p), ready(up, p)])
+        });
         let (mut block, mut ups, mut joined) = (Block::ZERO, Block::ZERO, Joined::ZERO);
         for t in 0..self.input.count() {
             let ((_, count), (at, len)) = (self.input.tile(t), self.input.span(t));
             let x = &input[self.input_at + at..][..len];
-            let multiply = |panel, upcoming: Upcoming<'_>, out: &mut Block| {
-                let ahead = upcoming.ahead(panel, t, &self.input);
-                multiply(isa, gate.layout(), count, panel, ahead, x, out);
-            };
-            for (i, p) in panels.clone().enumerate() {
-                multiply(gate.panel(p), next.after(true, i), &mut block);
-                multiply(up.panel(p), next.after(false, i), &mut ups);
-                join(isa, *activation, count, &block, &ups, i, &mut joined);
+            for (i, [gate, up]) in weights.iter().flatten().enumerate() {
+                let ahead = next.after(true, i).ahead(gate, t, &self.input);
+                gate.multiply(cpu.isa, count, ahead, x, &mut block);
+                let ahead = next.after(false, i).ahead(up, t, &self.input);
+                up.multiply(cpu.isa, count, ahead, x, &mut ups);
+                join(cpu.isa, *activation, count, &block, &ups, i, &mut joined);
             }
             // A tile is stored input by input, so a group's part of it is contiguous.
             let at = self.inner_at + self.inner.span(t).0 + count * down.layout().words(start);
             let len = count * down.layout().words(end - start);
             // SAFETY: no two tasks have a tile and a group in common.
             let out = unsafe { out.slice(at, len) };
-            pack_tile(isa, down.layout(), count, |r| &joined.0[r][..end - start], out);
+            pack_tile(cpu.isa, down.layout(), count, |r| &joined.0[r][..end - start], out);
         }
     }
 
     /// Panel `p` of `down(inner)`, for all tiles, to the destination rows.
     fn contract<I: Isa>(
         &self,
-        isa: I,
+        cpu: &Cpu<I>,
         inner: &[u32],
         p: usize,
         upcoming: Upcoming<'_>,
         y: &Output<'_>,
     ) {
         let down = &self.ffn.down;
-        let (panel, columns) = (down.panel(p), down.panel_outputs(p));
+        let (panel, columns) = (Panel::new(cpu, down, p, &self.inner), down.panel_outputs(p));
         let mut block = Block::ZERO;
         for t in 0..self.inner.count() {
             let ((first, count), (at, len)) = (self.inner.tile(t), self.inner.span(t));
             let x = &inner[self.inner_at + at..][..len];
-            let ahead = upcoming.ahead(panel, t, &self.inner);
-            multiply(isa, down.layout(), count, panel, ahead, x, &mut block);
+            let ahead = upcoming.ahead(&panel, t, &self.inner);
+            panel.multiply(cpu.isa, count, ahead, x, &mut block);
             for (values, (_, to)) in block.0.iter().zip(&self.rows[first..first + count]) {
                 let at = *to as usize * down.out_features() + columns.start;
                 // SAFETY: destination rows are distinct, and no two tasks of a section have a
                 // column in common.
-                unsafe { y.write(isa, at, values, columns.len()) };
+                unsafe { y.write(cpu.isa, at, values, columns.len()) };
             }
         }
     }

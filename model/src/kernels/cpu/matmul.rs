@@ -15,6 +15,7 @@ use super::super::pool::Scatter;
 use super::super::quantise::{BLOCK_WORDS, CODEBOOK_UNSIGNED, GROUP_WORDS};
 use super::Cpu;
 use super::isa::Isa;
+use super::scratch::Buffer;
 use super::tile::{Block, Tiles, for_rows, pack_tile, tile_rows};
 
 /// Most rows for which reading the weights takes longer than multiplying them.
@@ -57,13 +58,13 @@ pub fn matmul<I: Isa>(cpu: &Cpu<I>, x: &[f32], products: &mut [(&Matrix, &mut [f
         let (i, p) = tasks[task];
         let (w, y) = &products[i];
         let next = tasks.get(cpu.next_task(task)).map(|(i, p)| products[*i].0.panel(*p));
-        multiply_panel(cpu.isa, w, p, Upcoming::new(light, next), &tiles, &packed, y);
+        multiply_panel(cpu, w, p, Upcoming::new(light, next), &tiles, &packed, y);
     });
 }
 
 /// Multiplies all tiles with panel `p` and writes its columns of `y`, which no one else touches.
 fn multiply_panel<I: Isa>(
-    isa: I,
+    cpu: &Cpu<I>,
     w: &Matrix,
     p: usize,
     upcoming: Upcoming<'_>,
@@ -71,12 +72,12 @@ fn multiply_panel<I: Isa>(
     packed: &[u32],
     y: &Scatter<'_, f32>,
 ) {
-    let columns = w.panel_outputs(p);
+    let (panel, columns) = (Panel::new(cpu, w, p, tiles), w.panel_outputs(p));
     let mut block = Block::ZERO;
     for t in 0..tiles.count() {
         let ((first, count), (at, len)) = (tiles.tile(t), tiles.span(t));
-        let (panel, x) = (w.panel(p), &packed[at..at + len]);
-        multiply(isa, w.layout(), count, panel, upcoming.ahead(panel, t, tiles), x, &mut block);
+        let ahead = upcoming.ahead(&panel, t, tiles);
+        panel.multiply(cpu.isa, count, ahead, &packed[at..at + len], &mut block);
         for (r, values) in block.0[..count].iter().enumerate() {
             let at = (first + r) * w.out_features() + columns.start;
             // SAFETY: no two tasks have a column in common.
@@ -94,17 +95,57 @@ pub fn copy_columns(values: &[f32; PANEL], out: &mut [f32]) {
     }
 }
 
-/// Multiplies a packed tile of `rows` rows with a panel.
-pub fn multiply<I: Isa>(
-    isa: I,
+/// A panel in the form that it is multiplied in.
+pub struct Panel<'a> {
     layout: Layout,
-    rows: usize,
-    panel: &[Line],
-    ahead: Ahead,
-    x: &[u32],
-    out: &mut Block,
-) {
-    for_rows!(I, rows, R => tile::<I, R>(isa, layout, panel, ahead, x, out));
+    stored: &'a [Line],
+    /// Weights of 8 bits that were 4 bits, where many tiles would expand them again and again.
+    expanded: Option<Buffer<'a, Line>>,
+}
+
+/// From this many tiles on, expanding weights once costs less than doing it for each.
+const EXPAND_TILES_MIN: usize = 4;
+
+impl<'a> Panel<'a> {
+    /// Panel `p` of `w`, to be multiplied with all of `tiles`.
+    pub fn new<I: Isa>(cpu: &'a Cpu<I>, w: &'a Matrix, p: usize, tiles: &Tiles) -> Self {
+        let (layout, stored) = (w.layout(), w.panel(p));
+        if layout != Layout::Q4 || tiles.count() < EXPAND_TILES_MIN {
+            return Self { layout, stored, expanded: None };
+        }
+        let mut expanded = cpu.lines.take(stored.len() / Q4_LINES * Q8_LINES);
+        expand(cpu.isa, stored, &mut expanded);
+        Self { layout: Layout::Q8, stored, expanded: Some(expanded) }
+    }
+
+    fn lines(&self) -> &[Line] {
+        self.expanded.as_deref().unwrap_or(self.stored)
+    }
+
+    /// Multiplies a packed tile of `rows` rows.
+    pub fn multiply<I: Isa>(&self, isa: I, rows: usize, ahead: Ahead, x: &[u32], out: &mut Block) {
+        let (layout, lines) = (self.layout, self.lines());
+        for_rows!(I, rows, R => tile::<I, R>(isa, layout, lines, ahead, x, out));
+    }
+}
+
+/// Writes q4 blocks as the q8 blocks that multiply to the same bits.
+fn expand<I: Isa>(isa: I, stored: &[Line], expanded: &mut [Line]) {
+    isa.enter(
+        #[inline(always)]
+        || {
+            let blocks = stored.as_chunks::<Q4_LINES>().0.iter();
+            for (from, to) in blocks.zip(expanded.as_chunks_mut::<Q8_LINES>().0) {
+                let ([scales, from @ ..], [to_scales, to @ ..]) = (from, to);
+                *to_scales = *scales;
+                for (from, to) in from.iter().zip(to.as_chunks_mut::<2>().0) {
+                    let halves = isa.look_up(&CODEBOOK_UNSIGNED, from);
+                    isa.store_bytes(halves[0], &mut to[0]);
+                    isa.store_bytes(halves[1], &mut to[1]);
+                }
+            }
+        },
+    );
 }
 
 #[inline(never)]
@@ -297,8 +338,9 @@ impl<'a> Upcoming<'a> {
     }
 
     /// What to ask for while tile `t` is multiplied with `panel`.
-    pub fn ahead(self, panel: &[Line], t: usize, tiles: &Tiles) -> Ahead {
+    pub fn ahead(self, panel: &Panel<'_>, t: usize, tiles: &Tiles) -> Ahead {
         const LINE_BYTES: usize = size_of::<Line>();
+        let panel = panel.lines();
         match self {
             Self::Neighbour => Ahead::new(panel.as_ptr().wrapping_add(PREFETCH_LINES), LINE_BYTES),
             Self::Panel(next) => {

@@ -23,6 +23,7 @@ use entente_proto::ids::KernelClass;
 use self::isa::{Isa, LANES};
 use self::scratch::Scratch;
 use super::matrix::Layout;
+use super::memory::Line;
 use super::pool::{Pool, Scatter};
 use super::{
     AttentionRow, AttentionShape, FfnGroup, Kernels, KvLayer, Matrix, MatrixSource, UnsupportedCpu,
@@ -47,6 +48,8 @@ pub(super) struct Cpu<I> {
     pool: Pool,
     /// Packed activations.
     words: Scratch<u32>,
+    /// Panels of 4 bits, expanded to 8.
+    lines: Scratch<Line>,
     /// Attention scores of one task.
     scores: Scratch<[f32; LANES]>,
 }
@@ -58,8 +61,9 @@ const NEIGHBOURS_MAX: usize = 8;
 
 impl<I: Isa> Cpu<I> {
     fn new(isa: I, format: WeightFormat, threads: usize) -> Self {
-        let (words, scores) = (Scratch::new(), Scratch::new());
-        Self { isa, format, class: class::<I>(format), pool: Pool::new(threads), words, scores }
+        let class = class::<I>(format);
+        let (words, lines, scores) = (Scratch::new(), Scratch::new(), Scratch::new());
+        Self { isa, format, class, pool: Pool::new(threads), words, lines, scores }
     }
 
     /// A parallel loop, on this thread alone unless `parallel`.
