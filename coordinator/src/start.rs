@@ -236,8 +236,8 @@ fn connect(
         }
     }
     let deadline = Duration::from_millis(config.engine.exchange_deadline_ms);
-    let row_dtype = loaded.kernels.row_dtype();
-    Ok(Exchanger::new(links, view, row_dtype, deadline, metrics.clone()))
+    let kernels = loaded.kernels.clone();
+    Ok(Exchanger::new(links, view, kernels, deadline, metrics.clone()))
 }
 
 /// Reads what `[tls]` names, and checks that it was issued to this coordinator.

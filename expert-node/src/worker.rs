@@ -92,7 +92,7 @@ impl Queue {
                 kernels,
                 store,
                 load: load.clone(),
-                buffers: Buffers::default(),
+                answers: BytesMut::new(),
             }),
             load,
         });
@@ -196,27 +196,9 @@ struct Worker {
     kernels: Arc<dyn Kernels>,
     store: ExpertStore,
     load: watch::Sender<Load>,
-    buffers: Buffers,
-}
-
-/// Memory that is used again for every batch: to get megabytes from the system and give them back
-/// costs more than to fill them.
-#[derive(Default)]
-struct Buffers {
-    /// Rows of a batch.
-    inputs: Vec<f32>,
-    /// What the experts make of them.
-    outputs: Vec<f32>,
-    /// Answers; the allocation is taken over once all of them have left.
+    /// Answers of a batch. The allocation is taken over once all of them have left: to get
+    /// megabytes from the system and give them back costs more than to fill them.
     answers: BytesMut,
-}
-
-/// The first `len` values of a buffer that grows and never shrinks. They hold what was left there.
-fn prefix(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-    &mut buffer[..len]
 }
 
 impl Worker {
@@ -269,20 +251,17 @@ impl Worker {
     /// each frame's answer, one for each assignment, in order.
     fn run_experts(&mut self, frames: &[&Dispatch]) -> Vec<Bytes> {
         let Some(first) = frames.first() else { return Vec::new() };
-        let (layer, hidden, dtype) = (first.layer, first.hidden, first.dtype);
-        let Buffers { inputs, outputs: computed, answers } = &mut self.buffers;
-        let x = prefix(inputs, frames.iter().map(|f| f.row_count()).sum::<usize>() * hidden);
+        let (layer, row_len) = (first.layer, first.hidden * first.dtype.size());
+        let mut x: Vec<&[u8]> = Vec::with_capacity(frames.iter().map(|f| f.row_count()).sum());
         let mut rows_of: BTreeMap<ExpertId, Vec<(u32, u32)>> = BTreeMap::new();
-        let (mut row_base, mut outputs) = (0, 0);
+        let mut outputs = 0;
         for frame in frames {
-            let rows = frame.row_count();
-            dtype.decode(&frame.rows, &mut x[row_base * hidden..][..rows * hidden]);
             for assignment in &frame.assignments {
-                let source = (row_base + usize::from(assignment.row)) as u32;
+                let source = (x.len() + usize::from(assignment.row)) as u32;
                 rows_of.entry(assignment.expert).or_default().push((source, outputs));
                 outputs += 1;
             }
-            row_base += rows;
+            x.extend(frame.rows.chunks_exact(row_len));
         }
         let groups: Vec<FfnGroup<'_>> = rows_of
             .iter()
@@ -291,23 +270,10 @@ impl Worker {
                 rows,
             })
             .collect();
-        let y = prefix(computed, outputs as usize * hidden);
-        self.kernels.gated_ffn(x, &groups, y);
-        encode_answers(frames, y, answers)
+        self.answers.resize(outputs as usize * row_len, 0);
+        self.kernels.gated_ffn_encoded(&x, &groups, &mut self.answers);
+        frames.iter().map(|frame| self.answers.split_to(frame.answer_len()).freeze()).collect()
     }
-}
-
-/// Cuts outputs into the answers of the frames that they are for.
-fn encode_answers(frames: &[&Dispatch], mut outputs: &[f32], buffer: &mut BytesMut) -> Vec<Bytes> {
-    let mut answers = Vec::with_capacity(frames.len());
-    for frame in frames {
-        let (mine, rest) = outputs.split_at(frame.assignments.len() * frame.hidden);
-        outputs = rest;
-        buffer.resize(frame.answer_len(), 0);
-        frame.dtype.encode_into(mine, buffer);
-        answers.push(buffer.split().freeze());
-    }
-    answers
 }
 
 /// Takes the first frame that waits and all others of its layer that fit beside it. What stays

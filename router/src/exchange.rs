@@ -104,7 +104,7 @@ pub enum Status {
         /// When [`Exchange::on_tick`] must be called, if nothing happens before.
         until_us: u64,
     },
-    /// Every slot is answered; [`Exchange::combine`] may be called.
+    /// Every slot is answered; [`Exchange::parts`] may be called.
     Done,
     /// The exchange is over without a result.
     Failed(Failure),
@@ -374,27 +374,21 @@ impl Exchange {
         self.plan(view, pace, now_us)
     }
 
-    /// Adds the experts' outputs to `out` (`[rows, hidden]`): for each row, in ascending order of
-    /// experts, `out += weight * output` in f32, multiplied and added in two steps.
+    /// What combines to the result: for each row in order, in ascending order of experts, a weight
+    /// and the expert's output as it came. The sum of a row is `weight * output` added one by one
+    /// in f32, multiplied and added in two steps; whoever owns the vector units does that.
     ///
     /// # Panics
-    /// If the exchange is not [`Status::Done`], or `out` has another length: a sum that lacks a
-    /// part is a wrong token.
-    pub fn combine(&self, out: &mut [f32]) {
+    /// If the exchange is not [`Status::Done`]: a sum that lacks a part is a wrong token.
+    pub fn parts(&self) -> Vec<(f32, &[u8])> {
         assert!(self.status() == Status::Done, "combined before every row was answered");
-        assert_eq!(out.len(), self.job.policy_of_row.len() * self.job.hidden, "length of the sums");
         let row_bytes = self.job.row_bytes();
-        let mut output = vec![0.0; self.job.hidden];
-        for (i, (slot, choice)) in self.slots.iter().zip(&self.job.choices).enumerate() {
-            let &Slot::Answered { answer, position } = slot else { continue };
+        let part = |(slot, choice): (&Slot, &Choice)| {
+            let &Slot::Answered { answer, position } = slot else { return None };
             let start = position as usize * row_bytes;
-            let row = &self.answers[answer as usize][start..start + row_bytes];
-            self.job.dtype.decode(row, &mut output);
-            let sums = &mut out[i / self.job.top_k * self.job.hidden..][..self.job.hidden];
-            for (sum, value) in sums.iter_mut().zip(&output) {
-                *sum += choice.weight * value;
-            }
-        }
+            Some((choice.weight, &self.answers[answer as usize][start..start + row_bytes]))
+        };
+        self.slots.iter().zip(&self.job.choices).filter_map(part).collect()
     }
 
     /// Keeps the rows of a valid answer. The first one for a slot counts.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use entente_proto::frame::Dtype;
+use entente_model::kernels::Kernels;
 use entente_proto::ids::{LayerId, NodeId, RegionSet};
 use entente_proto::link::LinkEvent;
 use entente_router::exchange::{Command, Failure, Job, Status};
@@ -33,7 +33,7 @@ pub struct Exchanger {
     started: Instant,
     deadline_us: u64,
     allowed_regions: RegionSet,
-    row_dtype: Dtype,
+    kernels: Arc<dyn Kernels>,
     /// Memory for the rows of exchanges, used again for the next; as many as were in flight.
     spare: Vec<BytesMut>,
     metrics: Arc<Metrics>,
@@ -76,7 +76,7 @@ impl Exchanger {
     pub fn new(
         links: Links,
         view: ClusterView,
-        row_dtype: Dtype,
+        kernels: Arc<dyn Kernels>,
         deadline: Duration,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -89,7 +89,7 @@ impl Exchanger {
             exchanges: Exchanges::new(),
             started: Instant::now(),
             deadline_us: deadline.as_micros() as u64,
-            row_dtype,
+            kernels,
             spare: Vec::new(),
             metrics,
         };
@@ -194,14 +194,15 @@ impl Exchanger {
     pub fn start(&mut self, rows: Rows<'_>) -> InFlight {
         let count = rows.values.len() / rows.hidden;
         // Takes the allocation of an earlier exchange over; its frames have left by now.
+        let dtype = self.kernels.row_dtype();
         let mut buffer = self.spare.pop().unwrap_or_default();
-        buffer.resize(rows.values.len() * self.row_dtype.size(), 0);
-        self.row_dtype.encode_into(rows.values, &mut buffer);
+        buffer.resize(rows.values.len() * dtype.size(), 0);
+        self.kernels.encode_rows(rows.values, &mut buffer);
         let now_us = self.now_us();
         let job = Job {
             layer: rows.layer,
             hidden: rows.hidden,
-            dtype: self.row_dtype,
+            dtype,
             rows: buffer.split().freeze(),
             choices: rows.choices,
             top_k: rows.top_k,
@@ -233,7 +234,7 @@ impl Exchanger {
             self.exchanges.clear();
         }
         if let Some(exchange) = self.exchanges.take(ticket) {
-            exchange.combine(out);
+            self.kernels.add_weighted(&exchange.parts(), out);
         }
         self.spare.push(buffer);
         outcome

@@ -60,6 +60,10 @@ impl Kernels for Fragile {
         unreachable!("expert nodes do not call it");
     }
 
+    fn add_weighted(&self, _: &[(f32, &[u8])], _: &mut [f32]) {
+        unreachable!("expert nodes do not call it");
+    }
+
     fn rms_norm(&self, _: &[f32], _: &[f32], _: f32, _: &mut [f32]) {
         unreachable!("expert nodes do not call it");
     }

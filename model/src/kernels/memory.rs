@@ -13,7 +13,7 @@ use memmap2::MmapMut;
 pub(super) const LINE_WORDS: usize = 16;
 
 /// 64 bytes: 16 f32 values as bits, or 16 pairs of bf16 values, the first in the lower half.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub(crate) struct Line(pub [u32; LINE_WORDS]);
 

@@ -172,6 +172,30 @@ pub trait Kernels: Send + Sync {
     /// `[assignments, hidden]`; each destination row may be named once, others keep their values.
     fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]);
 
+    /// [`Kernels::gated_ffn`] of rows as they travel, each a slice of `hidden` values written as
+    /// [`Kernels::row_dtype`], into `y`, `[assignments, hidden]` in the same form: the same bits as
+    /// widening, computing and rounding. The experts were packed by [`Kernels::pack`].
+    fn gated_ffn_encoded(&self, x: &[&[u8]], groups: &[FfnGroup<'_>], y: &mut [u8]) {
+        let (dtype, encoded) = (self.row_dtype(), x.concat());
+        let mut values = vec![0.0; encoded.len() / dtype.size()];
+        dtype.decode(&encoded, &mut values);
+        let mut out = vec![0.0; y.len() / dtype.size()];
+        dtype.decode(y, &mut out);
+        self.gated_ffn(&values, groups, &mut out);
+        dtype.encode_into(&out, y);
+    }
+
+    /// Writes values as [`Kernels::row_dtype`], as [`Dtype::encode_into`] does. `y` has as many
+    /// bytes as they take.
+    fn encode_rows(&self, x: &[f32], y: &mut [u8]) {
+        self.row_dtype().encode_into(x, y);
+    }
+
+    /// Adds to each row of `y`, `[rows, len]`, its parts in order, `y += weight * row` in f32, rounded
+    /// after each multiplication and each addition. `parts` is `[rows, parts of a row]`, their rows
+    /// written as [`Kernels::row_dtype`].
+    fn add_weighted(&self, parts: &[(f32, &[u8])], y: &mut [f32]);
+
     /// `x += delta`, value by value.
     fn add(&self, x: &mut [f32], delta: &[f32]) {
         for (x, delta) in x.iter_mut().zip(delta) {

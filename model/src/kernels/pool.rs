@@ -245,6 +245,10 @@ impl<'a, T> Scatter<'a, T> {
         Self { start: data.as_mut_ptr(), len: data.len(), borrow: PhantomData }
     }
 
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     /// The part `start..start + len`.
     ///
     /// # Safety

@@ -395,6 +395,69 @@ fn gated_ffn_leaves_other_rows_alone_and_refuses_to_write_one_twice() {
     assert!(std::panic::catch_unwind(refused).is_err());
 }
 
+/// `values` as they travel, and what they are there.
+fn travelled(dtype: Dtype, values: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let (mut bytes, mut arrived) = (Vec::new(), vec![0.0; values.len()]);
+    dtype.encode(values, &mut bytes);
+    dtype.decode(&bytes, &mut arrived);
+    (bytes, arrived)
+}
+
+#[test]
+fn gated_ffn_of_encoded_rows_gives_the_bits_of_widening_computing_and_rounding() {
+    let mut rng = Rng::new(11);
+    for (hidden, inner) in [(7, 33), (96, 112)] {
+        let (ffn, x) = (Ffn::new(&mut rng, hidden, inner), rng.values(40 * hidden));
+        for_every_class(&FORMATS, |_, both| {
+            let (packed, dtype) = (ffn.pack(both[0]), both[0].row_dtype());
+            let (bytes, arrived) = travelled(dtype, &x);
+            let encoded: Vec<&[u8]> = bytes.chunks(hidden * dtype.size()).collect();
+            for rows in [1, 3, 14, 40] {
+                // The first destination stays as it is.
+                let pairs: Vec<(u32, u32)> = (0..rows).map(|r| (39 - r, r + 1)).collect();
+                let groups = [FfnGroup { ffn: &packed, rows: &pairs }];
+                let mut y = vec![0.0; (rows as usize + 1) * hidden];
+                both[0].gated_ffn(&arrived, &groups, &mut y);
+                let (want, _) = travelled(dtype, &y);
+                for kernels in both {
+                    let mut have = vec![0; want.len()];
+                    kernels.gated_ffn_encoded(&encoded, &groups, &mut have);
+                    assert!(have == want, "{rows} rows of {hidden}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn rows_are_encoded_and_added_up_as_one_by_one() {
+    let mut rng = Rng::new(12);
+    // Around registers, pieces, and the size from which threads share the work.
+    for (rows, len) in [(1, 1), (3, 17), (2, 1_031), (40, 1_024)] {
+        let parts = 2;
+        let (x, weights) = (rng.values(rows * parts * len), rng.values(rows * parts));
+        for_every_class(&FORMATS, |_, both| {
+            let dtype = both[0].row_dtype();
+            let (bytes, arrived) = travelled(dtype, &x);
+            let mut want = vec![0.25_f32; rows * len];
+            for (i, part) in arrived.chunks(len).enumerate() {
+                for (sum, value) in want[i / parts * len..].iter_mut().zip(part) {
+                    *sum += weights[i] * value;
+                }
+            }
+            let encoded: Vec<(f32, &[u8])> =
+                weights.iter().copied().zip(bytes.chunks(len * dtype.size())).collect();
+            for kernels in both {
+                let (mut sent, mut sums) = (vec![0; bytes.len()], vec![0.25; rows * len]);
+                kernels.encode_rows(&x, &mut sent);
+                assert!(sent == bytes, "{rows} rows of {len}");
+                kernels.add_weighted(&encoded, &mut sums);
+                assert_eq!(bits(&sums), bits(&want), "{rows} rows of {len}");
+            }
+        });
+    }
+}
+
 #[test]
 fn a_residual_is_added_value_by_value() {
     let mut rng = Rng::new(18);

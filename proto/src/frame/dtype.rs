@@ -1,7 +1,8 @@
 //! How the values of a row are written: the one place where a row is rounded.
 //!
 //! Every row of every exchange goes through here, there and back, so the loops are written without
-//! branches: only so do compilers make vector instructions of them.
+//! branches: only so do compilers make vector instructions of them. They are inlined where the
+//! kernels call them, and become the widest that the processor has.
 
 /// How the values of a row are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +24,7 @@ impl Dtype {
 
     /// Writes `values` to `out` in this form; the lengths must agree. This is the one place where a
     /// row is rounded: what is sent again after a failure is these same bytes.
+    #[inline]
     pub fn encode_into(self, values: &[f32], out: &mut [u8]) {
         debug_assert_eq!(out.len(), values.len() * self.size());
         match self {
@@ -47,6 +49,7 @@ impl Dtype {
     }
 
     /// Reads `bytes` into `out`; the lengths must agree, which frames guarantee.
+    #[inline]
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
         debug_assert_eq!(bytes.len(), out.len() * self.size());
         match self {
@@ -66,6 +69,7 @@ impl Dtype {
 
 /// The bits of `bf16::from_f32`, to nearest even and NaN quiet, without a branch: every row of every
 /// exchange goes through this, and only so do compilers make vector instructions of it.
+#[inline]
 fn round(value: f32) -> u16 {
     let bits = value.to_bits();
     let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -75,6 +79,7 @@ fn round(value: f32) -> u16 {
 }
 
 /// The value of `bf16::to_f32`, likewise.
+#[inline]
 fn widen(bits: u16) -> f32 {
     let quiet = if bits & 0x7fff > 0x7f80 { 0x40 } else { 0 };
     f32::from_bits(u32::from(bits | quiet) << 16)

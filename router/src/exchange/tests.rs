@@ -127,9 +127,16 @@ pub(crate) fn expected(job: &Job) -> Vec<u32> {
     sums.iter().map(|v| v.to_bits()).collect()
 }
 
-fn combined(exchange: &Exchange) -> Vec<u32> {
-    let mut sums = vec![0.0; exchange.job.policy_of_row.len() * exchange.job.hidden];
-    exchange.combine(&mut sums);
+pub(crate) fn combined(exchange: &Exchange) -> Vec<u32> {
+    let (hidden, top_k) = (exchange.job.hidden, exchange.job.top_k);
+    let mut sums = vec![0.0_f32; exchange.job.policy_of_row.len() * hidden];
+    let mut output = vec![0.0; hidden];
+    for (i, (weight, row)) in exchange.parts().into_iter().enumerate() {
+        exchange.job.dtype.decode(row, &mut output);
+        for (sum, value) in sums[i / top_k * hidden..].iter_mut().zip(&output) {
+            *sum += weight * value;
+        }
+    }
     sums.iter().map(|v| v.to_bits()).collect()
 }
 

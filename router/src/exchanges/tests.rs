@@ -5,7 +5,9 @@ use entente_proto::ids::Incarnation;
 
 use super::*;
 use crate::exchange::Failure;
-use crate::exchange::tests::{DEADLINE_US, LAYER, compute, expected, job, refuse, sends, view};
+use crate::exchange::tests::{
+    DEADLINE_US, LAYER, combined, compute, expected, job, refuse, sends, view,
+};
 use crate::testing::Random;
 
 /// Two exchanges among a few nodes, and what is on its way.
@@ -89,10 +91,8 @@ impl Two {
     /// Both sums are what they are without nodes, frames and company.
     fn check(mut self, seed: u64) {
         for (ticket, expected) in self.tickets.into_iter().zip(self.expected) {
-            let mut sums = vec![0.0; expected.len()];
-            self.exchanges.take(ticket).unwrap().combine(&mut sums);
-            let bits: Vec<u32> = sums.iter().map(|value: &f32| value.to_bits()).collect();
-            assert_eq!(bits, expected, "seed {seed}");
+            let exchange = self.exchanges.take(ticket).unwrap();
+            assert_eq!(combined(&exchange), expected, "seed {seed}");
         }
         assert!(self.exchanges.is_empty());
     }

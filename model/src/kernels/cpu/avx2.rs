@@ -171,6 +171,15 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn store_bytes(self, bytes: Self::Bytes, line: &mut Line) {
+        let start: *mut __m256i = line.0.as_mut_ptr().cast();
+        unsafe {
+            _mm256_store_si256(start, bytes[0]);
+            _mm256_store_si256(start.add(1), bytes[1]);
+        }
+    }
+
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], line: &Line) -> [Self::Bytes; 2] {
         unsafe {
             let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));

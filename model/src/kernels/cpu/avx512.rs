@@ -159,6 +159,11 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn store_bytes(self, bytes: __m512i, line: &mut Line) {
+        unsafe { _mm512_store_si512(line.0.as_mut_ptr().cast(), bytes) }
+    }
+
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], line: &Line) -> [__m512i; 2] {
         unsafe {
             let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));

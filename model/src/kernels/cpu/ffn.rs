@@ -9,14 +9,19 @@
 //! whatever the number of threads and groups, so who computes a
 //! value never shows in it.
 
+use std::ops::Range;
+
+use entente_proto::frame::Dtype;
+
 use super::super::matrix::{GROUP_PANELS_MAX, PANEL};
 use super::super::pool::Scatter;
 use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
 use super::Cpu;
 use super::elementwise::silu;
 use super::isa::{Isa, LANES};
-use super::matmul::{LIGHT_ROWS_MAX, multiply};
-use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_tile, tile_rows};
+use super::matmul::{LIGHT_ROWS_MAX, Panel, Upcoming, copy_columns};
+use super::rows::encode;
+use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_encoded_tile, pack_tile, tile_rows};
 
 /// Rows that go through together: bounds the intermediate values, which are rows times inner.
 const PASS_ROWS: usize = 512;
@@ -36,9 +41,39 @@ struct Section<'a> {
     inner_at: usize,
 }
 
+/// What a thread reads after a group of panels.
+#[derive(Clone, Copy)]
+enum Next<'a> {
+    /// What follows in memory.
+    Neighbour,
+    /// This group of a section.
+    Group(&'a Section<'a>, usize),
+    /// This panel of the first section's `down`, if it has so many.
+    Down(&'a Matrix, usize),
+}
+
+impl<'a> Next<'a> {
+    /// What is read after panel `i` of a group, of `gate` (the first of the two) or of `up`.
+    fn after(self, gate: bool, i: usize) -> Upcoming<'a> {
+        let panel = match self {
+            Self::Neighbour => return Upcoming::Neighbour,
+            Self::Group(section, g) => {
+                let matrix = if gate { &section.ffn.gate } else { &section.ffn.up };
+                section.group(g).nth(i).map(|p| matrix.panel(p))
+            }
+            Self::Down(down, p) if p < down.panels() => {
+                let (left, right) = down.panel(p).split_at(down.panel(p).len() / 2);
+                Some(if gate { left } else { right })
+            }
+            Self::Down(..) => None,
+        };
+        Upcoming::new(false, panel)
+    }
+}
+
 /// See [`super::super::Kernels::gated_ffn`].
-pub fn gated_ffn<I: Isa>(cpu: &Cpu<I>, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
-    check(x, groups, y);
+pub fn gated_ffn<I: Isa>(cpu: &Cpu<I>, x: Input<'_>, groups: &[FfnGroup<'_>], y: &Output<'_>) {
+    check(&x, groups, y);
     let mut pass: Vec<Part<'_>> = Vec::with_capacity(groups.len());
     let mut room = PASS_ROWS;
     for group in groups {
@@ -49,21 +84,20 @@ pub fn gated_ffn<I: Isa>(cpu: &Cpu<I>, x: &[f32], groups: &[FfnGroup<'_>], y: &m
             rows = later;
             room -= now.len();
             if room == 0 {
-                run_pass(cpu, x, &pass, y);
+                run_pass(cpu, &x, &pass, y);
                 pass.clear();
                 room = PASS_ROWS;
             }
         }
     }
-    run_pass(cpu, x, &pass, y);
+    run_pass(cpu, &x, &pass, y);
 }
 
 /// Shapes agree, rows exist, and no destination is named twice, which the threads rely on.
-fn check(x: &[f32], groups: &[FfnGroup<'_>], y: &[f32]) {
+fn check(x: &Input<'_>, groups: &[FfnGroup<'_>], y: &Output<'_>) {
     let Some(first) = groups.first() else { return };
     let hidden = first.ffn.gate.in_features();
-    let (x_rows, y_rows) = (x.len() / hidden, y.len() / hidden);
-    assert_eq!((x.len(), y.len()), (x_rows * hidden, y_rows * hidden), "rows of {hidden} values");
+    let (x_rows, y_rows) = (x.rows(hidden), y.rows(hidden));
     let mut written = vec![false; y_rows];
     for FfnGroup { ffn, rows } in groups {
         let inner = ffn.down.in_features();
@@ -80,7 +114,7 @@ fn check(x: &[f32], groups: &[FfnGroup<'_>], y: &[f32]) {
     }
 }
 
-fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &[f32], parts: &[Part<'_>], y: &mut [f32]) {
+fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &Input<'_>, parts: &[Part<'_>], y: &Output<'_>) {
     let (mut input_at, mut inner_at) = (0, 0);
     let mut sections = Vec::with_capacity(parts.len());
     for &(ffn, rows) in parts {
@@ -103,12 +137,18 @@ fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &[f32], parts: &[Part<'_>], y: &mut [f32]) 
     let out = Scatter::new(&mut inner);
     let tasks = tasks_of(&sections, |s| s.inner_groups());
     cpu.run_neighbours(true, light, tasks.len(), |i| {
-        sections[tasks[i].0].expand(cpu.isa, &input, tasks[i].1, &out);
+        let next = match tasks.get(cpu.next_task(i)) {
+            _ if light => Next::Neighbour,
+            Some((s, g)) => Next::Group(&sections[*s], *g),
+            None => Next::Down(&sections[0].ffn.down, cpu.next_task(i) - tasks.len()),
+        };
+        sections[tasks[i].0].expand(cpu, &input, tasks[i].1, next, &out);
     });
-    let out = Scatter::new(y);
     let tasks = tasks_of(&sections, |s| s.ffn.down.panels());
     cpu.run_neighbours(true, light, tasks.len(), |i| {
-        sections[tasks[i].0].contract(cpu.isa, &inner, tasks[i].1, &out);
+        let next = tasks.get(cpu.next_task(i)).map(|(s, p)| sections[*s].ffn.down.panel(*p));
+        let upcoming = Upcoming::new(light, next);
+        sections[tasks[i].0].contract(cpu, &inner, tasks[i].1, upcoming, y);
     });
 }
 
@@ -123,13 +163,19 @@ fn tasks_of(
 
 impl Section<'_> {
     /// Packs tile `t` of the source rows.
-    fn gather<I: Isa>(&self, isa: I, x: &[f32], t: usize, out: &Scatter<'_, u32>) {
+    fn gather<I: Isa>(&self, isa: I, x: &Input<'_>, t: usize, out: &Scatter<'_, u32>) {
         let ((first, count), (at, len)) = (self.input.tile(t), self.input.span(t));
         let (layout, hidden) = (self.ffn.gate.layout(), self.ffn.gate.in_features());
         let rows = &self.rows[first..first + count];
         // SAFETY: tiles do not overlap, and each is given to one task.
         let out = unsafe { out.slice(self.input_at + at, len) };
-        pack_tile(isa, layout, count, |r| &x[rows[r].0 as usize * hidden..][..hidden], out);
+        let source = |r: usize| rows[r].0 as usize;
+        match x {
+            Input::Values(x) => {
+                pack_tile(isa, layout, count, |r| &x[source(r) * hidden..][..hidden], out);
+            }
+            Input::Encoded(_, x) => pack_encoded_tile(isa, layout, count, |r| x[source(r)], out),
+        }
     }
 
     /// Groups of panels of `gate` and `up` that become inputs of `down` together.
@@ -137,44 +183,131 @@ impl Section<'_> {
         self.ffn.gate.panels().div_ceil(self.ffn.down.layout().group_panels())
     }
 
+    /// The panels of group `g` of `gate` and `up`.
+    fn group(&self, g: usize) -> Range<usize> {
+        let panels = self.ffn.down.layout().group_panels();
+        g * panels..((g + 1) * panels).min(self.ffn.gate.panels())
+    }
+
     /// Group `g` of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
-    fn expand<I: Isa>(&self, isa: I, input: &[u32], g: usize, out: &Scatter<'_, u32>) {
+    fn expand<I: Isa>(
+        &self,
+        cpu: &Cpu<I>,
+        input: &[u32],
+        g: usize,
+        next: Next<'_>,
+        out: &Scatter<'_, u32>,
+    ) {
         let GatedFfn { gate, up, down, activation } = self.ffn;
-        let group_panels = down.layout().group_panels();
-        let panels = g * group_panels..((g + 1) * group_panels).min(gate.panels());
+        let panels = self.group(g);
         let (start, end) = (panels.start * PANEL, gate.out_features().min(panels.end * PANEL));
+        let ready = |m, p| Panel::new(cpu, m, p, &self.input);
+        let weights: [Option<[Panel<'_>; 2]>; GROUP_PANELS_MAX] = std::array::from_fn(|i| {
+            let p = panels.clone().nth(i)?;
+            Some([ready(gate, p), ready(up, p)])
+        });
         let (mut block, mut ups, mut joined) = (Block::ZERO, Block::ZERO, Joined::ZERO);
         for t in 0..self.input.count() {
             let ((_, count), (at, len)) = (self.input.tile(t), self.input.span(t));
             let x = &input[self.input_at + at..][..len];
-            for (i, p) in panels.clone().enumerate() {
-                multiply(isa, gate.layout(), count, gate.panel(p), x, &mut block);
-                multiply(isa, up.layout(), count, up.panel(p), x, &mut ups);
-                join(isa, *activation, count, &block, &ups, i, &mut joined);
+            for (i, [gate, up]) in weights.iter().flatten().enumerate() {
+                let ahead = next.after(true, i).ahead(gate, t, &self.input);
+                gate.multiply(cpu.isa, count, ahead, x, &mut block);
+                let ahead = next.after(false, i).ahead(up, t, &self.input);
+                up.multiply(cpu.isa, count, ahead, x, &mut ups);
+                join(cpu.isa, *activation, count, &block, &ups, i, &mut joined);
             }
             // A tile is stored input by input, so a group's part of it is contiguous.
             let at = self.inner_at + self.inner.span(t).0 + count * down.layout().words(start);
             let len = count * down.layout().words(end - start);
             // SAFETY: no two tasks have a tile and a group in common.
             let out = unsafe { out.slice(at, len) };
-            pack_tile(isa, down.layout(), count, |r| &joined.0[r][..end - start], out);
+            pack_tile(cpu.isa, down.layout(), count, |r| &joined.0[r][..end - start], out);
         }
     }
 
     /// Panel `p` of `down(inner)`, for all tiles, to the destination rows.
-    fn contract<I: Isa>(&self, isa: I, inner: &[u32], p: usize, y: &Scatter<'_, f32>) {
+    fn contract<I: Isa>(
+        &self,
+        cpu: &Cpu<I>,
+        inner: &[u32],
+        p: usize,
+        upcoming: Upcoming<'_>,
+        y: &Output<'_>,
+    ) {
         let down = &self.ffn.down;
-        let columns = down.panel_outputs(p);
+        let (panel, columns) = (Panel::new(cpu, down, p, &self.inner), down.panel_outputs(p));
         let mut block = Block::ZERO;
         for t in 0..self.inner.count() {
             let ((first, count), (at, len)) = (self.inner.tile(t), self.inner.span(t));
             let x = &inner[self.inner_at + at..][..len];
-            multiply(isa, down.layout(), count, down.panel(p), x, &mut block);
+            let ahead = upcoming.ahead(&panel, t, &self.inner);
+            panel.multiply(cpu.isa, count, ahead, x, &mut block);
             for (values, (_, to)) in block.0.iter().zip(&self.rows[first..first + count]) {
                 let at = *to as usize * down.out_features() + columns.start;
                 // SAFETY: destination rows are distinct, and no two tasks of a section have a
                 // column in common.
-                unsafe { y.slice(at, columns.len()) }.copy_from_slice(&values[..columns.len()]);
+                unsafe { y.write(cpu.isa, at, values, columns.len()) };
+            }
+        }
+    }
+}
+
+/// Rows to compute, as they are at hand.
+pub enum Input<'a> {
+    /// `[rows, hidden]`.
+    Values(&'a [f32]),
+    /// One slice a row.
+    Encoded(Dtype, &'a [&'a [u8]]),
+}
+
+impl Input<'_> {
+    fn rows(&self, hidden: usize) -> usize {
+        match self {
+            Self::Values(values) => {
+                assert_eq!(values.len() % hidden, 0, "rows of {hidden} values");
+                values.len() / hidden
+            }
+            Self::Encoded(dtype, rows) => {
+                let len = hidden * dtype.size();
+                assert!(rows.iter().all(|row| row.len() == len), "rows of {hidden} values");
+                rows.len()
+            }
+        }
+    }
+}
+
+/// Rows to write, in the same form as the input.
+pub enum Output<'a> {
+    /// `[assignments, hidden]`.
+    Values(Scatter<'a, f32>),
+    /// The same, rounded.
+    Encoded(Dtype, Scatter<'a, u8>),
+}
+
+impl Output<'_> {
+    fn rows(&self, hidden: usize) -> usize {
+        let (len, value) = match self {
+            Self::Values(values) => (values.len(), 1),
+            Self::Encoded(dtype, bytes) => (bytes.len(), dtype.size()),
+        };
+        assert_eq!(len % (hidden * value), 0, "rows of {hidden} values");
+        len / (hidden * value)
+    }
+
+    /// Writes the first `len` outputs of a panel as the values from number `at` on.
+    ///
+    /// # Safety
+    /// No one else may be writing them.
+    unsafe fn write<I: Isa>(&self, isa: I, at: usize, values: &[f32; PANEL], len: usize) {
+        match self {
+            // SAFETY: as promised.
+            Self::Values(y) => copy_columns(values, unsafe { y.slice(at, len) }),
+            Self::Encoded(dtype, y) => {
+                let size = dtype.size();
+                // SAFETY: as promised; each value has its own bytes.
+                let out = unsafe { y.slice(at * size, len * size) };
+                encode(isa, *dtype, &values[..len], out);
             }
         }
     }

@@ -80,6 +80,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn to_floats(self, v: Self::Ints) -> Self::V;
     /// Reads a line of bytes, four to a lane.
     fn load_bytes(self, line: &Line) -> Self::Bytes;
+    /// Writes a line of bytes.
+    fn store_bytes(self, bytes: Self::Bytes, line: &mut Line);
     /// Looks the lower and the upper four bits of each byte of a line up in a table.
     fn look_up(self, table: &[u8; 16], line: &Line) -> [Self::Bytes; 2];
     /// Adds, in each lane, the products of four unsigned bytes with the four signed ones of `x`.

@@ -5,25 +5,21 @@
 //! chain of additions in the order of the inputs, whatever the number of rows. The micro-kernels
 //! for 1 row and for 12 are the same lines of source.
 //!
-//! A task is one panel, multiplied with all tiles while its weights are in cache.
+//! A task is one panel, multiplied with all tiles while its weights are in cache. The micro-kernel
+//! keeps the multipliers busy as long as weights come from a cache, so those of the thread's next
+//! panel are asked for while this one is multiplied, see [`Ahead`].
 
-use super::super::matrix::{Layout, Matrix, Q4_LINES, Q8_LINES};
+use super::super::matrix::{Layout, Matrix, PANEL, Q4_LINES, Q8_LINES};
 use super::super::memory::Line;
 use super::super::pool::Scatter;
 use super::super::quantise::{BLOCK_WORDS, CODEBOOK_UNSIGNED, GROUP_WORDS};
 use super::Cpu;
 use super::isa::Isa;
+use super::scratch::Buffer;
 use super::tile::{Block, Tiles, for_rows, pack_tile, tile_rows};
-
-/// Up to this many rows, weights come from memory faster than they are used, and asking for them
-/// early keeps it so across the pages, where the processor's own prefetching stops.
-const PREFETCH_ROWS_MAX: usize = LIGHT_ROWS_MAX;
 
 /// Most rows for which reading the weights takes longer than multiplying them.
 pub const LIGHT_ROWS_MAX: usize = 4;
-
-/// How far ahead weights are asked for, in lines.
-const PREFETCH_LINES: usize = 48;
 
 /// Multiplications below which waking a thread costs more than it brings.
 const PARALLEL_MIN: usize = 1 << 17;
@@ -61,42 +57,95 @@ pub fn matmul<I: Isa>(cpu: &Cpu<I>, x: &[f32], products: &mut [(&Matrix, &mut [f
     cpu.run_neighbours(parallel, light, tasks.len(), |task| {
         let (i, p) = tasks[task];
         let (w, y) = &products[i];
-        multiply_panel(cpu.isa, w, p, &tiles, &packed, y);
+        let next = tasks.get(cpu.next_task(task)).map(|(i, p)| products[*i].0.panel(*p));
+        multiply_panel(cpu, w, p, Upcoming::new(light, next), &tiles, &packed, y);
     });
 }
 
 /// Multiplies all tiles with panel `p` and writes its columns of `y`, which no one else touches.
 fn multiply_panel<I: Isa>(
-    isa: I,
+    cpu: &Cpu<I>,
     w: &Matrix,
     p: usize,
+    upcoming: Upcoming<'_>,
     tiles: &Tiles,
     packed: &[u32],
     y: &Scatter<'_, f32>,
 ) {
-    let columns = w.panel_outputs(p);
+    let (panel, columns) = (Panel::new(cpu, w, p, tiles), w.panel_outputs(p));
     let mut block = Block::ZERO;
     for t in 0..tiles.count() {
         let ((first, count), (at, len)) = (tiles.tile(t), tiles.span(t));
-        multiply(isa, w.layout(), count, w.panel(p), &packed[at..at + len], &mut block);
+        let ahead = upcoming.ahead(&panel, t, tiles);
+        panel.multiply(cpu.isa, count, ahead, &packed[at..at + len], &mut block);
         for (r, values) in block.0[..count].iter().enumerate() {
             let at = (first + r) * w.out_features() + columns.start;
             // SAFETY: no two tasks have a column in common.
-            unsafe { y.slice(at, columns.len()) }.copy_from_slice(&values[..columns.len()]);
+            copy_columns(values, unsafe { y.slice(at, columns.len()) });
         }
     }
 }
 
-/// Multiplies a packed tile of `rows` rows with a panel.
-pub fn multiply<I: Isa>(
-    isa: I,
+/// Copies the outputs that a matrix has of a panel's: mostly all, which takes no call.
+#[inline]
+pub fn copy_columns(values: &[f32; PANEL], out: &mut [f32]) {
+    match <&mut [f32; PANEL]>::try_from(&mut *out) {
+        Ok(out) => *out = *values,
+        Err(_) => out.copy_from_slice(&values[..out.len()]),
+    }
+}
+
+/// A panel in the form that it is multiplied in.
+pub struct Panel<'a> {
     layout: Layout,
-    rows: usize,
-    panel: &[Line],
-    x: &[u32],
-    out: &mut Block,
-) {
-    for_rows!(I, rows, R => tile::<I, R>(isa, layout, panel, x, out));
+    stored: &'a [Line],
+    /// Weights of 8 bits that were 4 bits, where many tiles would expand them again and again.
+    expanded: Option<Buffer<'a, Line>>,
+}
+
+/// From this many tiles on, expanding weights once costs less than doing it for each.
+const EXPAND_TILES_MIN: usize = 4;
+
+impl<'a> Panel<'a> {
+    /// Panel `p` of `w`, to be multiplied with all of `tiles`.
+    pub fn new<I: Isa>(cpu: &'a Cpu<I>, w: &'a Matrix, p: usize, tiles: &Tiles) -> Self {
+        let (layout, stored) = (w.layout(), w.panel(p));
+        if layout != Layout::Q4 || tiles.count() < EXPAND_TILES_MIN {
+            return Self { layout, stored, expanded: None };
+        }
+        let mut expanded = cpu.lines.take(stored.len() / Q4_LINES * Q8_LINES);
+        expand(cpu.isa, stored, &mut expanded);
+        Self { layout: Layout::Q8, stored, expanded: Some(expanded) }
+    }
+
+    fn lines(&self) -> &[Line] {
+        self.expanded.as_deref().unwrap_or(self.stored)
+    }
+
+    /// Multiplies a packed tile of `rows` rows.
+    pub fn multiply<I: Isa>(&self, isa: I, rows: usize, ahead: Ahead, x: &[u32], out: &mut Block) {
+        let (layout, lines) = (self.layout, self.lines());
+        for_rows!(I, rows, R => tile::<I, R>(isa, layout, lines, ahead, x, out));
+    }
+}
+
+/// Writes q4 blocks as the q8 blocks that multiply to the same bits.
+fn expand<I: Isa>(isa: I, stored: &[Line], expanded: &mut [Line]) {
+    isa.enter(
+        #[inline(always)]
+        || {
+            let blocks = stored.as_chunks::<Q4_LINES>().0.iter();
+            for (from, to) in blocks.zip(expanded.as_chunks_mut::<Q8_LINES>().0) {
+                let ([scales, from @ ..], [to_scales, to @ ..]) = (from, to);
+                *to_scales = *scales;
+                for (from, to) in from.iter().zip(to.as_chunks_mut::<2>().0) {
+                    let halves = isa.look_up(&CODEBOOK_UNSIGNED, from);
+                    isa.store_bytes(halves[0], &mut to[0]);
+                    isa.store_bytes(halves[1], &mut to[1]);
+                }
+            }
+        },
+    );
 }
 
 #[inline(never)]
@@ -104,6 +153,7 @@ fn tile<I: Isa, const R: usize>(
     isa: I,
     layout: Layout,
     panel: &[Line],
+    ahead: Ahead,
     x: &[u32],
     out: &mut Block,
 ) {
@@ -112,13 +162,13 @@ fn tile<I: Isa, const R: usize>(
         || {
             let x = x.as_chunks::<R>().0;
             let sums = match layout {
-                Layout::F32 => tile_f32(isa, panel, x),
-                Layout::Bf16Widened => tile_widened(isa, panel, x),
-                Layout::Bf16 => tile_bf16(isa, panel, x),
+                Layout::F32 => tile_f32(isa, panel, ahead, x),
+                Layout::Bf16Widened => tile_widened(isa, panel, ahead, x),
+                Layout::Bf16 => tile_bf16(isa, panel, ahead, x),
                 // Larger tiles are not made, see `tile_rows`; nor is code for them.
                 Layout::Q8 | Layout::Q4 if R > I::TILE_ROWS_INT8 => unreachable!("{R} rows"),
-                Layout::Q8 => tile_int8::<I, R, Q8_LINES>(isa, panel, x),
-                Layout::Q4 => tile_int8::<I, R, Q4_LINES>(isa, panel, x),
+                Layout::Q8 => tile_int8::<I, R, Q8_LINES>(isa, panel, ahead, x),
+                Layout::Q4 => tile_int8::<I, R, Q4_LINES>(isa, panel, ahead, x),
             };
             for (sums, out) in sums.iter().zip(&mut out.0) {
                 let (halves, _) = out.as_chunks_mut::<16>();
@@ -133,10 +183,15 @@ fn tile<I: Isa, const R: usize>(
 type Sums<I, const R: usize> = [[<I as Isa>::V; 2]; R];
 
 #[inline(always)]
-fn tile_f32<I: Isa, const R: usize>(isa: I, panel: &[Line], x: &[[u32; R]]) -> Sums<I, R> {
+fn tile_f32<I: Isa, const R: usize>(
+    isa: I,
+    panel: &[Line],
+    mut ahead: Ahead,
+    x: &[[u32; R]],
+) -> Sums<I, R> {
     let mut sums = [[isa.splat(0.0); 2]; R];
     for (lines, x) in panel.as_chunks::<2>().0.iter().zip(x) {
-        prefetch::<I, R, 2>(isa, lines);
+        ahead.ask::<I, 2>(isa);
         let w = [isa.load_line(&lines[0]), isa.load_line(&lines[1])];
         accumulate(isa, &mut sums, w, x);
     }
@@ -144,10 +199,15 @@ fn tile_f32<I: Isa, const R: usize>(isa: I, panel: &[Line], x: &[[u32; R]]) -> S
 }
 
 #[inline(always)]
-fn tile_widened<I: Isa, const R: usize>(isa: I, panel: &[Line], x: &[[u32; R]]) -> Sums<I, R> {
+fn tile_widened<I: Isa, const R: usize>(
+    isa: I,
+    panel: &[Line],
+    mut ahead: Ahead,
+    x: &[[u32; R]],
+) -> Sums<I, R> {
     let mut sums = [[isa.splat(0.0); 2]; R];
     for (lines, x) in panel.as_chunks::<2>().0.iter().zip(x.as_chunks::<2>().0) {
-        prefetch::<I, R, 2>(isa, lines);
+        ahead.ask::<I, 2>(isa);
         let [left, right] = [isa.widen(&lines[0]), isa.widen(&lines[1])];
         accumulate(isa, &mut sums, [left[0], right[0]], &x[0]);
         accumulate(isa, &mut sums, [left[1], right[1]], &x[1]);
@@ -156,10 +216,15 @@ fn tile_widened<I: Isa, const R: usize>(isa: I, panel: &[Line], x: &[[u32; R]]) 
 }
 
 #[inline(always)]
-fn tile_bf16<I: Isa, const R: usize>(isa: I, panel: &[Line], x: &[[u32; R]]) -> Sums<I, R> {
+fn tile_bf16<I: Isa, const R: usize>(
+    isa: I,
+    panel: &[Line],
+    mut ahead: Ahead,
+    x: &[[u32; R]],
+) -> Sums<I, R> {
     let mut sums = [[isa.splat(0.0); 2]; R];
     for (lines, x) in panel.as_chunks::<2>().0.iter().zip(x) {
-        prefetch::<I, R, 2>(isa, lines);
+        ahead.ask::<I, 2>(isa);
         let w = [isa.load_pairs(&lines[0]), isa.load_pairs(&lines[1])];
         for r in 0..R {
             sums[r][0] = isa.dot(sums[r][0], w[0], x[r]);
@@ -176,6 +241,7 @@ fn tile_bf16<I: Isa, const R: usize>(isa: I, panel: &[Line], x: &[[u32; R]]) -> 
 fn tile_int8<I: Isa, const R: usize, const LINES: usize>(
     isa: I,
     panel: &[Line],
+    mut ahead: Ahead,
     x: &[[u32; R]],
 ) -> Sums<I, R> {
     let mut sums = [[isa.splat(0.0); 2]; R];
@@ -183,7 +249,9 @@ fn tile_int8<I: Isa, const R: usize, const LINES: usize>(
     let groups = blocks.as_chunks::<2>().0.iter().zip(x.as_chunks::<GROUP_WORDS>().0);
     for (lines, [row_scales, x @ ..]) in groups {
         let x: &[[[u32; R]; BLOCK_WORDS]] = x.as_chunks().0;
+        ahead.ask::<I, LINES>(isa);
         let mut group = scaled_block::<I, R, LINES>(isa, &lines[0], &x[0]);
+        ahead.ask::<I, LINES>(isa);
         let second = scaled_block::<I, R, LINES>(isa, &lines[1], &x[1]);
         for r in 0..R {
             let scale = isa.splat(f32::from_bits(row_scales[r]));
@@ -203,7 +271,6 @@ fn scaled_block<I: Isa, const R: usize, const LINES: usize>(
     lines: &[Line; LINES],
     [corrections, x @ ..]: &[[u32; R]; BLOCK_WORDS],
 ) -> Sums<I, R> {
-    prefetch::<I, R, LINES>(isa, lines);
     let mut ints = [[isa.splat_int(0); 2]; R];
     for r in 0..R {
         ints[r] = [isa.splat_int(corrections[r].cast_signed()); 2];
@@ -249,12 +316,83 @@ fn accumulate<I: Isa, const R: usize>(isa: I, sums: &mut Sums<I, R>, w: [I::V; 2
     }
 }
 
-#[inline(always)]
-fn prefetch<I: Isa, const R: usize, const N: usize>(isa: I, lines: &[Line; N]) {
-    if R <= PREFETCH_ROWS_MAX {
-        for line in lines {
-            // Never read through: it may point past the panel, which is mostly the next one.
-            isa.prefetch(std::ptr::from_ref(line).wrapping_add(PREFETCH_LINES));
+/// What a thread reads after a panel, as far as that is known.
+#[derive(Clone, Copy)]
+pub enum Upcoming<'a> {
+    /// What follows in memory: light tasks are taken neighbour by neighbour.
+    Neighbour,
+    /// This panel, read after all tiles have gone through the current one.
+    Panel(&'a [Line]),
+    /// Nothing.
+    End,
+}
+
+impl<'a> Upcoming<'a> {
+    /// What follows a task that is `light`, or has all tiles go through it before `next`.
+    pub fn new(light: bool, next: Option<&'a [Line]>) -> Self {
+        match next {
+            _ if light => Self::Neighbour,
+            Some(next) => Self::Panel(next),
+            None => Self::End,
+        }
+    }
+
+    /// What to ask for while tile `t` is multiplied with `panel`.
+    pub fn ahead(self, panel: &Panel<'_>, t: usize, tiles: &Tiles) -> Ahead {
+        const LINE_BYTES: usize = size_of::<Line>();
+        let panel = panel.lines();
+        match self {
+            Self::Neighbour => Ahead::new(panel.as_ptr().wrapping_add(PREFETCH_LINES), LINE_BYTES),
+            Self::Panel(next) => {
+                // Evenly, so that memory is as busy with the first tile as with the last.
+                let shares = tiles.count().min(SHARES_MAX);
+                let share = next.len() * LINE_BYTES / (shares * panel.len()).max(1);
+                let at = next.as_ptr().wrapping_byte_add(t * share * panel.len());
+                Ahead::new(at, if t < shares { share } else { 0 })
+            }
+            Self::End => Ahead::new(panel.as_ptr(), 0),
+        }
+    }
+}
+
+/// How far ahead weights that follow in memory are asked for, in lines. It bridges the ends of
+/// pages, where the processor's own prefetching stops.
+const PREFETCH_LINES: usize = 48;
+
+/// Most tiles over which asking for a panel is spread: a line is asked for once, and shares of less
+/// than a few bytes a line would leave its end out.
+const SHARES_MAX: usize = 16;
+
+/// Weights to ask for while others are multiplied: for each line that is read, `share` bytes more.
+/// Never read through: it may point past the weights.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    /// The next line to ask for.
+    at: *const Line,
+    /// Up to where lines are due.
+    due: *const Line,
+    share: usize,
+}
+
+impl Ahead {
+    fn new(at: *const Line, share: usize) -> Self {
+        Self { at, due: at, share }
+    }
+
+    /// Asks for what is due when `N` lines are read.
+    #[inline(always)]
+    fn ask<I: Isa, const N: usize>(&mut self, isa: I) {
+        self.due = self.due.wrapping_byte_add(N * self.share);
+        if self.share == size_of::<Line>() {
+            // The same as below, without a branch for each line where rows are few.
+            for line in 0..N {
+                isa.prefetch(self.at.wrapping_add(line));
+            }
+            self.at = self.due;
+        }
+        while self.at < self.due {
+            isa.prefetch(self.at);
+            self.at = self.at.wrapping_add(1);
         }
     }
 }

@@ -11,6 +11,7 @@ pub(super) mod isa;
 pub(super) mod limits;
 mod matmul;
 pub(super) mod portable;
+mod rows;
 mod scratch;
 mod tile;
 
@@ -22,7 +23,8 @@ use entente_proto::ids::KernelClass;
 use self::isa::{Isa, LANES};
 use self::scratch::Scratch;
 use super::matrix::Layout;
-use super::pool::Pool;
+use super::memory::Line;
+use super::pool::{Pool, Scatter};
 use super::{
     AttentionRow, AttentionShape, FfnGroup, Kernels, KvLayer, Matrix, MatrixSource, UnsupportedCpu,
     WeightFormat,
@@ -37,6 +39,8 @@ const PARALLEL_MIN: usize = 1 << 15;
 
 /// Values of one task of [`Kernels::add`].
 const ADD_CHUNK_LEN: usize = PARALLEL_MIN / 2;
+/// Values that are rounded as one task.
+const ENCODE_LEN: usize = 1 << 13;
 
 /// Kernels of one instruction set and weight format.
 pub(super) struct Cpu<I> {
@@ -46,6 +50,8 @@ pub(super) struct Cpu<I> {
     pool: Pool,
     /// Packed activations.
     words: Scratch<u32>,
+    /// Panels of 4 bits, expanded to 8.
+    lines: Scratch<Line>,
     /// Attention's queries and states.
     vectors: Scratch<[f32; LANES]>,
 }
@@ -57,8 +63,9 @@ const NEIGHBOURS_MAX: usize = 8;
 
 impl<I: Isa> Cpu<I> {
     fn new(isa: I, format: WeightFormat, threads: usize) -> Self {
-        let (words, vectors) = (Scratch::new(), Scratch::new());
-        Self { isa, format, class: class::<I>(format), pool: Pool::new(threads), words, vectors }
+        let class = class::<I>(format);
+        let (words, lines, vectors) = (Scratch::new(), Scratch::new(), Scratch::new());
+        Self { isa, format, class, pool: Pool::new(threads), words, lines, vectors }
     }
 
     /// A parallel loop, on this thread alone unless `parallel`.
@@ -81,6 +88,12 @@ impl<I: Isa> Cpu<I> {
         self.run(parallel, tasks.div_ceil(share), |i| {
             (i * share..tasks.min((i + 1) * share)).for_each(&task);
         });
+    }
+
+    /// The task that a thread takes after task `i` of a loop over single tasks, if all threads go on
+    /// as evenly as now: good enough for asking for its weights early.
+    fn next_task(&self, i: usize) -> usize {
+        i + self.pool.threads()
     }
 
     /// A parallel loop over chunks, on this thread alone unless `parallel`.
@@ -135,7 +148,39 @@ impl<I: Isa> Kernels for Cpu<I> {
     }
 
     fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
-        ffn::gated_ffn(self, x, groups, y);
+        let y = ffn::Output::Values(Scatter::new(y));
+        ffn::gated_ffn(self, ffn::Input::Values(x), groups, &y);
+    }
+
+    fn gated_ffn_encoded(&self, x: &[&[u8]], groups: &[FfnGroup<'_>], y: &mut [u8]) {
+        let dtype = self.row_dtype();
+        let y = ffn::Output::Encoded(dtype, Scatter::new(y));
+        ffn::gated_ffn(self, ffn::Input::Encoded(dtype, x), groups, &y);
+    }
+
+    fn encode_rows(&self, x: &[f32], y: &mut [u8]) {
+        let dtype = self.row_dtype();
+        assert_eq!(y.len(), x.len() * dtype.size(), "{} values", x.len());
+        let out = Scatter::new(y);
+        self.run(x.len() >= PARALLEL_MIN, x.len().div_ceil(ENCODE_LEN), |i| {
+            let values = &x[i * ENCODE_LEN..x.len().min((i + 1) * ENCODE_LEN)];
+            let (at, len) = (i * ENCODE_LEN * dtype.size(), values.len() * dtype.size());
+            // SAFETY: no two tasks have a value in common.
+            rows::encode(self.isa, dtype, values, unsafe { out.slice(at, len) });
+        });
+    }
+
+    fn add_weighted(&self, parts: &[(f32, &[u8])], y: &mut [f32]) {
+        let Some((_, first)) = parts.first() else { return };
+        let dtype = self.row_dtype();
+        let len = first.len() / dtype.size();
+        let rows = y.len() / len;
+        assert_eq!((y.len(), parts.len() % rows), (rows * len, 0), "parts of {rows} rows");
+        let parts_of_row = parts.len() / rows;
+        self.for_chunks(y.len() >= PARALLEL_MIN, y, len, |r, y| {
+            let parts = &parts[r * parts_of_row..][..parts_of_row];
+            rows::add_weighted(self.isa, dtype, parts, y);
+        });
     }
 
     fn add(&self, x: &mut [f32], delta: &[f32]) {

@@ -130,6 +130,11 @@ impl Isa for Portable {
     }
 
     #[inline(always)]
+    fn store_bytes(self, bytes: Self::Bytes, line: &mut Line) {
+        line.0 = bytes.map(u32::from_le_bytes);
+    }
+
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], line: &Line) -> [Self::Bytes; 2] {
         let codes = self.load_bytes(line);
         let first = codes.map(|four| four.map(|code| table[usize::from(code & 15)]));

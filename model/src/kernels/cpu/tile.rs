@@ -98,9 +98,11 @@ pub fn pack_tile<'a, I: Isa>(
     for_rows!(I, rows, R => isa.enter(
         #[inline(always)]
         || match layout {
-            Layout::F32 | Layout::Bf16Widened => pack::<R, CHUNK_WORDS, CHUNK_WORDS>(row, f32_words, out),
-            Layout::Bf16 => pack::<R, { 2 * CHUNK_WORDS }, CHUNK_WORDS>(row, bf16_words, out),
-            Layout::Q8 | Layout::Q4 => pack::<R, GROUP, GROUP_WORDS>(
+            Layout::F32 | Layout::Bf16Widened => {
+                pack::<_, R, CHUNK_WORDS, CHUNK_WORDS>(row, f32_words, out);
+            }
+            Layout::Bf16 => pack::<_, R, { 2 * CHUNK_WORDS }, CHUNK_WORDS>(row, bf16_words, out),
+            Layout::Q8 | Layout::Q4 => pack::<_, R, GROUP, GROUP_WORDS>(
                 row,
                 #[inline(always)]
                 |values| group_words(values),
@@ -110,25 +112,61 @@ pub fn pack_tile<'a, I: Isa>(
     ));
 }
 
+/// [`pack_tile`] of rows as they travel: f32 values where f32 is multiplied, else bf16, which is
+/// already what a pair of words holds.
+#[expect(clippy::redundant_closure, reason = "it is inlined, a function passed by name is not")]
+pub fn pack_encoded_tile<'a, I: Isa>(
+    isa: I,
+    layout: Layout,
+    rows: usize,
+    row: impl Fn(usize) -> &'a [u8],
+    out: &mut [u32],
+) {
+    for_rows!(I, rows, R => isa.enter(
+        #[inline(always)]
+        || match layout {
+            Layout::F32 | Layout::Bf16Widened => pack::<_, R, CHUNK_WORDS, CHUNK_WORDS>(
+                |r| row(r).as_chunks().0,
+                #[inline(always)]
+                |values| stored_words(values),
+                out,
+            ),
+            Layout::Bf16 => pack::<_, R, { 2 * CHUNK_WORDS }, CHUNK_WORDS>(
+                |r| row(r).as_chunks().0,
+                #[inline(always)]
+                |values| stored_pairs(values),
+                out,
+            ),
+            Layout::Q8 | Layout::Q4 => pack::<_, R, GROUP, GROUP_WORDS>(
+                |r| row(r).as_chunks().0,
+                #[inline(always)]
+                |values| group_words(&widened(values)),
+                out,
+            ),
+        },
+    ));
+}
+
 /// Packs `R` rows, `N` values of each at a time, which make `W` words.
 #[inline(always)]
-fn pack<'a, const R: usize, const N: usize, const W: usize>(
-    row: impl Fn(usize) -> &'a [f32],
-    words_of: impl Fn(&[f32; N]) -> [u32; W],
+fn pack<'a, T: Copy + Default + 'a, const R: usize, const N: usize, const W: usize>(
+    row: impl Fn(usize) -> &'a [T],
+    words_of: impl Fn(&[T; N]) -> [u32; W],
     out: &mut [u32],
 ) {
     for (chunk, out) in out.chunks_mut(W * R).enumerate() {
-        let words: [[u32; W]; R] = std::array::from_fn(|r| {
+        let mut words = [[0; W]; R];
+        for (r, words) in words.iter_mut().enumerate() {
             let values = &row(r)[chunk * N..];
-            match values.first_chunk() {
+            *words = match values.first_chunk() {
                 Some(values) => words_of(values),
                 None => {
-                    let mut padded = [0.0; N];
+                    let mut padded = [T::default(); N];
                     padded[..values.len()].copy_from_slice(values);
                     words_of(&padded)
                 }
-            }
-        });
+            };
+        }
         for (k, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
             for r in 0..R {
                 out[r] = words[r][k];
@@ -139,14 +177,47 @@ fn pack<'a, const R: usize, const N: usize, const W: usize>(
 
 #[inline(always)]
 fn f32_words(values: &[f32; CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
-    values.map(f32::to_bits)
+    let mut words = [0; CHUNK_WORDS];
+    for (word, value) in words.iter_mut().zip(values) {
+        *word = value.to_bits();
+    }
+    words
 }
 
 #[inline(always)]
 fn bf16_words(values: &[f32; 2 * CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
-    std::array::from_fn(|i| {
-        round_to_bf16(values[2 * i]) >> 16 | round_to_bf16(values[2 * i + 1]) & 0xffff_0000
-    })
+    let mut words = [0; CHUNK_WORDS];
+    for (word, [first, second]) in words.iter_mut().zip(values.as_chunks().0) {
+        *word = round_to_bf16(*first) >> 16 | round_to_bf16(*second) & 0xffff_0000;
+    }
+    words
+}
+
+#[inline(always)]
+fn stored_words(values: &[[u8; 4]; CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
+    let mut words = [0; CHUNK_WORDS];
+    for (word, value) in words.iter_mut().zip(values) {
+        *word = u32::from_le_bytes(*value);
+    }
+    words
+}
+
+#[inline(always)]
+fn stored_pairs(values: &[[u8; 2]; 2 * CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
+    let mut words = [0; CHUNK_WORDS];
+    for (word, [first, second]) in words.iter_mut().zip(values.as_chunks().0) {
+        *word = u32::from_le_bytes([first[0], first[1], second[0], second[1]]);
+    }
+    words
+}
+
+#[inline(always)]
+fn widened(values: &[[u8; 2]; GROUP]) -> [f32; GROUP] {
+    let mut wide = [0.0; GROUP];
+    for (wide, value) in wide.iter_mut().zip(values) {
+        *wide = f32::from_bits(u32::from(u16::from_le_bytes(*value)) << 16);
+    }
+    wide
 }
 
 /// Rounds to the nearest bf16, ties to even, in the upper half of the result. The same as

@@ -272,6 +272,17 @@ impl Kernels for Copying {
         self.0.add(x, delta);
     }
 
+    fn gated_ffn_encoded(&self, x: &[&[u8]], groups: &[FfnGroup<'_>], y: &mut [u8]) {
+        let len = HIDDEN * self.row_dtype().size();
+        for (from, to) in groups.iter().flat_map(|group| group.rows) {
+            y[*to as usize * len..][..len].copy_from_slice(x[*from as usize]);
+        }
+    }
+
+    fn add_weighted(&self, parts: &[(f32, &[u8])], y: &mut [f32]) {
+        self.0.add_weighted(parts, y);
+    }
+
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
         self.0.rms_norm(x, weight, eps, y);
     }
