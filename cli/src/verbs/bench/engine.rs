@@ -236,7 +236,8 @@ fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Resul
     found(args, threads, &started, rounds)
 }
 
-async fn links_up(engine: &EngineHandle) -> anyhow::Result<()> {
+/// Waits until every expert can be reached.
+pub async fn links_up(engine: &EngineHandle) -> anyhow::Result<()> {
     let mut readiness = engine.readiness();
     let up = readiness.wait_for(|now| *now == Readiness::Ready);
     match tokio::time::timeout(LINKS_DEADLINE, up).await {

@@ -11,6 +11,7 @@ mod engine;
 mod exchange;
 mod kernels;
 mod limits;
+mod quality;
 mod random;
 mod relay;
 mod serve;
@@ -44,6 +45,8 @@ enum BenchVerb {
     Engine(engine::EngineArgs),
     /// One exchange through the real link, beside bare TCP and TLS echoes of the same bytes.
     Exchange(exchange::ExchangeArgs),
+    /// How far weight formats move a model's predictions from those of bf16.
+    Quality(quality::QualityArgs),
     /// Open-loop load on a running cluster.
     Serve(serve::ServeArgs),
 }
@@ -71,6 +74,7 @@ pub fn run(args: BenchArgs, logging: &LogArgs) -> anyhow::Result<()> {
         BenchVerb::Kernels(kernels) => print(&kernels::run(&kernels)?, args.output),
         BenchVerb::Engine(engine) => print(&engine::run(&engine, logging)?, args.output),
         BenchVerb::Exchange(exchange) => print(&exchange::run(&exchange)?, args.output),
+        BenchVerb::Quality(quality) => print(&quality::run(&quality, logging)?, args.output),
         BenchVerb::Serve(serve) => print(&serve::run(&serve)?, args.output),
     }
 }
