@@ -113,6 +113,14 @@ impl State {
         Self::default()
     }
 
+    /// The state with which a raft group begins: founded with these nodes by the entry at index 1,
+    /// which no log ever held.
+    pub fn genesis(specs: Vec<NodeSpec>) -> Result<Self, Refused> {
+        let mut state = Self { applied_index: 1, ..Self::default() };
+        state.apply(Command::Found(specs))?;
+        Ok(state)
+    }
+
     /// The last entry of the log that is in it.
     pub fn applied_index(&self) -> u64 {
         self.applied_index
@@ -177,6 +185,11 @@ impl State {
     /// Every disk that has ever been in the raft group, in order of number.
     pub fn voters(&self) -> impl Iterator<Item = (VoterId, Voter)> {
         self.voters.iter().map(|(id, voter)| (*id, *voter))
+    }
+
+    /// Whether the raft group may take this voter in: minted here, and not retired.
+    pub fn may_vote(&self, id: VoterId) -> bool {
+        self.voters.get(&id).is_some_and(|voter| !voter.retired)
     }
 
     /// The latest hashes of the state, oldest first.
