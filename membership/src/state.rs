@@ -540,10 +540,7 @@ fn too_many(what: &str, max: usize) -> Refused {
 }
 
 fn name_taken(name: &NodeName) -> Refused {
-    Refused::new(
-        RefusedCode::NameTaken,
-        format_args!("node {name} is, or was, a member already"),
-    )
+    Refused::new(RefusedCode::NameTaken, format_args!("node {name} is, or was, a member already"))
 }
 
 fn not_a_member(id: NodeId) -> Refused {

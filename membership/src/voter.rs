@@ -27,13 +27,9 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::log::{Batch, Durable, Entry, EntryKind, Group, HardState, Snapshot};
-use crate::raft::{
-    Change, Config, Effects, NotProposed, Received, Replica, ReplicaError, Status,
-};
+use crate::raft::{Change, Config, Effects, NotProposed, Received, Replica, ReplicaError, Status};
 use crate::state::codec::{Malformed, REQUEST_LEN_MAX, STATE_LEN_MAX};
-use crate::state::{
-    NodeSpec, OutOfOrder, Outcome, Refused, Request, SessionId, State, VoterId,
-};
+use crate::state::{NodeSpec, OutOfOrder, Outcome, Refused, Request, SessionId, State, VoterId};
 
 /// Longest encoded envelope in bytes: a snapshot and a little.
 pub const ENVELOPE_LEN_MAX: usize = STATE_LEN_MAX + (1 << 16);
@@ -158,8 +154,7 @@ pub fn genesis(specs: Vec<NodeSpec>) -> Result<(ClusterId, Durable), Refused> {
     let data = state.seal();
     let mut id = [0; 16];
     id.copy_from_slice(&Sha256::digest(&data)[..16]);
-    let group =
-        Group { voters: state.voters().map(|(id, _)| id.0).collect(), ..Group::default() };
+    let group = Group { voters: state.voters().map(|(id, _)| id.0).collect(), ..Group::default() };
     let durable = Durable {
         hard_state: HardState { term: 1, vote: 0, commit: 1 },
         snapshot: Snapshot { index: 1, term: 1, group, data },
@@ -205,9 +200,10 @@ impl Voter {
     pub fn receive(&mut self, envelope: wire::RaftEnvelope) -> Result<Received, VoterError> {
         let for_us = envelope.cluster_id == self.settings.cluster.0[..]
             && envelope.to == self.settings.raft.id;
-        let Some(message) = envelope.message.filter(|message| {
-            for_us && message.from == envelope.from && message.to == envelope.to
-        }) else {
+        let Some(message) = envelope
+            .message
+            .filter(|message| for_us && message.from == envelope.from && message.to == envelope.to)
+        else {
             return Ok(Received::Ignored);
         };
         let latest = self.peers.entry(envelope.from).or_default();
@@ -273,9 +269,9 @@ impl Voter {
         self.replica.transfer_leader(to)
     }
 
-    /// Asks for a state that is not older than this moment. The number comes back in
+    /// Asks for a state that is not older than this moment; not only the leader can. The number comes back in
     /// [`Done::reads`], or never: ask again after a while.
-    pub fn read(&mut self) -> u64 {
+    pub fn read(&mut self) -> Result<u64, NotProposed> {
         self.replica.read_index()
     }
 
@@ -394,8 +390,8 @@ fn restore(snapshot: &Snapshot) -> Result<State, VoterError> {
     if index == 0 {
         return Ok(State::new());
     }
-    let state = State::unseal(&snapshot.data)
-        .map_err(|source| VoterError::Snapshot { index, source })?;
+    let state =
+        State::unseal(&snapshot.data).map_err(|source| VoterError::Snapshot { index, source })?;
     let applied = state.applied_index();
     if applied != index {
         return Err(VoterError::SnapshotIndex { index, applied });

@@ -180,9 +180,8 @@ impl Replica {
             id: config.id,
             election_tick: election_ticks,
             heartbeat_tick: config.heartbeat_ticks.into(),
-            // A range of one value: whoever sees it knows that raft-rs has just drawn it.
             min_election_tick: election_ticks,
-            max_election_tick: election_ticks + 1,
+            max_election_tick: 2 * election_ticks,
             applied: durable.snapshot.index,
             max_size_per_msg: MESSAGE_ENTRIES_LEN_MAX,
             max_inflight_msgs: INFLIGHT_MESSAGES_MAX,
@@ -297,14 +296,21 @@ impl Replica {
         Ok(())
     }
 
-    /// Asks from which index on a state is fit to be read now. The answer comes in
+    /// Asks from which index on a state is fit to be read now; any member that knows a leader may.
+    /// The answer comes in
     /// [`Committed::reads`] under the number returned, or never: ask again after a while.
-    pub fn read_index(&mut self) -> u64 {
+    pub fn read_index(&mut self) -> Result<u64, NotProposed> {
+        if self.pending.is_some() {
+            return Err(NotProposed::Busy);
+        }
+        if self.leader().is_none() {
+            return Err(NotProposed::NotLeader { leader: None });
+        }
         self.reads_asked += 1;
         let number = self.reads_asked;
         let context = [self.config.id, self.config.seed, number];
         self.raw.read_index(context.iter().flat_map(|part| part.to_le_bytes()).collect());
-        number
+        Ok(number)
     }
 
     /// Hands leadership to a voter, when it can take it.
@@ -437,6 +443,11 @@ impl Replica {
             return Ok(BTreeSet::new());
         };
         self.group = convert::group_in(&conf);
+        // raft-rs would lead on without itself, and panic on the next acknowledgement.
+        if self.is_leader() && !self.group.contains(self.config.id) {
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, raft::INVALID_ID);
+        }
         let members = before.voters.iter().chain(&before.learners).chain(&before.outgoing);
         Ok(members.copied().filter(|id| !self.group.contains(*id)).collect())
     }
@@ -498,10 +509,11 @@ impl Replica {
         Err(NotProposed::NotLeader { leader: self.leader() })
     }
 
-    /// raft-rs has a range of one value to draw from, `election_ticks`; we draw above it.
+    /// raft-rs draws a timeout only where it also begins to count from 0; so wherever the count is
+    /// at 0 we draw again, from the seed, and what raft-rs drew is never used.
     fn draw_election_timeout(&mut self) {
         let ticks = usize::from(self.config.election_ticks);
-        if self.raw.raft.randomized_election_timeout() != ticks {
+        if self.raw.raft.election_elapsed != 0 {
             return;
         }
         // SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
@@ -510,7 +522,7 @@ impl Replica {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
-        let extra = 1 + (z % ticks as u64) as usize;
+        let extra = (z % ticks as u64) as usize;
         self.raw.raft.set_randomized_election_timeout(ticks + extra);
     }
 
@@ -567,10 +579,8 @@ fn malformed(message: &eraftpb::Message) -> bool {
         entry.index == index && entry.term <= message.term
     });
     let is_append = kind == eraftpb::MessageType::MsgAppend;
-    let is_read = matches!(
-        kind,
-        eraftpb::MessageType::MsgReadIndex | eraftpb::MessageType::MsgReadIndexResp
-    );
+    let is_read =
+        matches!(kind, eraftpb::MessageType::MsgReadIndex | eraftpb::MessageType::MsgReadIndexResp);
     message.from == 0
         || (is_append && !in_order)
         || (is_read && message.get_entries().len() != 1)

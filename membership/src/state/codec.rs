@@ -133,9 +133,7 @@ fn command_out(command: &Command) -> membership_request::Command {
         Command::SetState(node, state) => {
             Out::SetLife(wire::SetLife { node: node.0, life: life_out(state) })
         }
-        Command::Cordon(node, cordoned) => {
-            Out::Cordon(wire::Cordon { node: node.0, cordoned })
-        }
+        Command::Cordon(node, cordoned) => Out::Cordon(wire::Cordon { node: node.0, cordoned }),
         Command::SetPlacement(placement) => {
             Out::SetPlacement(wire::SetPlacement { experts: placement_out(&placement) })
         }

@@ -72,8 +72,7 @@ impl Sessions {
     /// Keeps the outcome of the session's latest command.
     pub fn keep(&mut self, id: SessionId, sequence: u64, index: u64, outcome: &Outcome) {
         if let Some(session) = self.0.get_mut(&id) {
-            *session =
-                Session { sequence, outcome: Some(outcome.clone()), used_at_index: index };
+            *session = Session { sequence, outcome: Some(outcome.clone()), used_at_index: index };
         }
     }
 }
