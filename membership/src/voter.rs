@@ -214,10 +214,8 @@ impl Voter {
         if let Some(mark) = envelope.mark.filter(|_| speaks_as_leader(&message)) {
             self.compare(&mark, envelope.from)?;
         }
-        if let Some(snapshot) = &message.snapshot {
-            if !credible(snapshot) {
-                return Ok(Received::Ignored);
-            }
+        if message.snapshot.as_ref().is_some_and(|snapshot| !credible(snapshot)) {
+            return Ok(Received::Ignored);
         }
         Ok(self.replica.step(message)?)
     }
@@ -256,12 +254,12 @@ impl Voter {
 
     /// Proposes a change of the group. A member that joins must have been minted.
     pub fn change(&mut self, change: Change) -> Result<(), NotProposed> {
-        if let Change::AddLearner(id) = change {
-            if !self.state.may_vote(VoterId(id)) {
-                return Err(NotProposed::Change(format!("voter {id} is not minted, or retired")));
+        match change {
+            Change::AddLearner(id) if !self.state.may_vote(VoterId(id)) => {
+                Err(NotProposed::Change(format!("voter {id} is not minted, or retired")))
             }
+            _ => self.replica.change(change),
         }
-        self.replica.change(change)
     }
 
     /// Hands leadership to another voter.

@@ -3,6 +3,8 @@
 //! After every fault the log opens with what was acknowledged, perhaps with the batch that was
 //! under way, or refuses to open and says why. It never opens with anything else.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -78,7 +80,7 @@ impl Disk {
             match write {
                 Write::Len(len) if kept => image.resize(*len as usize, 0),
                 Write::Bytes(offset, bytes) if kept => {
-                    let torn = random.next_u32() % 4 == 0;
+                    let torn = random.next_u32().is_multiple_of(4);
                     let len =
                         if torn { random.next_u32() as usize % bytes.len() } else { bytes.len() };
                     put(&mut image, *offset, &bytes[..len]);

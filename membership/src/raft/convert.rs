@@ -28,13 +28,14 @@ pub(super) fn hard_state_in(hard: &eraftpb::HardState) -> HardState {
 }
 
 pub(super) fn group_out(group: &Group) -> eraftpb::ConfState {
-    let mut out = eraftpb::ConfState::default();
-    out.voters = group.voters.iter().copied().collect();
-    out.learners = group.learners.iter().copied().collect();
-    out.voters_outgoing = group.outgoing.iter().copied().collect();
-    out.learners_next = group.learners_next.iter().copied().collect();
-    out.auto_leave = group.auto_leave;
-    out
+    eraftpb::ConfState {
+        voters: group.voters.iter().copied().collect(),
+        learners: group.learners.iter().copied().collect(),
+        voters_outgoing: group.outgoing.iter().copied().collect(),
+        learners_next: group.learners_next.iter().copied().collect(),
+        auto_leave: group.auto_leave,
+        ..eraftpb::ConfState::default()
+    }
 }
 
 pub(super) fn group_in(conf: &eraftpb::ConfState) -> Group {

@@ -1,3 +1,5 @@
+//! What the state machine accepts, what it refuses, and what it looks like as bytes.
+
 use entente_proto::ids::{ExpertId, LayerId};
 
 use super::*;

@@ -3,6 +3,8 @@
 //! One seed decides everything that happens. `ENTENTE_SIM_SEED=n` runs one seed,
 //! `ENTENTE_SIM_SEEDS=n` that many, and `ENTENTE_SIM_HOURS=n` fresh ones for so long.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 mod bugs;
 mod oracle;
 mod world;

@@ -29,7 +29,7 @@ const NODES_MAX: u64 = 8;
 const CLIENT_TIMEOUT: u64 = 300 * MS;
 
 enum Input {
-    Message(wire::RaftEnvelope),
+    Message(Box<wire::RaftEnvelope>),
     Tick,
     Propose { client: usize, attempt: u64, request: Request },
     Read { client: usize, attempt: u64 },
@@ -125,7 +125,7 @@ fn spec(name: String, role: Role) -> NodeSpec {
 impl World {
     pub fn new(seed: u64, bug: Option<Bug>) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let founders = if random.next_u32() % 3 == 0 { 5 } else { 3 };
+        let founders = if random.next_u32().is_multiple_of(3) { 5 } else { 3 };
         let mut specs: Vec<NodeSpec> =
             (1..=founders).map(|id| spec(format!("a-voter-{id}"), Role::Coordinator)).collect();
         specs.extend((1..=EXPERT_NODES).map(|id| spec(format!("b-expert-{id}"), Role::ExpertNode)));
@@ -300,10 +300,10 @@ impl World {
         if let Some(batch) = machine.writing.pop_front().filter(|_| lucky) {
             machine.durable.absorb(&batch);
         }
-        if bug == Some(Bug::SkipFsync) {
-            if let Some(earlier) = machine.earlier.pop_front() {
-                machine.durable = earlier;
-            }
+        if bug == Some(Bug::SkipFsync)
+            && let Some(earlier) = machine.earlier.pop_front()
+        {
+            machine.durable = earlier;
         }
         machine.writing.clear();
         machine.inbox.clear();
@@ -350,7 +350,7 @@ impl World {
         let fatal = |error: voter::VoterError| format!("{id} stops: {error}");
         match input {
             Input::Message(envelope) => {
-                voter.receive(envelope).map_err(fatal)?;
+                voter.receive(*envelope).map_err(fatal)?;
             }
             Input::Tick => voter.tick().map_err(fatal)?,
             Input::Propose { client, attempt, request } => {
@@ -537,15 +537,15 @@ impl World {
                 let mut envelope = envelope.clone();
                 let troubled = self.now < TROUBLE_ENDS;
                 let snapshot = envelope.message.as_mut().and_then(|m| m.snapshot.as_mut());
-                if let Some(snapshot) = snapshot.filter(|_| troubled) {
-                    if self.random.next_u32() % 3 == 0 {
-                        bugs::damaged(self.bug, snapshot);
-                    }
+                if let Some(snapshot) = snapshot.filter(|_| troubled)
+                    && self.random.next_u32().is_multiple_of(3)
+                {
+                    bugs::damaged(self.bug, snapshot);
                 }
                 // Now and then one takes so long that later ones overtake it.
                 let late = self.chance(3);
                 let delay = 500 + self.below(if late { 400 * MS } else { 8 * MS });
-                self.after(delay, Event::Input { to, input: Input::Message(envelope) });
+                self.after(delay, Event::Input { to, input: Input::Message(Box::new(envelope)) });
             }
         }
         Ok(())
@@ -762,7 +762,7 @@ impl World {
 
     fn split(&mut self, ids: &[u64]) {
         let side: BTreeSet<u64> =
-            ids.iter().copied().filter(|_| self.random.next_u32() % 2 == 0).collect();
+            ids.iter().copied().filter(|_| self.random.next_u32().is_multiple_of(2)).collect();
         for a in ids {
             for b in ids {
                 if side.contains(a) != side.contains(b) {
