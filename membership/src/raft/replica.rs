@@ -296,14 +296,16 @@ impl Replica {
         Ok(())
     }
 
-    /// Asks from which index on a state is fit to be read now; any member that knows a leader may.
+    /// Asks from which index on a state is fit to be read now; any member that
+    /// knows a leader may.
     /// The answer comes in
     /// [`Committed::reads`] under the number returned, or never: ask again after a while.
     pub fn read_index(&mut self) -> Result<u64, NotProposed> {
         if self.pending.is_some() {
             return Err(NotProposed::Busy);
         }
-        if self.leader().is_none() {
+        // One that was taken out of the group is told nothing any more, not even who leads.
+        if self.leader().is_none() || !self.group.contains(self.config.id) {
             return Err(NotProposed::NotLeader { leader: None });
         }
         self.reads_asked += 1;

@@ -22,7 +22,7 @@ use crate::oracle::{Operation, Oracle, Seen, Wish};
 const MS: u64 = 1_000;
 const TICK: u64 = 20 * MS;
 const TROUBLE_ENDS: u64 = 9_000 * MS;
-const END: u64 = 14_000 * MS;
+const END: u64 = 15_000 * MS;
 const CLIENTS: usize = 4;
 const EXPERT_NODES: u32 = 3;
 const NODES_MAX: u64 = 8;
@@ -222,7 +222,7 @@ impl World {
 
     /// Trouble ended a while ago: somebody leads, and each client gets answers.
     fn has_healed(&self) -> Result<(), String> {
-        let stuck = |client: &&Client| self.now - client.started > 3_000 * MS;
+        let stuck = |client: &&Client| self.now - client.started > 4_000 * MS;
         match self.clients.iter().find(stuck) {
             Some(client) => {
                 let voters = self.machines.values().filter_map(|machine| machine.voter.as_ref());
@@ -561,7 +561,7 @@ impl World {
             let task = self.next_task(client);
             self.clients[client].started = self.now;
             self.clients[client].task = Some(task);
-        } else if self.chance(70) {
+        } else {
             // No answer: the outcome is unknown, so the same request goes to somebody else.
             let ids: Vec<u64> = self.machines.keys().copied().collect();
             let target = ids[self.below(ids.len() as u64) as usize];
@@ -719,7 +719,11 @@ impl World {
             return Ok(());
         }
         let ids: Vec<u64> = self.machines.keys().copied().collect();
-        let one = ids[self.below(ids.len() as u64) as usize];
+        // Leaders have more to lose.
+        let leads = |id: &&u64| self.machines[*id].voter.as_ref().is_some_and(Voter::is_leader);
+        let leader = ids.iter().find(leads).copied();
+        let any = ids[self.below(ids.len() as u64) as usize];
+        let one = leader.filter(|_| self.chance(40)).unwrap_or(any);
         let other = ids[self.below(ids.len() as u64) as usize];
         match self.below(13) {
             0..3 => self.crash(one),
