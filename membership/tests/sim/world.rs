@@ -310,7 +310,8 @@ impl World {
         machine.reads.clear();
         machine.earlier.clear();
         machine.paused = false;
-        let delay = 50 * MS + self.below(2_000 * MS);
+        // A blink, in which what was asked before is still on its way, or a while.
+        let delay = if self.chance(50) { self.below(30 * MS) } else { self.below(2_000 * MS) };
         self.after(delay, Event::Restart { node: id });
     }
 
