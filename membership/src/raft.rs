@@ -24,8 +24,7 @@
 pub mod convert;
 mod memory;
 mod replica;
+mod types;
 
-pub use replica::{
-    Change, Committed, Config, Effects, MESSAGE_ENTRIES_LEN_MAX, NotProposed, Received, Replica,
-    ReplicaError, Status,
-};
+pub use replica::{MESSAGE_ENTRIES_LEN_MAX, Replica};
+pub use types::{Change, Committed, Config, Effects, NotProposed, Received, ReplicaError, Status};
