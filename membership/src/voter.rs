@@ -18,6 +18,9 @@
 //! A request that was proposed is *unknown* until an answer to it comes out, which may be never:
 //! whoever wants to know repeats it with the same session and sequence.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
