@@ -124,12 +124,17 @@ impl Oracle {
                 Some(_) => continue,
                 None => self.committed.insert(index, this),
             };
+            // A leader counts by the group that it has applied: until it has applied the change to a
+            // joint group that is in its log, by the old voters alone. That is safe, because who
+            // ends the joint group needs their majority, and so this entry.
             let majority = |ids: &std::collections::BTreeSet<u64>| {
                 ids.is_empty()
                     || ids.iter().filter(|id| holds(**id, index, entry.term)).count() * 2
                         > ids.len()
             };
-            if !groups.iter().any(|group| majority(&group.voters) && majority(&group.outgoing)) {
+            if !groups.iter().any(|group| {
+                majority(if group.outgoing.is_empty() { &group.voters } else { &group.outgoing })
+            }) {
                 return Err(format!("entry {index} was committed and a majority does not hold it"));
             }
         }
