@@ -6,22 +6,29 @@
 //! ```text
 //!   configuration file ── roster::Roster ──┐
 //!                                          ├──► state::Command ──► State::apply
-//!   raft log (to come: one more source) ───┘
-//! ```
+//!   clients ── state::Request ── raft ─────┘
 //!
-//! Today each process reads the same [`roster::Roster`] from its configuration and replays it, so
-//! that all of them arrive at membership epoch 1 and placement epoch 1. When raft arrives it
-//! replays committed log entries through the same commands; nothing beyond this crate will notice.
+//!   voter::Voter    one process of the raft group: replica and state together; pure
+//!     raft::Replica   raft-rs behind one door; pure
+//!     state::State    what the committed entries amount to; pure
+//!   store::Store    makes each log::Batch durable
+//! ```
 //!
 //! Invariants:
 //! - a command is applied entirely or refused entirely, and every process decides alike;
 //! - each accepted change raises exactly one epoch by one; epochs never fall;
-//! - an incarnation is handed out once; a node number is never used again;
-//! - the placement names only expert nodes that are members.
+//! - an incarnation is handed out once; a node number and a voter number are never used again;
+//! - the placement names only expert nodes that are members;
+//! - nothing is said to a peer or a client before what it rests on is durable.
 //!
-//! What this crate does not know: sockets, clocks, randomness, hash order, floats, whether a node
-//! answers (that is evidence, and evidence becomes a command only through somebody's decision), how
-//! a placement is computed (the router plans it), what a model is.
+//! What this crate does not know: sockets, clocks, threads, randomness, hash order, floats, whether
+//! a node answers (that is evidence, and evidence becomes a command only through somebody's
+//! decision), how a placement is computed (the router plans it), what a model is. Files are known
+//! to [`store`] alone.
 
+pub mod log;
+pub mod raft;
 pub mod roster;
 pub mod state;
+pub mod store;
+pub mod voter;

@@ -150,8 +150,11 @@ impl Roster {
         let spec = |node: &RosterNode| NodeSpec {
             name: node.name.clone(),
             region: node.region,
+            site: String::new(),
             role: Role::ExpertNode,
             address: node.address.clone(),
+            memory_bytes: None,
+            kernel_class: String::new(),
         };
         Command::Found(self.0.nodes.iter().map(spec).collect())
     }

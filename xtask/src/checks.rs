@@ -26,3 +26,13 @@ pub fn test() -> Result<(), String> {
     run(&mut command("cargo test --locked --release --workspace --doc --quiet"))?;
     Err(become_command(&mut command("cargo nextest run --locked --release --workspace")))
 }
+
+/// Simulates clusters of voters for so many hours. The first seed that breaks an invariant ends
+/// the run and is named; `ENTENTE_SIM_SEED` runs it again.
+pub fn sim(hours: &str) -> Result<(), String> {
+    hours.parse::<u32>().map_err(|error| format!("--hours {hours}: {error}"))?;
+    run(command(
+        "cargo test --locked --release -p entente-membership --test sim hours -- --nocapture",
+    )
+    .env("ENTENTE_SIM_HOURS", hours))
+}

@@ -1,6 +1,7 @@
 //! `cargo xtask`: what a person would otherwise type, in the order in which they would type it.
 //!
 //! - `cargo xtask test` sets up what the checks need and runs all of them ([`checks`]).
+//! - `cargo xtask sim --hours N` simulates clusters with fresh seeds for so long.
 //! - `cargo xtask tidy` runs the house rules alone ([`tidy`]).
 //!
 //! It depends on nothing but the standard library, so that it is built in seconds and can set up a
@@ -21,6 +22,7 @@ usage: cargo xtask COMMAND
 
   setup   install what the checks need, where it is missing
   test    set up what is missing, then run every check and every test
+  sim     --hours N: simulate clusters of voters with fresh seeds for so long
   tidy    check the house rules: sizes, essays, left-overs";
 
 fn main() -> ExitCode {
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
     let result = match arguments[..] {
         ["setup"] => setup::run_all(),
         ["test"] => checks::test(),
+        ["sim", "--hours", hours] => checks::sim(hours),
         ["tidy"] => tidy::run(),
         _ => Err(USAGE.to_owned()),
     };
