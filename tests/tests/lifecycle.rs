@@ -119,7 +119,10 @@ fn no_process_is_left_after_the_parent_is_killed() {
 #[test]
 fn no_process_is_left_when_it_is_interrupted_while_starting() {
     let data = tempfile::tempdir().unwrap();
-    let mut up = entente(&["up", "--http", "127.0.0.1:0", "--once", PROMPT, "--data-dir"])
+    // A long answer, so that it is not over before the children were counted.
+    let golden = Golden::load("mixtral");
+    let mut up = entente(&["up", "--http", "127.0.0.1:0", "--once", PROMPT, "--model"])
+        .args([golden.path(), "--max-tokens", "4000", "--data-dir"])
         .arg(data.path())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

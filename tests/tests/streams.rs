@@ -96,7 +96,10 @@ fn a_client_that_disconnects_frees_its_slot_and_its_cache() {
     let golden = Golden::load("mixtral");
     let cluster = cluster(&golden);
     let url = format!("{}/v1/completions", cluster.http());
-    let endless = json!({"prompt": "a", "max_tokens": 4_000, "temperature": 0, "ignore_eos": true});
+    // Drawn at random: text that loops would be guessed, and be over before anybody looks.
+    let endless = json!({
+        "prompt": "a", "max_tokens": 4_000, "temperature": 1.5, "seed": 1, "ignore_eos": true
+    });
 
     let mut stream = http::stream(&url, &endless);
     stream.next().expect("a first chunk");
