@@ -3,42 +3,17 @@
 //! `cargo bench -p entente-coordinator --bench sampler`. Logits are normally distributed, wide
 //! (as where a model is sure of a few tokens) and narrow (as where top-p must look at many).
 
-#![allow(clippy::print_stdout)] // Printing is what it is for.
+// The macros of criterion make functions without documentation.
+#![allow(missing_docs)]
 
 use std::hint::black_box;
-use std::time::{Duration, Instant};
 
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use entente_coordinator::engine::sampler::{Sampling, sample, score};
 
-/// How long each figure is measured; the fastest run counts, as others share the machine.
-const MEASURE: Duration = Duration::from_millis(200);
 const PLAIN: Sampling = Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 };
-
-fn main() {
-    for vocab in [32_768, 151_936] {
-        for (width_name, width) in [("wide", 4.0), ("narrow", 0.5)] {
-            let logits = logits(vocab, width);
-            let report = |what: &str, run: &dyn Fn(usize)| {
-                println!("{vocab:>7} {width_name:<6} {what:<16} {:>9.1} us", fastest(run) * 1e6);
-            };
-            let draw = |what: &str, sampling: Sampling| {
-                report(what, &|position| {
-                    black_box(sample(&logits, &sampling, position));
-                });
-            };
-            draw("greedy", Sampling { temperature: 0.0, ..PLAIN });
-            draw("all", PLAIN);
-            draw("min_p 0.05", Sampling { min_p: 0.05, ..PLAIN });
-            draw("top_k 40", Sampling { top_k: 40, ..PLAIN });
-            draw("top_p 0.95", Sampling { top_p: 0.95, ..PLAIN });
-            for top_len in [0, 20] {
-                report(&format!("score, top {top_len}"), &|id| {
-                    black_box(score(&logits, (id % vocab) as u32, top_len));
-                });
-            }
-        }
-    }
-}
+const VOCABS: [usize; 2] = [32_768, 151_936];
+const WIDTHS: [(&str, f32); 2] = [("wide", 4.0), ("narrow", 0.5)];
 
 /// Sums of twelve uniform numbers (an approximation of the normal distribution) times `width`.
 fn logits(vocab: usize, width: f32) -> Vec<f32> {
@@ -50,14 +25,48 @@ fn logits(vocab: usize, width: f32) -> Vec<f32> {
     (0..vocab).map(|_| ((0..12).map(|_| uniform()).sum::<f32>() - 6.0) * width).collect()
 }
 
-/// Seconds of the fastest run of `run`, which gets the number of the run.
-fn fastest(run: &dyn Fn(usize)) -> f64 {
-    let (start, mut best, mut runs) = (Instant::now(), f64::INFINITY, 0);
-    while start.elapsed() < MEASURE {
-        let start = Instant::now();
-        run(runs);
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
+/// Calls `run` for logits of each size and width, with a name for them.
+fn for_every_row(mut run: impl FnMut(&str, &[f32])) {
+    for vocab in VOCABS {
+        for (name, width) in WIDTHS {
+            run(&format!("{vocab} {name}"), &logits(vocab, width));
+        }
     }
-    best
 }
+
+fn samples(c: &mut Criterion) {
+    let mut group = c.benchmark_group("sample");
+    let cases = [
+        ("greedy", Sampling { temperature: 0.0, ..PLAIN }),
+        ("all", PLAIN),
+        ("min_p 0.05", Sampling { min_p: 0.05, ..PLAIN }),
+        ("top_k 40", Sampling { top_k: 40, ..PLAIN }),
+        ("top_p 0.95", Sampling { top_p: 0.95, ..PLAIN }),
+    ];
+    for_every_row(|name, logits| {
+        for (what, sampling) in &cases {
+            let mut position = 0;
+            group.bench_function(BenchmarkId::new(*what, name), |b| {
+                b.iter(|| {
+                    // Another number is drawn each time.
+                    position += 1;
+                    black_box(sample(logits, sampling, position))
+                });
+            });
+        }
+    });
+}
+
+fn scores(c: &mut Criterion) {
+    let mut group = c.benchmark_group("score");
+    for_every_row(|name, logits| {
+        for top_len in [0, 20] {
+            group.bench_function(BenchmarkId::new(format!("top {top_len}"), name), |b| {
+                b.iter(|| black_box(score(logits, 7, top_len)));
+            });
+        }
+    });
+}
+
+criterion_group!(benches, samples, scores);
+criterion_main!(benches);
