@@ -6,7 +6,7 @@
 //! go to the lower token id throughout. Tokens that survive lie side by side in the order of their
 //! ids, each as wide as its weight, and the random number points at one of them.
 //!
-//! Only what must see the whole vocabulary does, by the loops of [`logits`](super::logits).
+//! Only what must see the whole vocabulary does, by the loops of [`logits`].
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
