@@ -8,7 +8,7 @@
 //! nodes first and each node is balanced by itself, so that a token's experts stay together.
 //!
 //! One step goes beyond the published greedy: after a deal, the heaviest pack exchanges items with
-//! others for as long as that lowers it ([`settle`]).
+//! others for as long as that lowers it (`settle`).
 //!
 //! All arithmetic is on integers and ties go to the lower number, so that every process that is
 //! given the same loads computes the same plan. It knows no memory, no machine that differs from
