@@ -104,6 +104,11 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn fused(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        self.fma(a, b, c)
+    }
+
+    #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         both!(_mm256_max_ps, a, b)
     }

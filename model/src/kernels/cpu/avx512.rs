@@ -42,9 +42,10 @@ impl Isa for Avx512 {
     const NAME_INT8: &'static str = "avx512vnni";
     // 24 accumulators, two to four weights, one broadcast: 32 registers.
     const TILE_ROWS: usize = 12;
-    // 8 integer sums, 8 sums of the group and 8 of the row, two weights, two scales, one
-    // broadcast: what is spilled to memory costs more than reading weights more often.
-    const TILE_ROWS_INT8: usize = 4;
+    // 12 integer sums, 12 of the group and 12 of the row are more than there are registers, so some
+    // of the group's go to memory once a group. It pays: with 12 chains of integer products the
+    // multipliers have other work while sums are scaled, and weights are read less often.
+    const TILE_ROWS_INT8: usize = 6;
 
     #[inline(always)]
     fn enter<R>(self, f: impl FnOnce() -> R) -> R {
@@ -94,6 +95,11 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn fused(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        self.fma(a, b, c)
     }
 
     #[inline(always)]

@@ -59,6 +59,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once or twice depending on the instruction set.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once on every instruction set.
+    fn fused(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `a > b ? a : b`, so `b` where either is not a number.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a < b ? a : b`, so `b` where either is not a number.

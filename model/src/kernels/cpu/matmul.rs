@@ -104,7 +104,7 @@ pub struct Panel<'a> {
 }
 
 /// From this many tiles on, expanding weights once costs less than doing it for each.
-const EXPAND_TILES_MIN: usize = 4;
+const EXPAND_TILES_MIN: usize = 3;
 
 impl<'a> Panel<'a> {
     /// Panel `p` of `w`, to be multiplied with all of `tiles`.
@@ -235,8 +235,9 @@ fn tile_bf16<I: Isa, const R: usize>(
 }
 
 /// Integer sums block by block, scaled by the weights' scales, and group by group by those of the
-/// rows. Each f32 operation is rounded by itself, in one order: the same bits on every processor.
-/// It costs nothing, since additions have units of their own beside the multipliers.
+/// rows. Scaled and added in one rounding, in one order: the same bits on every processor. It is
+/// the number of operations beside the integer products that limits the pace, more than what each
+/// of them is, so a multiplication and an addition apart would cost a tenth of it.
 #[inline(always)]
 fn tile_int8<I: Isa, const R: usize, const LINES: usize>(
     isa: I,
@@ -250,27 +251,36 @@ fn tile_int8<I: Isa, const R: usize, const LINES: usize>(
     for (lines, [row_scales, x @ ..]) in groups {
         let x: &[[[u32; R]; BLOCK_WORDS]] = x.as_chunks().0;
         ahead.ask::<I, LINES>(isa);
-        let mut group = scaled_block::<I, R, LINES>(isa, &lines[0], &x[0]);
-        ahead.ask::<I, LINES>(isa);
-        let second = scaled_block::<I, R, LINES>(isa, &lines[1], &x[1]);
+        let first = block_sums::<I, R, LINES>(isa, &lines[0], &x[0]);
+        let scales = isa.widen(&lines[0][0]);
+        let mut group = [[isa.splat(0.0); 2]; R];
         for r in 0..R {
-            let scale = isa.splat(f32::from_bits(row_scales[r]));
             for half in 0..2 {
-                group[r][half] = isa.add(group[r][half], second[r][half]);
-                sums[r][half] = isa.add(sums[r][half], isa.mul(group[r][half], scale));
+                group[r][half] = isa.mul(isa.to_floats(first[r][half]), scales[half]);
+            }
+        }
+        ahead.ask::<I, LINES>(isa);
+        let second = block_sums::<I, R, LINES>(isa, &lines[1], &x[1]);
+        let scales = isa.widen(&lines[1][0]);
+        for r in 0..R {
+            let row_scale = isa.splat(f32::from_bits(row_scales[r]));
+            for half in 0..2 {
+                let second = isa.to_floats(second[r][half]);
+                group[r][half] = isa.fused(second, scales[half], group[r][half]);
+                sums[r][half] = isa.fused(group[r][half], row_scale, sums[r][half]);
             }
         }
     }
     sums
 }
 
-/// The exact integer sums of a block, each rounded to f32 and scaled by the weights' scale.
+/// The exact integer sums of a block.
 #[inline(always)]
-fn scaled_block<I: Isa, const R: usize, const LINES: usize>(
+fn block_sums<I: Isa, const R: usize, const LINES: usize>(
     isa: I,
     lines: &[Line; LINES],
     [corrections, x @ ..]: &[[u32; R]; BLOCK_WORDS],
-) -> Sums<I, R> {
+) -> [[I::Ints; 2]; R] {
     let mut ints = [[isa.splat_int(0); 2]; R];
     for r in 0..R {
         ints[r] = [isa.splat_int(corrections[r].cast_signed()); 2];
@@ -282,14 +292,7 @@ fn scaled_block<I: Isa, const R: usize, const LINES: usize>(
             ints[r][1] = isa.dot_bytes(ints[r][1], w[1], x[r]);
         }
     }
-    let scales = isa.widen(&lines[0]);
-    let mut sums = [[isa.splat(0.0); 2]; R];
-    for r in 0..R {
-        for half in 0..2 {
-            sums[r][half] = isa.mul(isa.to_floats(ints[r][half]), scales[half]);
-        }
-    }
-    sums
+    ints
 }
 
 /// The weights of four inputs, those with number `four` of a block whose lines say what it is.

@@ -31,7 +31,7 @@ use super::{
 };
 
 /// Raised whenever a change gives other bits.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Values below which waking a thread costs more than it brings, in kernels that do little with
 /// each value.

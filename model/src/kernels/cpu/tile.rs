@@ -48,29 +48,29 @@ pub fn tile_rows<I: Isa>(layout: Layout) -> usize {
     }
 }
 
-/// How rows are cut into tiles of almost equal size, and how much room they take packed.
+/// How rows are cut into tiles, whose sizes differ by one at most, and how much room they take
+/// packed.
 #[derive(Clone, Copy)]
 pub struct Tiles {
     rows: usize,
-    tile_rows: usize,
+    count: usize,
     words: usize,
 }
 
 impl Tiles {
     /// `rows` rows of `words` words, at most `tile_rows_max` in a tile.
     pub fn new(rows: usize, tile_rows_max: usize, words: usize) -> Self {
-        let tiles = rows.div_ceil(tile_rows_max).max(1);
-        Self { rows, tile_rows: rows.div_ceil(tiles), words }
+        Self { rows, count: rows.div_ceil(tile_rows_max), words }
     }
 
     pub fn count(&self) -> usize {
-        self.rows.div_ceil(self.tile_rows.max(1))
+        self.count
     }
 
     /// First row and number of rows of tile `i`.
     pub fn tile(&self, i: usize) -> (usize, usize) {
-        let first = i * self.tile_rows;
-        (first, self.tile_rows.min(self.rows - first))
+        let first = i * self.rows / self.count;
+        (first, (i + 1) * self.rows / self.count - first)
     }
 
     /// First word and number of words of tile `i`.
