@@ -123,7 +123,7 @@ impl Credentials {
 /// The cryptography, AES-128-GCM first: half of an exchange's bytes are encrypted by a processor
 /// that has instructions for it, and 128 bits are not what anybody breaks.
 pub(crate) fn provider() -> CryptoProvider {
-    let mut provider = rustls::crypto::ring::default_provider();
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
     provider.cipher_suites.sort_by_key(|suite| match suite.suite() {
         CipherSuite::TLS13_AES_128_GCM_SHA256 => 0,
         CipherSuite::TLS13_AES_256_GCM_SHA384 => 1,
