@@ -101,6 +101,8 @@ impl Credentials {
             .with_client_auth_cert(own.chain.clone(), own.key.clone_key())?;
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         config.resumption = Resumption::disabled();
+        // Once the handshake is over our own records need the keys.
+        config.enable_secret_extraction = true;
         config.enable_sni = false;
         Ok(Arc::new(config))
     }
@@ -116,6 +118,7 @@ impl Credentials {
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = true;
         Ok(Arc::new(config))
     }
 }
