@@ -11,7 +11,7 @@
 //! - a peer that does not read its answers is given up after [`WRITE_MAX`], so it cannot hold up
 //!   the others for longer.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -20,7 +20,7 @@ use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::ExchangeId;
 use entente_proto::stream::{FrameReader, FrameWriter, Framed};
 use entente_proto::wire;
-use entente_tls::{Channel, Incoming, Outgoing, PIECE_BYTES};
+use entente_tls::{Channel, Incoming, PIECE_BYTES};
 use prost::Message;
 
 use crate::limits::{STREAM_CONNECTIONS_MAX, WRITE_MAX};
@@ -42,11 +42,7 @@ impl Connections {
     ) -> io::Result<()> {
         socket.set_nonblocking(false)?;
         socket.set_write_timeout(Some(WRITE_MAX))?;
-        let sealer = Mutex::new(Sealer {
-            channel,
-            out: Outgoing::default(),
-            frames: FrameWriter::default(),
-        });
+        let sealer = Mutex::new(Sealer { channel, frames: FrameWriter::default() });
         let connection = Arc::new(Connection { socket, sealer });
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|other| other.strong_count() > 0);
@@ -82,10 +78,9 @@ struct Connection {
     sealer: Mutex<Sealer>,
 }
 
-/// What encrypts and decrypts, and the buffers that frames leave through.
+/// What encrypts and decrypts, and the buffer that frames begin in.
 struct Sealer {
     channel: Channel,
-    out: Outgoing,
     frames: FrameWriter,
 }
 
@@ -95,9 +90,9 @@ impl Connection {
     }
 
     fn write<M: Message>(&self, frame: &Framed<M>) -> io::Result<()> {
-        let Sealer { channel, out, frames } = &mut *self.sealer();
+        let Sealer { channel, frames } = &mut *self.sealer();
         let pieces = frames.pieces(frame, PIECE_BYTES)?;
-        channel.send(pieces, out, |_, bytes| (&self.socket).write_all(bytes))
+        channel.send(pieces, |_, records| write_all(&self.socket, records))
     }
 
     fn answer(&self, answer: Answer) {
@@ -112,6 +107,18 @@ impl Connection {
         // A socket that is closed already is what is wanted.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
+}
+
+fn write_all(mut socket: &TcpStream, mut records: &mut [IoSlice<'_>]) -> io::Result<()> {
+    while !records.is_empty() {
+        match socket.write_vectored(records) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut records, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Serves one connection until it ends.

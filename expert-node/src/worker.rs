@@ -22,7 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use entente_model::kernels::{FfnGroup, Kernels};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::ExpertId;
@@ -92,7 +92,7 @@ impl Queue {
                 kernels,
                 store,
                 load: load.clone(),
-                answers: BytesMut::new(),
+                answers: Bytes::new(),
             }),
             load,
         });
@@ -196,9 +196,10 @@ struct Worker {
     kernels: Arc<dyn Kernels>,
     store: ExpertStore,
     load: watch::Sender<Load>,
-    /// Answers of a batch. The allocation is taken over once all of them have left: to get
-    /// megabytes from the system and give them back costs more than to fill them.
-    answers: BytesMut,
+    /// What the answers of the last batch are part of. It is used again once all of them have left:
+    /// to get megabytes from the system, or to fill them with zeros, costs more than to fill them
+    /// with answers.
+    answers: Bytes,
 }
 
 impl Worker {
@@ -270,9 +271,20 @@ impl Worker {
                 rows,
             })
             .collect();
-        self.answers.resize(outputs as usize * row_len, 0);
-        self.kernels.gated_ffn_encoded(&x, &groups, &mut self.answers);
-        frames.iter().map(|frame| self.answers.split_to(frame.answer_len()).freeze()).collect()
+        let answers_bytes = outputs as usize * row_len;
+        let mut answers = std::mem::take(&mut self.answers).try_into_mut().unwrap_or_default();
+        if answers.len() < answers_bytes {
+            answers.resize(answers_bytes, 0);
+        }
+        self.kernels.gated_ffn_encoded(&x, &groups, &mut answers[..answers_bytes]);
+        self.answers = answers.freeze();
+        let mut end = 0;
+        let answer = |frame: &&Dispatch| {
+            let start = end;
+            end += frame.answer_len();
+            self.answers.slice(start..end)
+        };
+        frames.iter().map(answer).collect()
     }
 }
 

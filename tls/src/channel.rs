@@ -1,17 +1,19 @@
-//! The records of one connection, without its socket: bytes in, bytes out.
+//! One connection without its socket: bytes in, bytes out.
 //!
 //! ```text
-//!   socket ──► Incoming ── open ──► plain text, record by record, decrypted where it was read
-//!   plain text ── send ──► Outgoing ──► socket
+//!   socket ──► Incoming ── open ──► plain text, record by record, opened where it was read
+//!   plain text ── send ──► records ──► socket
 //! ```
 //!
-//! The buffers are the caller's and are used again for every frame, so one thread can wait in a
-//! read while another encrypts. A [`Channel::plain`] passes the same bytes through as they are.
+//! The handshake is rustls', in its unbuffered form, which leaves reading and writing to the caller.
+//! Once it is over the keys go to [`crate::records`], and data from there on costs one copy on its
+//! way out and none on its way in. A [`Channel::plain`] passes the same bytes through as they are.
 //!
-//! rustls' unbuffered connection is used because it decrypts in place, in reads as long as we like,
-//! and writes records where they are sent from; its buffered one reads a few KiB at a time.
+//! The buffer of what was read is the caller's, so one thread can wait in a read while another
+//! encrypts.
 
-use std::io;
+use std::borrow::Cow;
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 
 use rustls::client::UnbufferedClientConnection;
@@ -21,14 +23,11 @@ use rustls::unbuffered::{ConnectionState, UnbufferedStatus};
 use rustls::{ClientConfig, ServerConfig};
 
 use crate::Error;
+use crate::records::{Opened, Records};
 
-/// Most plain text that is sealed at once. Larger frames are written in several calls, so that the
-/// peer decrypts some of it while the rest is encrypted.
+/// What is sealed before it is written. Larger frames are written in several calls, so that the
+/// peer opens some of it while the rest is sealed.
 pub const PIECE_BYTES: usize = 64 << 10;
-/// What records add to a piece (5 + 1 + 16 bytes to each 16 KiB), and room for what is owed.
-const OVERHEAD_BYTES: usize = 8 << 10;
-/// Pieces that are written together.
-const PIECES_MAX: usize = 2;
 /// What one read may bring. A record has at most 16 KiB and some, so this always holds a whole one.
 const INCOMING_BYTES: usize = 128 << 10;
 
@@ -73,43 +72,10 @@ impl Incoming {
     }
 }
 
-/// What was sealed and is to be written.
-pub struct Outgoing {
-    buffer: Box<[u8]>,
-    len: usize,
-}
-
-impl Default for Outgoing {
-    fn default() -> Self {
-        Self { buffer: vec![0; PIECES_MAX * (PIECE_BYTES + OVERHEAD_BYTES)].into(), len: 0 }
-    }
-}
-
-impl Outgoing {
-    /// The bytes to write.
-    fn sealed(&self) -> &[u8] {
-        &self.buffer[..self.len]
-    }
-
-    fn has_room(&self) -> bool {
-        self.buffer.len() - self.len >= PIECE_BYTES + OVERHEAD_BYTES
-    }
-
-    fn extend(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let room = self.buffer.len() - self.len;
-        let into = self.buffer[self.len..]
-            .get_mut(..bytes.len())
-            .ok_or_else(|| Error::Room(format!("{} bytes into {room}", bytes.len())))?;
-        into.copy_from_slice(bytes);
-        self.len += bytes.len();
-        Ok(())
-    }
-}
-
 /// Both directions of one connection.
 pub struct Channel {
     state: State,
-    /// Records that TLS itself wants sent, ahead of anything else.
+    /// Records of the handshake that are to be sent.
     owed: Vec<u8>,
 }
 
@@ -117,17 +83,19 @@ enum State {
     Plain,
     Client(UnbufferedClientConnection),
     Server(UnbufferedServerConnection),
+    /// The handshake is over.
+    Open(Records),
+    /// The handshake failed in its last step.
+    Failed,
 }
 
-/// What one step of the connection came to.
+/// What one step of the handshake came to.
 enum Step {
     /// There may be more.
     Again,
-    /// Nothing more without more bytes; plain text can be sent.
-    Ready,
-    /// Nothing more without more bytes, and the handshake is not over.
+    Over,
+    /// Nothing more without more bytes.
     Blocked,
-    Closed,
 }
 
 impl Channel {
@@ -159,18 +127,17 @@ impl Channel {
     /// Takes the handshake as far as it gets with what was read. True once it is over. Either way
     /// what [`Channel::take_owed`] gives must be written, also after an error: it tells the peer.
     pub fn shake(&mut self, incoming: &mut Incoming) -> Result<bool, Error> {
-        if self.is_plain() {
+        if matches!(self.state, State::Plain | State::Open(_)) {
             return Ok(true);
         }
         loop {
-            match self.step(incoming, &mut |_| {}) {
+            match self.step(incoming) {
                 Ok(Step::Again) => {}
-                Ok(Step::Ready) => return Ok(true),
+                Ok(Step::Over) => return self.end_handshake().map(|()| true),
                 Ok(Step::Blocked) => return Ok(false),
-                Ok(Step::Closed) => return Err(Error::Closed),
                 Err(error) => {
                     // The alert that says why waits in the connection.
-                    let _ = self.step(&mut Incoming::default(), &mut |_| {});
+                    let _ = self.step(&mut Incoming::default());
                     return Err(error);
                 }
             }
@@ -189,90 +156,95 @@ impl Channel {
         incoming: &mut Incoming,
         mut sink: impl FnMut(&[u8]),
     ) -> Result<bool, Error> {
+        let records = match &mut self.state {
+            State::Plain => {
+                sink(incoming.unopened());
+                incoming.discard(incoming.unopened().len());
+                return Ok(true);
+            }
+            State::Open(records) => records,
+            _ => return Err(rustls::Error::HandshakeNotComplete.into()),
+        };
         loop {
-            match self.step(incoming, &mut sink)? {
-                Step::Again => {}
-                Step::Ready | Step::Blocked => return Ok(true),
-                Step::Closed => return Ok(false),
+            match records.open(incoming.unopened_mut())? {
+                Opened::Data(plain, len) => {
+                    sink(plain);
+                    incoming.discard(len);
+                }
+                Opened::Partial => return Ok(true),
+                Opened::Closed => return Ok(false),
             }
         }
     }
 
-    /// Seals at most [`PIECE_BYTES`] behind what `out` holds.
-    fn seal(&mut self, plain: &[u8], out: &mut Outgoing) -> Result<(), Error> {
-        if !self.owed.is_empty() {
-            out.extend(&self.take_owed())?;
-        }
-        loop {
-            let sealed = match &mut self.state {
-                State::Plain => return out.extend(plain),
-                State::Client(tls) => encrypt(tls.process_tls_records(&mut []), plain, out)?,
-                State::Server(tls) => encrypt(tls.process_tls_records(&mut []), plain, out)?,
-            };
-            if sealed {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Seals `pieces`, each of at most [`PIECE_BYTES`], and hands the records to `write`, which gets
-    /// them in few calls: one, if they fit into `out`. It gets the channel too, because who cannot
-    /// write must go on reading.
+    /// Seals `pieces` and hands the records to `write`, about [`PIECE_BYTES`] in each call. It gets
+    /// the channel too, because who cannot write must go on reading.
     pub fn send<'a>(
         &mut self,
         pieces: impl Iterator<Item = &'a [u8]>,
-        out: &mut Outgoing,
-        mut write: impl FnMut(&mut Self, &[u8]) -> io::Result<()>,
+        mut write: impl FnMut(&mut Self, &mut [IoSlice<'_>]) -> io::Result<()>,
     ) -> io::Result<()> {
-        out.len = 0;
-        for piece in pieces {
-            if !out.has_room() {
-                write(self, out.sealed())?;
-                out.len = 0;
+        let (mut sealed, mut sealed_bytes) = (Vec::new(), 0);
+        let mut pieces = pieces.peekable();
+        while let Some(piece) = pieces.next() {
+            self.seal(piece, &mut sealed)?;
+            sealed_bytes += piece.len();
+            if sealed_bytes >= PIECE_BYTES || pieces.peek().is_none() {
+                let mut slices: Vec<_> = sealed.iter().map(|bytes| IoSlice::new(bytes)).collect();
+                write(self, &mut slices)?;
+                sealed.clear();
+                sealed_bytes = 0;
             }
-            self.seal(piece, out)?;
         }
-        write(self, out.sealed())
+        Ok(())
     }
 
-    fn step(
-        &mut self,
-        incoming: &mut Incoming,
-        sink: &mut impl FnMut(&[u8]),
-    ) -> Result<Step, Error> {
+    fn seal<'a>(&mut self, plain: &'a [u8], out: &mut Vec<Cow<'a, [u8]>>) -> Result<(), Error> {
+        match &mut self.state {
+            State::Plain => out.push(plain.into()),
+            State::Open(records) => records.seal(plain, |record| out.push(record.into()))?,
+            _ => return Err(rustls::Error::HandshakeNotComplete.into()),
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, incoming: &mut Incoming) -> Result<Step, Error> {
         let unopened = incoming.unopened_mut();
         let (discard, step) = match &mut self.state {
-            State::Plain => {
-                sink(unopened);
-                (unopened.len(), Ok(Step::Ready))
-            }
-            State::Client(tls) => advance(tls.process_tls_records(unopened), &mut self.owed, sink),
-            State::Server(tls) => advance(tls.process_tls_records(unopened), &mut self.owed, sink),
+            State::Client(tls) => advance(tls.process_tls_records(unopened), &mut self.owed),
+            State::Server(tls) => advance(tls.process_tls_records(unopened), &mut self.owed),
+            _ => (0, Err(rustls::Error::HandshakeNotComplete.into())),
         };
         incoming.discard(discard);
         step
     }
+
+    /// Takes the keys over.
+    fn end_handshake(&mut self) -> Result<(), Error> {
+        let records = match std::mem::replace(&mut self.state, State::Failed) {
+            State::Client(tls) => {
+                let (secrets, keys) = tls.dangerous_into_kernel_connection()?;
+                Records::new(secrets, keys)?
+            }
+            State::Server(tls) => {
+                let (secrets, keys) = tls.dangerous_into_kernel_connection()?;
+                Records::new(secrets, keys)?
+            }
+            _ => return Err(rustls::Error::HandshakeNotComplete.into()),
+        };
+        self.state = State::Open(records);
+        Ok(())
+    }
 }
 
-/// Does what the connection wants done next, and says how many bytes of what was read are used up.
+/// Does what the handshake wants done next, and says how many bytes of what was read are used up.
 fn advance<Data>(
     status: UnbufferedStatus<'_, '_, Data>,
     owed: &mut Vec<u8>,
-    sink: &mut impl FnMut(&[u8]),
 ) -> (usize, Result<Step, Error>) {
-    let UnbufferedStatus { mut discard, state } = status;
+    let UnbufferedStatus { discard, state } = status;
     let step = match state {
         Err(error) => Err(error.into()),
-        Ok(ConnectionState::ReadTraffic(mut traffic)) => loop {
-            match traffic.next_record() {
-                Some(Ok(record)) => {
-                    discard += record.discard;
-                    sink(record.payload);
-                }
-                Some(Err(error)) => break Err(error.into()),
-                None => break Ok(Step::Again),
-            }
-        },
         Ok(ConnectionState::EncodeTlsData(mut data)) => {
             encode(|into| data.encode(into).map_err(|error| error.to_string()), owed)
         }
@@ -281,9 +253,10 @@ fn advance<Data>(
             Ok(Step::Again)
         }
         Ok(ConnectionState::BlockedHandshake) => Ok(Step::Blocked),
-        Ok(ConnectionState::WriteTraffic(_)) => Ok(Step::Ready),
-        Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => Ok(Step::Closed),
-        // Early data is never accepted.
+        Ok(ConnectionState::WriteTraffic(_)) => Ok(Step::Over),
+        Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => Err(Error::Closed),
+        // Neither early data nor data with the end of the handshake: nodes greet first, and hear
+        // nothing before that.
         Ok(_) => Err(rustls::Error::HandshakeNotComplete.into()),
     };
     (discard, step)
@@ -300,29 +273,4 @@ fn encode(
     let written = write(&mut owed[start..]).map_err(Error::Room)?;
     owed.truncate(start + written);
     Ok(Step::Again)
-}
-
-/// Encrypts, unless TLS has something to say first; then that goes out and this is false.
-fn encrypt<Data>(
-    status: UnbufferedStatus<'_, '_, Data>,
-    plain: &[u8],
-    out: &mut Outgoing,
-) -> Result<bool, Error> {
-    let into = &mut out.buffer[out.len..];
-    let (written, sealed) = match status.state? {
-        ConnectionState::WriteTraffic(mut traffic) => {
-            (traffic.encrypt(plain, into).map_err(|error| error.to_string()), true)
-        }
-        ConnectionState::EncodeTlsData(mut data) => {
-            (data.encode(into).map_err(|error| error.to_string()), false)
-        }
-        ConnectionState::TransmitTlsData(data) => {
-            data.done();
-            (Ok(0), false)
-        }
-        ConnectionState::PeerClosed | ConnectionState::Closed => return Err(Error::Closed),
-        _ => return Err(rustls::Error::HandshakeNotComplete.into()),
-    };
-    out.len += written.map_err(Error::Room)?;
-    Ok(sealed)
 }

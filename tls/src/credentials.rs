@@ -101,6 +101,8 @@ impl Credentials {
             .with_client_auth_cert(own.chain.clone(), own.key.clone_key())?;
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         config.resumption = Resumption::disabled();
+        // Once the handshake is over our own records need the keys.
+        config.enable_secret_extraction = true;
         config.enable_sni = false;
         Ok(Arc::new(config))
     }
@@ -116,6 +118,7 @@ impl Credentials {
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = true;
         Ok(Arc::new(config))
     }
 }
@@ -123,7 +126,7 @@ impl Credentials {
 /// The cryptography, AES-128-GCM first: half of an exchange's bytes are encrypted by a processor
 /// that has instructions for it, and 128 bits are not what anybody breaks.
 pub(crate) fn provider() -> CryptoProvider {
-    let mut provider = rustls::crypto::ring::default_provider();
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
     provider.cipher_suites.sort_by_key(|suite| match suite.suite() {
         CipherSuite::TLS13_AES_128_GCM_SHA256 => 0,
         CipherSuite::TLS13_AES_256_GCM_SHA384 => 1,

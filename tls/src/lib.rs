@@ -18,6 +18,7 @@ mod channel;
 mod credentials;
 #[cfg(feature = "mint")]
 mod mint;
+mod records;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -27,7 +28,7 @@ use std::path::PathBuf;
 
 use entente_proto::identity::{InvalidIdentity, Stranger};
 
-pub use channel::{Channel, Incoming, Outgoing, PIECE_BYTES};
+pub use channel::{Channel, Incoming, PIECE_BYTES};
 pub use credentials::{Credentials, Files};
 #[cfg(feature = "mint")]
 pub use mint::{Authority, Issued};

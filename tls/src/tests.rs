@@ -1,5 +1,6 @@
 //! Handshakes in memory: who is taken, who is refused, and what arrives.
 
+use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -7,7 +8,7 @@ use entente_proto::identity::{Expected, Identity, Role};
 use rustls::{ClientConfig, ServerConfig};
 
 use crate::credentials::provider;
-use crate::{ALPN_STREAM, Authority, Channel, Credentials, Error, Incoming, Outgoing, PIECE_BYTES};
+use crate::{ALPN_STREAM, Authority, Channel, Credentials, Error, Incoming, PIECE_BYTES};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -86,8 +87,8 @@ fn good_ends() -> (Channel, Channel) {
 /// What is written for `plain`.
 fn sealed(from: &mut Channel, plain: &[u8]) -> Vec<u8> {
     let mut all = Vec::new();
-    let written = from.send(plain.chunks(PIECE_BYTES), &mut Outgoing::default(), |_, bytes| {
-        all.extend_from_slice(bytes);
+    let written = from.send(plain.chunks(PIECE_BYTES), |_, records| {
+        records.iter().for_each(|record| all.extend_from_slice(record));
         Ok(())
     });
     written.unwrap();
@@ -154,6 +155,98 @@ fn keys_are_renewed_before_they_are_worn_out() {
     }
 }
 
+/// A connection that is rustls' own from end to end, and ours to it, after the handshake.
+fn theirs_and_ours() -> (rustls::ClientConnection, Channel) {
+    let authority = authority();
+    let coordinator = credentials(&authority, Role::Coordinator, "fr-coordinator");
+    let node = credentials(&authority, Role::Expert, "fr-expert-1");
+    let config = coordinator.client(the_node(), &[ALPN_STREAM]).unwrap();
+    let name = "entente".try_into().unwrap();
+    let mut theirs = rustls::ClientConnection::new(config, name).unwrap();
+    let mut ours = Channel::server(node.server(a_coordinator(), &[ALPN_STREAM]).unwrap()).unwrap();
+    let mut incoming = Incoming::default();
+    loop {
+        give(&said(&mut theirs), &mut incoming);
+        let over = ours.shake(&mut incoming).unwrap();
+        hear(&mut theirs, &ours.take_owed());
+        if over {
+            return (theirs, ours);
+        }
+    }
+}
+
+fn said(theirs: &mut rustls::ClientConnection) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while theirs.wants_write() {
+        theirs.write_tls(&mut bytes).unwrap();
+    }
+    bytes
+}
+
+fn hear(theirs: &mut rustls::ClientConnection, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        theirs.read_tls(&mut bytes).unwrap();
+        theirs.process_new_packets().unwrap();
+    }
+}
+
+#[test]
+fn a_peer_that_asks_for_new_keys_gets_them_before_more_data() {
+    let (mut theirs, mut ours) = theirs_and_ours();
+    let (mut incoming, mut len) = (Incoming::default(), 0);
+    for turn in 0..5 {
+        if turn > 0 {
+            theirs.refresh_traffic_keys().unwrap();
+        }
+        theirs.writer().write_all(b"out").unwrap();
+        give(&said(&mut theirs), &mut incoming);
+        let mut arrived = Vec::new();
+        assert!(ours.open(&mut incoming, |plain| arrived.extend_from_slice(plain)).unwrap());
+        assert_eq!(arrived, b"out", "turn {turn}");
+        let records = sealed(&mut ours, b"back");
+        hear(&mut theirs, &records);
+        let mut back = [0; 4];
+        theirs.reader().read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"back", "turn {turn}");
+        // One record, and one more that renews the key.
+        assert_eq!(records.len() > len, turn < 2, "turn {turn}");
+        len = records.len();
+    }
+}
+
+#[test]
+fn a_peer_that_does_nothing_but_renew_keys_is_given_up() {
+    let (mut theirs, mut ours) = theirs_and_ours();
+    let mut incoming = Incoming::default();
+    let renewals = (0..100).take_while(|_| {
+        theirs.refresh_traffic_keys().unwrap();
+        give(&said(&mut theirs), &mut incoming);
+        ours.open(&mut incoming, |plain| assert!(plain.is_empty())).is_ok()
+    });
+    assert_eq!(renewals.count(), 32);
+}
+
+#[test]
+fn a_peer_that_closes_is_believed() {
+    let (mut theirs, mut ours) = theirs_and_ours();
+    let (mut incoming, mut arrived) = (Incoming::default(), Vec::new());
+    theirs.writer().write_all(b"last").unwrap();
+    theirs.send_close_notify();
+    give(&said(&mut theirs), &mut incoming);
+    assert!(!ours.open(&mut incoming, |plain| arrived.extend_from_slice(plain)).unwrap());
+    assert_eq!(arrived, b"last");
+}
+
+#[test]
+fn a_record_that_is_not_sealed_is_refused() {
+    let (_, mut ours) = theirs_and_ours();
+    for record in [&[21, 3, 3, 0, 2, 1, 0][..], &[20, 3, 3, 0, 1, 1], &[23, 3, 3, 0, 1, 7]] {
+        let mut incoming = Incoming::default();
+        give(record, &mut incoming);
+        assert!(ours.open(&mut incoming, |_| panic!("it was opened")).is_err(), "{record:?}");
+    }
+}
+
 /// The client configuration of `credentials`, with other cryptography.
 fn with_provider(
     credentials: &Credentials,
@@ -165,6 +258,7 @@ fn with_provider(
         .unwrap()
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
+    other.enable_secret_extraction = true;
     other.client_auth_cert_resolver = config.client_auth_cert_resolver.clone();
     let verifier = crate::verify::PeerVerifier::new(
         credentials.roots(),

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use entente_model::kernels::Kernels;
 use entente_proto::ids::{LayerId, NodeId, RegionSet};
 use entente_proto::link::LinkEvent;
@@ -67,8 +67,8 @@ pub struct Rows<'a> {
 #[must_use = "what is started must be finished"]
 pub struct InFlight {
     ticket: Ticket,
-    /// Where the rows came from; empty, but with their memory once they are gone.
-    buffer: BytesMut,
+    /// What the rows are part of.
+    buffer: Bytes,
 }
 
 impl Exchanger {
@@ -193,17 +193,22 @@ impl Exchanger {
     /// Sends `rows` to their experts, without waiting for them.
     pub fn start(&mut self, rows: Rows<'_>) -> InFlight {
         let count = rows.values.len() / rows.hidden;
-        // Takes the allocation of an earlier exchange over; its frames have left by now.
         let dtype = self.kernels.row_dtype();
+        let rows_bytes = rows.values.len() * dtype.size();
         let mut buffer = self.spare.pop().unwrap_or_default();
-        buffer.resize(rows.values.len() * dtype.size(), 0);
-        self.kernels.encode_rows(rows.values, &mut buffer);
+        // Grows to the largest exchange and stays so: to fill it with zeros first is as much work
+        // as to fill it with rows.
+        if buffer.len() < rows_bytes {
+            buffer.resize(rows_bytes, 0);
+        }
+        self.kernels.encode_rows(rows.values, &mut buffer[..rows_bytes]);
+        let buffer = buffer.freeze();
         let now_us = self.now_us();
         let job = Job {
             layer: rows.layer,
             hidden: rows.hidden,
             dtype,
-            rows: buffer.split().freeze(),
+            rows: buffer.slice(..rows_bytes),
             choices: rows.choices,
             top_k: rows.top_k,
             policies: vec![self.allowed_regions.clone()],
@@ -236,7 +241,8 @@ impl Exchanger {
         if let Some(exchange) = self.exchanges.take(ticket) {
             self.kernels.add_weighted(&exchange.parts(), out);
         }
-        self.spare.push(buffer);
+        // The exchange and its frames are gone by now, unless a link still holds one.
+        self.spare.extend(buffer.try_into_mut());
         outcome
     }
 

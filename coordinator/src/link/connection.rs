@@ -1,13 +1,13 @@
 //! One connection of the transport `stream`, once it is up: owned by the engine's thread alone.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
 use entente_proto::frame::{Answer, Dispatch};
 use entente_proto::ids::NodeName;
 use entente_proto::stream::{FrameReader, FrameWriter, Framed};
 use entente_proto::wire;
-use entente_tls::{Channel, Incoming, Outgoing, PIECE_BYTES};
+use entente_tls::{Channel, Incoming, PIECE_BYTES};
 use mio::net::TcpStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -39,7 +39,6 @@ pub(crate) enum Broken {
 pub(crate) struct Connection {
     socket: TcpStream,
     channel: Channel,
-    out: Outgoing,
     writer: FrameWriter,
     inbound: Inbound,
 }
@@ -95,8 +94,7 @@ impl Connection {
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = TcpStream::from_std(socket);
-        let (out, writer) = (Outgoing::default(), FrameWriter::default());
-        Ok(Self { socket, channel, out, writer, inbound })
+        Ok(Self { socket, channel, writer: FrameWriter::default(), inbound })
     }
 
     pub(crate) fn socket_mut(&mut self) -> &mut TcpStream {
@@ -110,12 +108,12 @@ impl Connection {
         frame: Dispatch,
         mut on_answer: impl FnMut(Answer),
     ) -> Result<(), Broken> {
-        let Self { socket, channel, out, writer, inbound } = self;
+        let Self { socket, channel, writer, inbound } = self;
         inbound.unanswered += 1;
         let frame = Framed::dispatch(frame);
         let mut broken = None;
-        let sent = channel.send(writer.pieces(&frame, PIECE_BYTES)?, out, |channel, bytes| {
-            write_all(socket, bytes, || {
+        let sent = channel.send(writer.pieces(&frame, PIECE_BYTES)?, |channel, records| {
+            write_all(socket, records, || {
                 inbound.read(socket, channel, &mut on_answer).map(drop).map_err(|error| {
                     broken = Some(error);
                     io::ErrorKind::Other.into()
@@ -142,19 +140,19 @@ impl Connection {
     }
 }
 
-/// Writes all of `bytes`; calls `meanwhile` whenever the node has sent something while it takes
+/// Writes all of `records`; calls `meanwhile` whenever the node has sent something while it takes
 /// nothing itself.
 fn write_all(
     mut socket: &TcpStream,
-    mut bytes: &[u8],
+    mut records: &mut [IoSlice<'_>],
     mut meanwhile: impl FnMut() -> io::Result<()>,
 ) -> io::Result<()> {
     let mut progress = Instant::now();
-    while !bytes.is_empty() {
-        match socket.write(bytes) {
+    while !records.is_empty() {
+        match socket.write_vectored(records) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => {
-                bytes = &bytes[written..];
+                IoSlice::advance_slices(&mut records, written);
                 progress = Instant::now();
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -1,16 +1,19 @@
 //! `entente bench exchange`: what the way to the experts and back costs, arithmetic aside.
 //!
 //! One exchange sends a frame with so many bytes of rows to each node and is over when each has
-//! answered with as many. The nodes are real but for their kernels, which copy ([`node`]): each has
-//! a runtime of its own and is reached over loopback by the real link. It is measured twice: the
-//! frame alone, with rows in f32 that nobody rounds; and with what a coordinator and a node do to
-//! rows in bf16 on the way, rounding and widening on both sides and adding up at the end.
+//! answered with as many. The nodes are real but for their kernels, which copy ([`copying`]): each
+//! has a runtime of its own and is reached over loopback by the real link. It is measured twice:
+//! frames alone, with rows that nobody rounds ([`frames`]); and by the engine's own exchanger, which
+//! rounds rows to bf16, plans, sends, and adds up what comes back ([`exchanges`]).
 //!
 //! Beside it, on the same machine in the same minute, a bare blocking echo of the same bytes to as
 //! many peers ([`echo`]), with and without TLS 1.3: the least that a transport could cost.
 
+mod cluster;
+mod copying;
 mod echo;
-mod node;
+mod exchanges;
+mod frames;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,20 +23,19 @@ use comfy_table::Table;
 use entente_membership::roster::Roster;
 use entente_proto::frame::Dtype;
 use entente_proto::identity::{Identity, Role};
+use entente_proto::ids::NodeName;
 use entente_tls::{Authority, Credentials};
 use rustls::{ClientConfig, ServerConfig};
 use serde::Serialize;
 
+use self::cluster::Cluster;
 use self::echo::Echo;
-use self::node::Nodes;
+use self::exchanges::Exchanges;
+use self::frames::Frames;
 use super::stats::{median, quantile};
 use crate::cluster::columns;
 use crate::cluster::plan::Transport;
 
-/// Sizes in KiB.
-const SIZES_KIB: [usize; 3] = [8, 64, 1_024];
-/// Nodes or peers.
-const PEERS: [usize; 3] = [1, 2, 4];
 /// Turns that what is measured takes for each line, so that all see the same machine.
 const TURNS: u32 = 4;
 
@@ -49,32 +51,41 @@ pub struct ExchangeArgs {
     #[arg(long, env = "ENTENTE_TRANSPORT", value_enum, default_value = "stream")]
     transport: Transport,
 
+    /// KiB of rows to each node and back; a row has 4.
+    #[arg(long, env = "ENTENTE_KIB", value_name = "N,…", value_delimiter = ',')]
+    #[arg(default_value = "8,64,1024", value_parser = clap::value_parser!(u16).range(8..=8_192))]
+    kib: Vec<u16>,
+
+    /// Expert nodes, or peers that echo.
+    #[arg(long, env = "ENTENTE_NODES", value_name = "N,…", value_delimiter = ',')]
+    #[arg(default_value = "1,2,4", value_parser = clap::value_parser!(u16).range(1..=8))]
+    nodes: Vec<u16>,
+
     /// Without TLS on the link.
     #[arg(long, env = "ENTENTE_PLAIN")]
     plain: bool,
 }
 
+/// How long certificates are valid.
+const VALID: Duration = Duration::from_secs(24 * 3_600);
+
 /// Certificates for both ends, made for the occasion.
 struct Tls {
+    authority: Authority,
     coordinator: Credentials,
-    node: Credentials,
     roster: Roster,
 }
 
 impl Tls {
     fn new(roster: Roster) -> anyhow::Result<Self> {
-        let valid = Duration::from_secs(24 * 3_600);
-        let authority = Authority::new(roster.name(), valid)?;
-        let credentials = |role, node: &str| {
-            let cluster = roster.expect(role, None).cluster;
-            let identity = Identity { cluster, region: "fr".parse()?, role, node: node.parse()? };
-            anyhow::Ok(authority.credentials(authority.issue(&identity, valid)?)?)
-        };
-        Ok(Self {
-            coordinator: credentials(Role::Coordinator, "fr-coordinator")?,
-            node: credentials(Role::Expert, node::NAME)?,
-            roster,
-        })
+        let authority = Authority::new(roster.name(), VALID)?;
+        let coordinator =
+            issue(&authority, &roster, Role::Coordinator, &"fr-coordinator".parse()?)?;
+        Ok(Self { authority, coordinator, roster })
+    }
+
+    fn node(&self, name: &NodeName) -> anyhow::Result<Credentials> {
+        issue(&self.authority, &self.roster, Role::Expert, name)
     }
 
     fn client(&self, alpn: &[&[u8]]) -> anyhow::Result<Arc<ClientConfig>> {
@@ -82,8 +93,20 @@ impl Tls {
     }
 
     fn server(&self) -> anyhow::Result<Arc<ServerConfig>> {
-        Ok(self.node.server(self.roster.expect(Role::Coordinator, None), &[])?)
+        let node = self.node(&"fr-expert-1".parse()?)?;
+        Ok(node.server(self.roster.expect(Role::Coordinator, None), &[])?)
     }
+}
+
+fn issue(
+    authority: &Authority,
+    roster: &Roster,
+    role: Role,
+    node: &NodeName,
+) -> anyhow::Result<Credentials> {
+    let cluster = roster.expect(role, None).cluster;
+    let identity = Identity { cluster, region: "fr".parse()?, role, node: node.clone() };
+    Ok(authority.credentials(authority.issue(&identity, VALID)?)?)
 }
 
 /// Times of one transport.
@@ -107,7 +130,7 @@ struct Line {
     nodes: usize,
     /// Bytes out and back through the link and the node.
     frame: Times,
-    /// The same with rounding and adding up.
+    /// The same by the engine's exchanger, with rounding, planning and adding up.
     exchange: Times,
     tcp_echo: Times,
     tls_echo: Times,
@@ -133,20 +156,22 @@ pub struct Found {
 /// Measures every size to every number of nodes.
 pub fn run(args: &ExchangeArgs) -> anyhow::Result<Found> {
     let turn = Duration::from_secs(args.seconds.into()) / TURNS;
-    let tls = Tls::new(node::roster()?)?;
+    let nodes_max = args.nodes.iter().copied().max().unwrap_or(1);
+    let tls = Tls::new(cluster::roster(nodes_max.into())?)?;
     let on_link = (!args.plain).then_some(&tls);
     let (mut exchanges, mut tls_cipher) = (Vec::new(), String::new());
-    for peers in PEERS {
-        let mut exact = Nodes::start(peers, args.transport, on_link, Dtype::F32)?;
-        let mut rounded = Nodes::start(peers, args.transport, on_link, Dtype::Bf16)?;
-        for bytes in SIZES_KIB.map(|kib| kib << 10) {
+    for peers in args.nodes.iter().map(|nodes| usize::from(*nodes)) {
+        let cluster = |dtype| Cluster::start(peers, args.transport, on_link, dtype);
+        let mut frames = Frames::new(cluster(Dtype::F32)?)?;
+        let mut whole = Exchanges::new(cluster(Dtype::Bf16)?)?;
+        for bytes in args.kib.iter().map(|kib| usize::from(*kib) << 10) {
             let mut plain = Echo::plain(peers, bytes)?;
             let mut secure = Echo::secure(peers, bytes, &tls)?;
             tls_cipher = secure.cipher();
             let mut us: [Vec<f64>; 4] = Default::default();
             for _ in 0..TURNS {
-                repeat(turn, &mut us[0], || exact.frames(bytes))?;
-                repeat(turn, &mut us[1], || rounded.exchange(bytes))?;
+                repeat(turn, &mut us[0], || frames.run(bytes))?;
+                repeat(turn, &mut us[1], || whole.run(bytes))?;
                 repeat(turn, &mut us[2], || plain.exchange())?;
                 repeat(turn, &mut us[3], || secure.exchange())?;
             }

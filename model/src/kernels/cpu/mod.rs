@@ -37,6 +37,10 @@ const VERSION: u32 = 3;
 /// each value.
 const PARALLEL_MIN: usize = 1 << 15;
 
+/// The same for rows on their way to experts and back. Nodes may share the cores, and a worker that
+/// looks for more work once it has none keeps them from theirs.
+const TRAVEL_PARALLEL_MIN: usize = 1 << 18;
+
 /// Values of one task of [`Kernels::add`].
 const ADD_CHUNK_LEN: usize = PARALLEL_MIN / 2;
 /// Values that are rounded as one task.
@@ -162,7 +166,7 @@ impl<I: Isa> Kernels for Cpu<I> {
         let dtype = self.row_dtype();
         assert_eq!(y.len(), x.len() * dtype.size(), "{} values", x.len());
         let out = Scatter::new(y);
-        self.run(x.len() >= PARALLEL_MIN, x.len().div_ceil(ENCODE_LEN), |i| {
+        self.run(x.len() >= TRAVEL_PARALLEL_MIN, x.len().div_ceil(ENCODE_LEN), |i| {
             let values = &x[i * ENCODE_LEN..x.len().min((i + 1) * ENCODE_LEN)];
             let (at, len) = (i * ENCODE_LEN * dtype.size(), values.len() * dtype.size());
             // SAFETY: no two tasks have a value in common.
@@ -177,7 +181,7 @@ impl<I: Isa> Kernels for Cpu<I> {
         let rows = y.len() / len;
         assert_eq!((y.len(), parts.len() % rows), (rows * len, 0), "parts of {rows} rows");
         let parts_of_row = parts.len() / rows;
-        self.for_chunks(y.len() >= PARALLEL_MIN, y, len, |r, y| {
+        self.for_chunks(parts.len() * len >= TRAVEL_PARALLEL_MIN, y, len, |r, y| {
             let parts = &parts[r * parts_of_row..][..parts_of_row];
             rows::add_weighted(self.isa, dtype, parts, y);
         });

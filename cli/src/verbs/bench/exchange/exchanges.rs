@@ -1,0 +1,57 @@
+//! Whole exchanges, as the engine makes them: rows are rounded, planned, sent, and what comes back
+//! is weighted and added up.
+
+use entente_coordinator::engine::Readiness;
+use entente_coordinator::engine::exchanger::{Exchanger, Rows};
+use entente_coordinator::metrics::Metrics;
+use entente_proto::ids::{ExpertId, LayerId};
+use entente_router::gate::Choice;
+use tokio::runtime::Runtime;
+
+use super::cluster::{Cluster, HIDDEN, PATIENCE};
+
+/// A coordinator's exchanger and rows to send.
+pub struct Exchanges {
+    exchanger: Exchanger,
+    /// One expert of each node, in ascending order: each row goes to every node once.
+    experts: Vec<ExpertId>,
+    values: Vec<f32>,
+    sums: Vec<f32>,
+    // Dropped last: links and nodes run on these.
+    _runtimes: Vec<Runtime>,
+}
+
+impl Exchanges {
+    /// Waits until all nodes are reached.
+    pub fn new(cluster: Cluster) -> anyhow::Result<Self> {
+        let Cluster { links, view, kernels, runtimes } = cluster;
+        let first = |node| view.placement.experts_of(node).first().map(|(_, expert)| *expert);
+        let mut experts: Vec<_> = view.nodes.keys().filter_map(|node| first(*node)).collect();
+        experts.sort_unstable();
+        let mut exchanger = Exchanger::new(links, view, kernels, PATIENCE, Metrics::new().into());
+        let readiness = exchanger.readiness();
+        while *readiness.borrow() != Readiness::Ready {
+            exchanger.idle();
+        }
+        let (values, sums) = (Vec::new(), Vec::new());
+        Ok(Self { exchanger, experts, values, sums, _runtimes: runtimes })
+    }
+
+    /// One exchange with `bytes` of rows to each node and back.
+    pub fn run(&mut self, bytes: usize) -> anyhow::Result<()> {
+        let count = bytes / (HIDDEN * size_of::<u16>());
+        self.values.resize(count * HIDDEN, 1.0);
+        self.sums.resize(count * HIDDEN, 0.0);
+        let choice = |expert: &ExpertId| Choice { expert: *expert, weight: 0.5 };
+        let of_row: Vec<Choice> = self.experts.iter().map(choice).collect();
+        let rows = Rows {
+            layer: LayerId(0),
+            hidden: HIDDEN,
+            values: &self.values,
+            choices: of_row.repeat(count),
+            top_k: of_row.len(),
+        };
+        let in_flight = self.exchanger.start(rows);
+        Ok(self.exchanger.finish(in_flight, &mut self.sums)?)
+    }
+}
