@@ -5,8 +5,10 @@
 
 use std::cell::RefCell;
 use std::io::{Read, Write};
-use std::net::TcpStream;
-use std::sync::LazyLock;
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use entente_coordinator::link::grpc::GrpcLink;
@@ -415,7 +417,7 @@ fn a_node_that_stops_ends_the_link(network: Network) {
 fn a_node_that_cannot_be_reached_is_reported_once_with_the_reason(network: Network) {
     let client = Runtime::new().unwrap();
     // A port that was free a moment ago.
-    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut links = network.dial(&name(), &address.to_string(), &client);
     let reason = down(&mut links);
     assert!(reason.contains(&address.to_string()) && reason.contains("refused"), "{reason}");
@@ -441,7 +443,7 @@ fn a_node_with_another_name_is_not_used(network: Network) {
 
 fn a_node_that_says_nothing_is_given_up(network: Network) {
     let client = Runtime::new().unwrap();
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = silent.local_addr().unwrap().to_string();
     let began = Instant::now();
     let reason = down(&mut network.dial(&name(), &address, &client));
@@ -509,6 +511,80 @@ fn a_peer_that_stalls_in_the_handshake_is_given_up_and_holds_up_nobody(network: 
         assert!(matches!(&ended, Ok(0)) || ended.is_err_and(|e| !is_timeout(&e)));
     }
     assert!(began.elapsed() < Duration::from_secs(10), "took {:?}", began.elapsed());
+}
+
+/// Passes bytes between a coordinator and a node until it is told to leave them lying.
+struct Relay {
+    address: String,
+    stopped: Arc<AtomicBool>,
+}
+
+impl Relay {
+    fn to(address: &str) -> Self {
+        let (address, stopped) = (address.to_owned(), Arc::new(AtomicBool::new(false)));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let relay =
+            Self { address: listener.local_addr().unwrap().to_string(), stopped: stopped.clone() };
+        thread::spawn(move || {
+            let (near, _) = listener.accept().unwrap();
+            let far = TcpStream::connect(address).unwrap();
+            for (mut from, mut to) in
+                [(near.try_clone().unwrap(), far.try_clone().unwrap()), (far, near)]
+            {
+                let stopped = stopped.clone();
+                thread::spawn(move || {
+                    let mut bytes = vec![0; 64 << 10];
+                    while let Ok(read @ 1..) = from.read(&mut bytes) {
+                        while stopped.load(Ordering::Acquire) {
+                            thread::sleep(Duration::from_millis(1));
+                        }
+                        if to.write_all(&bytes[..read]).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        relay
+    }
+}
+
+fn a_node_that_reads_nothing_does_not_hold_the_engine_up(network: Network) {
+    const FRAMES: u64 = 24;
+    let server = network.serve(load(WeightFormat::F32), "127.0.0.1:0");
+    let relay = Relay::to(&server.address);
+    let mut links = network.dial(&name(), &relay.address, &server.runtime);
+    let frame = largest(&up(&mut links), 0);
+    relay.stopped.store(true, Ordering::Release);
+    for number in 0..FRAMES {
+        let began = Instant::now();
+        links.send(NODE, Dispatch { exchange: ExchangeId(number), ..frame.clone() }).unwrap();
+        let took = began.elapsed();
+        assert!(took < Duration::from_millis(300), "frame {number} took {took:?}");
+    }
+    relay.stopped.store(false, Ordering::Release);
+    // What waited goes out while the engine waits, whole and in order.
+    for number in 0..FRAMES {
+        match event(&mut links) {
+            LinkEvent::Answer(answer) => {
+                assert_eq!(answer.exchange, ExchangeId(number));
+                assert!(answer.result.is_ok() && answer.check(&frame).is_ok(), "frame {number}");
+            }
+            other => panic!("expected an answer, got {other:?}"),
+        }
+    }
+}
+
+mod backlog {
+    #[test]
+    fn a_node_that_reads_nothing_does_not_hold_the_engine_up_stream() {
+        super::a_node_that_reads_nothing_does_not_hold_the_engine_up(super::STREAM);
+    }
+
+    #[test]
+    fn a_node_that_reads_nothing_does_not_hold_the_engine_up_stream_tls() {
+        super::a_node_that_reads_nothing_does_not_hold_the_engine_up(super::STREAM_TLS);
+    }
 }
 
 fn is_timeout(error: &std::io::Error) -> bool {

@@ -31,6 +31,7 @@
 pub mod exchange;
 pub mod exchanges;
 pub mod gate;
+pub mod moves;
 pub mod pace;
 pub mod placement;
 #[cfg(test)]

@@ -125,7 +125,8 @@ pub struct RegionPlan {
     pub bytes_there: u128,
     /// Copies beyond the replicas that were asked for.
     pub redundant: u64,
-    /// Copies that share a site with another copy of their expert.
+    /// Replicas that share a site with another of their expert, where no further copy makes up for
+    /// it by standing at a site of its own. A node whose site nobody said counts as one.
     pub site_conflicts: u64,
     /// Load of the busiest node over the average, by layer.
     pub max_over_mean: BTreeMap<LayerId, f64>,

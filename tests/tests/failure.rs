@@ -1,9 +1,10 @@
 //! Goal: losing an expert node loses no answer and changes none.
-//! Method: SIGKILL one node of a real cluster, before and in the middle of generations.
+//! Method: SIGKILL one node of a real cluster, before and in the middle of generations; SIGSTOP one,
+//! so that its link stays up and nothing ever comes back.
 
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use entente_tests::process::{Signal, wait_for, wait_gone};
 use entente_tests::{Cluster, Golden, http};
@@ -11,6 +12,10 @@ use serde_json::{Value, json};
 
 /// How soon a lost node must be noticed.
 const NOTICE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long an exchange waits for an answer by default.
+const EXCHANGE_DEADLINE: Duration = Duration::from_secs(10);
+/// Hedged rows may be one in so many; what is overdue is hedged at once and paid back later.
+const ROWS_PER_HEDGED_ROW: f64 = 20.0;
 
 fn start(golden: &Golden, args: &[&str]) -> Cluster {
     let model = ["--model", golden.path(), "--weights", "f32", "--regions", "fr=2"];
@@ -54,15 +59,27 @@ fn a_new_request_is_answered_the_same_after_a_node_is_lost() {
 
 #[test]
 fn running_generations_go_on_unchanged_when_a_node_is_lost() {
-    lose_a_node_in_the_middle("grpc");
+    lose_a_node_in_the_middle("grpc", Signal::KILL);
 }
 
 #[test]
 fn running_generations_go_on_unchanged_when_a_node_is_lost_behind_a_byte_stream() {
-    lose_a_node_in_the_middle("stream");
+    lose_a_node_in_the_middle("stream", Signal::KILL);
 }
 
-fn lose_a_node_in_the_middle(transport: &str) {
+#[test]
+fn running_generations_go_on_unchanged_when_a_node_hangs() {
+    lose_a_node_in_the_middle("grpc", Signal::STOP);
+}
+
+#[test]
+fn running_generations_go_on_unchanged_when_a_node_hangs_behind_a_byte_stream() {
+    lose_a_node_in_the_middle("stream", Signal::STOP);
+}
+
+/// Every stream must end as if nothing had happened, and none may wait for the deadline of an
+/// exchange: a node that hangs keeps its connection, so nothing but a hedge gets past it.
+fn lose_a_node_in_the_middle(transport: &str, signal: Signal) {
     const STREAMS: usize = 8;
     const TOKENS: usize = 300;
     let golden = Golden::load("mixtral");
@@ -90,31 +107,54 @@ fn lose_a_node_in_the_middle(transport: &str) {
             let (begun, ended) = (begun.clone(), ended.clone());
             let (url, body) = (&url, generation(&golden, n, TOKENS));
             scope.spawn(move || {
-                let mut seen = 0;
+                let (mut seen, mut last, mut longest) = (0, Instant::now(), Duration::ZERO);
                 let mut chunks = http::stream(url, &body).inspect(|_| {
                     seen += 1;
+                    longest = longest.max(last.elapsed());
+                    last = Instant::now();
                     if seen == 10 {
                         begun.send(()).unwrap();
                     }
                 });
                 let all = ids_and_text(&mut chunks);
+                drop(chunks);
                 ended.send(()).unwrap();
-                all
+                (all, longest)
             })
         };
         let running: Vec<_> = (0..STREAMS).map(run).collect();
         for _ in 0..STREAMS {
             beginnings.recv().unwrap();
         }
-        cluster.process("fr-expert-2").signal(Signal::KILL);
+        let node = cluster.process("fr-expert-2");
+        node.signal(signal);
         let ended = ends.try_iter().count();
-        assert!(ended < STREAMS, "all streams had ended before the node was killed");
-        running.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        let all = running.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>();
+        // A stopped process could not end with its cluster.
+        node.signal(Signal::CONT);
+        assert!(ended < STREAMS, "all streams had ended before the node was lost");
+        all
     });
-    for (n, (ours, theirs)) in undisturbed.iter().zip(&disturbed).enumerate() {
+    for (n, (ours, (theirs, longest))) in undisturbed.iter().zip(&disturbed).enumerate() {
         assert_eq!(ours.0.len(), TOKENS, "stream {n}");
+        assert!(*longest < EXCHANGE_DEADLINE / 2, "stream {n} stood still for {longest:?}");
         assert!(ours == theirs, "stream {n} changed:\n{:?}\n{:?}", ours.1, theirs.1);
     }
+}
+
+#[test]
+fn hedges_of_healthy_nodes_stay_within_their_budget() {
+    const STREAMS: usize = 16;
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--replicas", "2"]);
+    let url = format!("{}/v1/completions", cluster.http());
+    let requests: Vec<(String, Value)> =
+        (0..STREAMS).map(|n| (url.clone(), generation(&golden, n, 200))).collect();
+    http::post_all(&requests).iter().for_each(|reply| assert_eq!(reply.status, 200));
+    let count = |name| http::metric(cluster.http(), name);
+    let (hedged, rows) = (count("entente_hedged_rows_total"), count("entente_gate_rows_total"));
+    assert!(rows > 0.0, "no rows were counted");
+    assert!(hedged <= rows / ROWS_PER_HEDGED_ROW, "{hedged} of {rows} rows were hedged");
 }
 
 #[test]

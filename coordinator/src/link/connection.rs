@@ -1,9 +1,13 @@
 //! One connection of the transport `stream`, once it is up: owned by the engine's thread alone.
+//!
+//! Writing never holds the engine up for long: what the node's kernel does not take within
+//! [`WRITE_WAIT`] waits in the [`Backlog`], and goes when the socket says that it takes more. So a
+//! node that hangs costs the exchange one short wait, and a hedge finds the engine at work.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
-use entente_proto::frame::{Answer, Dispatch};
+use entente_proto::frame::{Answer, Dispatch, ROWS_BYTES_MAX};
 use entente_proto::ids::NodeName;
 use entente_proto::stream::{FrameReader, FrameWriter, Framed};
 use entente_proto::wire;
@@ -13,8 +17,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::checked_answer;
 
-/// How long the node's kernel may take nothing of a frame before the node is given up.
-const WRITE_MAX: Duration = Duration::from_secs(1);
+/// How long the engine waits for a kernel that takes nothing of a frame. A node that reads takes
+/// the next part sooner, and is served best by an engine that stays with it until the frame is out.
+const WRITE_WAIT: Duration = Duration::from_millis(5);
+/// How long the backlog may stand still before the node is given up.
+const STANDSTILL_MAX: Duration = Duration::from_secs(1);
+/// No frame is taken while more than the largest one waits, so at most two do.
+const BACKLOG_BYTES_MAX: usize = ROWS_BYTES_MAX;
 
 /// Why a connection is of no use, or no longer.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +40,8 @@ pub(crate) enum Broken {
     Lost(#[from] io::Error),
     #[error("the node answered what it was not asked")]
     Unasked,
+    #[error("the node has taken nothing for {STANDSTILL_MAX:?}")]
+    Stuck,
     #[error("the node ended the connection")]
     Ended,
 }
@@ -40,6 +51,7 @@ pub(crate) struct Connection {
     socket: TcpStream,
     channel: Channel,
     writer: FrameWriter,
+    backlog: Backlog,
     inbound: Inbound,
 }
 
@@ -94,33 +106,44 @@ impl Connection {
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = TcpStream::from_std(socket);
-        Ok(Self { socket, channel, writer: FrameWriter::default(), inbound })
+        let writer = FrameWriter::default();
+        Ok(Self { socket, channel, writer, backlog: Backlog::default(), inbound })
     }
 
     pub(crate) fn socket_mut(&mut self) -> &mut TcpStream {
         &mut self.socket
     }
 
-    /// Writes a frame. While the node takes nothing its answers are read, since it may be waiting
-    /// for that itself.
+    /// Takes a frame to write, unless too much waits already: then false. While the engine waits
+    /// for the node, the node's answers are read, since it may be waiting for that itself.
     pub(crate) fn send(
         &mut self,
         frame: Dispatch,
         mut on_answer: impl FnMut(Answer),
-    ) -> Result<(), Broken> {
-        let Self { socket, channel, writer, inbound } = self;
+    ) -> Result<bool, Broken> {
+        self.flush()?;
+        let Self { socket, channel, writer, backlog, inbound } = self;
+        if backlog.left().len() > BACKLOG_BYTES_MAX {
+            return if backlog.stands_still() { Err(Broken::Stuck) } else { Ok(false) };
+        }
         inbound.unanswered += 1;
         let frame = Framed::dispatch(frame);
         let mut broken = None;
         let sent = channel.send(writer.pieces(&frame, PIECE_BYTES)?, |channel, records| {
-            write_all(socket, records, || {
+            backlog.write(socket, records, || {
                 inbound.read(socket, channel, &mut on_answer).map(drop).map_err(|error| {
                     broken = Some(error);
                     io::ErrorKind::Other.into()
                 })
             })
         });
-        sent.map_err(|error| broken.unwrap_or(Broken::Lost(error)))
+        sent.map_err(|error| broken.unwrap_or(Broken::Lost(error)))?;
+        Ok(true)
+    }
+
+    /// Writes what waits, as far as the node's kernel takes it now.
+    pub(crate) fn flush(&mut self) -> Result<(), Broken> {
+        Ok(self.backlog.flush(&self.socket)?)
     }
 
     /// Reads what is there and hands over the answers in it.
@@ -140,29 +163,87 @@ impl Connection {
     }
 }
 
-/// Writes all of `records`; calls `meanwhile` whenever the node has sent something while it takes
-/// nothing itself.
-fn write_all(
-    mut socket: &TcpStream,
-    mut records: &mut [IoSlice<'_>],
-    mut meanwhile: impl FnMut() -> io::Result<()>,
-) -> io::Result<()> {
-    let mut progress = Instant::now();
-    while !records.is_empty() {
+/// Sealed bytes that the node's kernel has not taken yet, in their order.
+#[derive(Default)]
+struct Backlog {
+    bytes: Vec<u8>,
+    /// How many of them were taken.
+    start: usize,
+    /// When something was taken last, or began to wait.
+    progress: Option<Instant>,
+}
+
+impl Backlog {
+    fn left(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+
+    fn stands_still(&self) -> bool {
+        self.progress.is_some_and(|progress| progress.elapsed() >= STANDSTILL_MAX)
+    }
+
+    /// Writes `records`, and keeps what is not taken in time. Behind others they wait at once.
+    fn write(
+        &mut self,
+        socket: &TcpStream,
+        mut records: &mut [IoSlice<'_>],
+        meanwhile: impl FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        if self.bytes.is_empty() {
+            write_patiently(socket, &mut records, meanwhile)?;
+            if records.is_empty() {
+                return Ok(());
+            }
+            self.progress = Some(Instant::now());
+        }
+        records.iter().for_each(|record| self.bytes.extend_from_slice(record));
+        Ok(())
+    }
+
+    fn flush(&mut self, socket: &TcpStream) -> io::Result<()> {
+        while !self.left().is_empty() {
+            let left = &mut [IoSlice::new(self.left())];
+            let Some(written) = write(socket, left)? else { return Ok(()) };
+            self.start += written;
+            self.progress = Some(Instant::now());
+        }
+        // This is rare, and may have been large: the memory is given back.
+        *self = Self::default();
+        Ok(())
+    }
+}
+
+/// Writes once; `None` when the kernel takes nothing.
+fn write(mut socket: &TcpStream, records: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+    loop {
         match socket.write_vectored(records) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => {
-                IoSlice::advance_slices(&mut records, written);
-                progress = Instant::now();
-            }
+            Ok(written) => return Ok(Some(written)),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let left = WRITE_MAX.checked_sub(progress.elapsed());
-                if wait(socket, left.ok_or(io::ErrorKind::TimedOut)?)? {
-                    meanwhile()?;
-                }
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Writes `records` until they are out, or nothing was taken for [`WRITE_WAIT`]; leaves those that
+/// are not. Calls `meanwhile` whenever the node has sent something while it takes nothing itself.
+fn write_patiently(
+    socket: &TcpStream,
+    records: &mut &mut [IoSlice<'_>],
+    mut meanwhile: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
+    let mut progress = None;
+    while !records.is_empty() {
+        if let Some(written) = write(socket, records)? {
+            IoSlice::advance_slices(records, written);
+            progress = None;
+            continue;
+        }
+        let waiting_since = *progress.get_or_insert_with(Instant::now);
+        let Some(left) = WRITE_WAIT.checked_sub(waiting_since.elapsed()) else { break };
+        if wait(socket, left)? {
+            meanwhile()?;
         }
     }
     Ok(())

@@ -13,6 +13,8 @@
 //! Invariants:
 //! - nothing is read from a socket except while the engine waits or writes, and no more answers are
 //!   taken from a node than it was sent frames;
+//! - no node holds the engine up: what a node does not take waits, up to a bound, and goes out while
+//!   the engine waits;
 //! - a frame is never carried over to the next connection, which may lead to another incarnation
 //!   of the node: when a connection breaks, the engine hears [`LinkEvent::Down`] and decides.
 
@@ -151,11 +153,11 @@ impl Links {
         })
     }
 
-    /// Sends a frame. An answer, or [`LinkEvent::Down`], follows. Blocks for at most a second, and
-    /// only while the node's kernel takes nothing.
+    /// Sends a frame. An answer, or [`LinkEvent::Down`], follows. Blocks for some milliseconds at
+    /// most, and only while the node's kernel takes nothing.
     ///
     /// # Errors
-    /// When the link is down or breaks.
+    /// When the link is down, breaks, or has too much to write already.
     pub fn send(&mut self, node: NodeId, frame: Dispatch) -> Result<(), NotSent> {
         let stream = match self.ways.get_mut(&node).ok_or(NotSent)? {
             Way::Link(link) => return link.send(frame),
@@ -166,11 +168,15 @@ impl Links {
         let sent = connection.send(frame, |answer| {
             ready.push_back((node, LinkEvent::Answer(answer)));
         });
-        sent.map_err(|broken| {
-            stream.lose();
-            ready.push_back((node, LinkEvent::Down(broken.to_string())));
-            NotSent
-        })
+        match sent {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(NotSent),
+            Err(broken) => {
+                stream.lose();
+                ready.push_back((node, LinkEvent::Down(broken.to_string())));
+                Err(NotSent)
+            }
+        }
     }
 
     /// The next event, if there is one before the time is over.
@@ -213,7 +219,9 @@ impl Links {
         let Some(Way::Stream(stream)) = self.ways.get_mut(&node) else { return };
         let token = Token(node.0 as usize);
         let registry = self.poll.registry();
-        let event = match registry.register(connection.socket_mut(), token, Interest::READABLE) {
+        // Edges: a socket that takes more is told only after it took nothing.
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let event = match registry.register(connection.socket_mut(), token, interest) {
             Ok(()) => {
                 stream.connection = Some(connection);
                 LinkEvent::Up(info)
@@ -243,7 +251,7 @@ impl Links {
             let received = connection.receive(event.is_read_closed(), |answer| {
                 ready.push_back((node, LinkEvent::Answer(answer)));
             });
-            if let Err(broken) = received {
+            if let Err(broken) = received.and_then(|()| connection.flush()) {
                 stream.lose();
                 ready.push_back((node, LinkEvent::Down(broken.to_string())));
             }

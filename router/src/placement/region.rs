@@ -21,6 +21,11 @@ use super::{Host, HostState, Planner, RegionPlan, bytes};
 /// A packing that moves what is there must be better than one that does not by more than this
 /// fraction: loads are measured, and must not keep experts travelling.
 const GAIN_MIN: (u128, u128) = (1, 20);
+/// Times that a packing is packed again. Each gains or is the last; one mostly does.
+const ROUNDS_MAX: usize = 4;
+
+/// The experts that each host of a region holds, the hosts in ascending order.
+type Held = Vec<BTreeSet<ExpertKey>>;
 
 /// How much of what is there stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,18 +36,37 @@ enum Keep {
     FairShare,
 }
 
-/// Packs a region. None when there is no packing.
+/// Packs a region, and packs again what came of it until that no longer pays: what is planned is to
+/// stay as it is when it is planned anew. None when there is no packing.
 pub(super) fn pack<'a>(planner: &Planner<'a>, region: Region) -> Option<Packing<'a>> {
-    let attempt = |keep| Packing::new(planner, region).fill(keep);
+    let hosts = planner.hosts_of(region);
+    let mut held: Held = hosts.iter().map(|host| host.held.clone()).collect();
+    let mut packing = better(planner, region, &held)?;
+    for _ in 1..ROUNDS_MAX {
+        if packing.on == held {
+            break;
+        }
+        held.clone_from(&packing.on);
+        packing = better(planner, region, &held)?;
+    }
+    Some(packing)
+}
+
+/// The packing that leaves everything where it is, or the balanced one where that is better.
+fn better<'a>(planner: &Planner<'a>, region: Region, held: &Held) -> Option<Packing<'a>> {
+    let attempt = |keep| Packing::new(planner, region, held).fill(keep);
     // Redundant copies that stay may leave no way to place all replicas; then they do not stay.
     let Some(stay) = attempt(Keep::All) else { return attempt(Keep::FairShare) };
     let Some(balance) = attempt(Keep::FairShare) else { return Some(stay) };
     let (stay_conflicts, balance_conflicts) = (stay.site_conflicts(), balance.site_conflicts());
     let (stay_load, balance_load) = (stay.busiest(), balance.busiest());
     let (gain, whole) = GAIN_MIN;
-    let as_good =
-        stay_conflicts <= balance_conflicts && stay_load * whole <= balance_load * (whole + gain);
-    Some(if as_good { stay } else { balance })
+    // One after the other: a plan that gained in one at the cost of the other would be undone by
+    // the next, and experts would travel for ever.
+    let balance_gains = balance_conflicts < stay_conflicts
+        || (balance_conflicts == stay_conflicts
+            && stay_load * whole > balance_load * (whole + gain));
+    Some(if balance_gains { balance } else { stay })
 }
 
 /// One expert of a layer with the copies that it shall have.
@@ -55,6 +79,8 @@ struct Demand {
 /// The nodes of a region with what was dealt to them so far.
 pub(super) struct Packing<'a> {
     hosts: Vec<&'a Host>,
+    /// What is there already.
+    held: Held,
     /// Copies that each host still has room for.
     room: Vec<u64>,
     /// What each host was dealt.
@@ -75,7 +101,7 @@ pub(super) struct Packing<'a> {
 }
 
 impl<'a> Packing<'a> {
-    fn new(planner: &Planner<'a>, region: Region) -> Self {
+    fn new(planner: &Planner<'a>, region: Region, held: &Held) -> Self {
         let hosts = planner.hosts_of(region);
         let room: Vec<u64> = hosts.iter().map(|host| planner.room_of(host)).collect();
         let count = hosts.len();
@@ -90,6 +116,7 @@ impl<'a> Packing<'a> {
             replicas: planner.replicas.into(),
             expert_bytes: planner.shape.expert_bytes,
             hosts,
+            held: held.clone(),
             room,
         };
         packing.demand(planner);
@@ -169,7 +196,7 @@ impl<'a> Packing<'a> {
             let all: u128 = self.layer_total(expert.0);
             let may_stay = |host: &usize| {
                 let fair = loads[*host] * hosts < all;
-                self.hosts[*host].held.contains(&expert)
+                self.held[*host].contains(&expert)
                     && !self.on[*host].contains(&expert)
                     && self.room[*host] > 0
                     && (keep == Keep::All || fair || self.is_cordoned(*host))
@@ -203,14 +230,14 @@ impl<'a> Packing<'a> {
         let count = self.hosts.len();
         let taken = self.copies.get(&expert).map_or(&[][..], Vec::as_slice);
         let may_take = |host: &usize| {
-            let held = self.hosts[*host].held.contains(&expert);
+            let held = self.held[*host].contains(&expert);
             self.room[*host] > 0
                 && !self.on[*host].contains(&expert)
                 && (held || !self.is_cordoned(*host))
         };
         (0..count).filter(may_take).min_by_key(|host| {
             let shared: u32 = taken.iter().map(|other| self.shared[host * count + other]).sum();
-            let held = self.hosts[*host].held.contains(&expert);
+            let held = self.held[*host].contains(&expert);
             let conflicts = self.conflicts(expert, *host);
             (conflicts, loads[*host], !held, self.on[*host].len(), shared, *host)
         })
@@ -301,12 +328,13 @@ impl<'a> Packing<'a> {
         self.layer_load.keys().map(max).sum()
     }
 
+    /// See [`RegionPlan::site_conflicts`]. A copy beyond the replicas wanted need not stand apart,
+    /// or giving it up would look like a gain.
     fn site_conflicts(&self) -> u64 {
         let conflicts = |hosts: &Vec<usize>| {
-            let sites: Vec<&String> =
-                hosts.iter().filter_map(|host| self.hosts[*host].site.as_ref()).collect();
-            let different: BTreeSet<&String> = sites.iter().copied().collect();
-            (sites.len() - different.len()) as u64
+            let site = |host: &usize| self.hosts[*host].site.as_ref().ok_or(*host);
+            let different: BTreeSet<_> = hosts.iter().map(site).collect();
+            self.replicas.saturating_sub(different.len()) as u64
         };
         self.copies.values().map(conflicts).sum()
     }

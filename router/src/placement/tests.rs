@@ -86,3 +86,110 @@ fn experts_are_placed_by_layer_and_number() {
     assert_eq!(first.len(), 1);
     assert_eq!(placement.replicas((LayerId(4), ExpertId(0))).count(), 0);
 }
+
+/// A random cluster of one region with sites, and loads that differ widely.
+fn random_hosts(random: &mut crate::testing::Random, shape: &ModelShape) -> (Vec<Host>, Loads) {
+    let count = 3 + random.below(5) as u32;
+    let room = 2 * shape.expert_count() / u64::from(count) + 2 + random.below(8) as u64;
+    let hosts = nodes("fr", 0..count, Some(room * shape.expert_bytes));
+    let site = |mut host: Host| {
+        host.site = Some(format!("site-{}", host.id.0 % 2));
+        host
+    };
+    let hosts = hosts.iter().map(Host::from).map(site).collect();
+    let loads = shape.experts().map(|expert| (expert, random.below(1_000) as u64)).collect();
+    (hosts, loads)
+}
+
+fn hold(hosts: &mut [Host], placement: &Placement) {
+    for host in hosts {
+        host.held = placement.experts_of(host.id);
+    }
+}
+
+#[test]
+fn random_clusters_get_all_replicas_within_memory_and_what_is_planned_stays() {
+    let (shape, round_trips) = (mixtral(), RoundTrips::default());
+    let serving = ["fr".parse().unwrap()].into();
+    for seed in 0..300 {
+        let mut random = crate::testing::Random(seed);
+        let (mut hosts, loads) = random_hosts(&mut random, &shape);
+        let plan = |hosts: &[Host]| {
+            Planner {
+                hosts,
+                shape: &shape,
+                serving: &serving,
+                replicas: 2,
+                redundant_per_layer: 2,
+                loads: Some(&loads),
+                round_trips: &round_trips,
+            }
+            .plan()
+        };
+        let first = plan(&hosts).unwrap_or_else(|refused| panic!("seed {seed}: {refused}"));
+        for host in &hosts {
+            let bytes = first.placement.experts_of(host.id).len() as u64 * shape.expert_bytes;
+            assert!(bytes <= host.memory_bytes.unwrap(), "seed {seed}: memory of {}", host.id);
+        }
+        for expert in shape.experts() {
+            assert!(first.placement.replicas(expert).count() >= 2, "seed {seed}: {expert:?}");
+        }
+        hold(&mut hosts, &first.placement);
+        assert_eq!(plan(&hosts).unwrap().placement, first.placement, "seed {seed}: it moves");
+
+        let lost = hosts.swap_remove(random.below(hosts.len()));
+        hosts.iter_mut().for_each(|host| host.memory_bytes = None);
+        let Ok(second) = plan(&hosts) else { panic!("seed {seed}: {} is lost", lost.id) };
+        let kept =
+            |host: &Host| second.placement.experts_of(host.id).intersection(&host.held).count();
+        let (kept, held): (usize, usize) =
+            (hosts.iter().map(kept).sum(), hosts.iter().map(|host| host.held.len()).sum());
+        assert!(kept * 10 >= held * 7, "seed {seed}: {kept} of {held} stay");
+    }
+}
+
+#[test]
+fn draining_nodes_are_emptied_and_cordoned_ones_keep_what_they_hold() {
+    let shape = mixtral();
+    let mut hosts: Vec<Host> = nodes("fr", 0..4, None).iter().map(Host::from).collect();
+    let first = plan(&nodes("fr", 0..3, None), &shape, 2).unwrap();
+    hold(&mut hosts, &first);
+    hosts[0].state = HostState::Draining;
+    hosts[1].state = HostState::Cordoned;
+    let planner = Planner {
+        hosts: &hosts,
+        shape: &shape,
+        serving: &["fr".parse().unwrap()].into(),
+        replicas: 2,
+        redundant_per_layer: 0,
+        loads: None,
+        round_trips: &RoundTrips::default(),
+    };
+    let placement = planner.plan().unwrap().placement;
+    assert_eq!(placement.experts_of(NodeId(0)).len(), 0);
+    assert!(placement.experts_of(NodeId(1)).is_subset(&hosts[1].held));
+}
+
+#[test]
+fn a_region_that_would_be_served_from_abroad_is_refused_with_the_time_it_would_take() {
+    let shape = ModelShape { layers: (0..32).map(|l| (LayerId(l), 8)).collect(), expert_bytes: 1 };
+    let all = [nodes("fr", 0..1, Some(20)), nodes("se", 1..2, None)].concat();
+    let hosts: Vec<Host> = all.iter().map(Host::from).collect();
+    let mut round_trips = RoundTrips::default();
+    round_trips.set("se".parse().unwrap(), "fr".parse().unwrap(), 30_000);
+    let planner = Planner {
+        hosts: &hosts,
+        shape: &shape,
+        serving: &["fr".parse().unwrap(), "se".parse().unwrap()].into(),
+        replicas: 1,
+        redundant_per_layer: 0,
+        loads: None,
+        round_trips: &round_trips,
+    };
+    assert_eq!(
+        planner.plan().unwrap_err().to_string(),
+        "region fr: 1 x 256 experts of 1 bytes need 256 bytes; its 1 nodes have room for 20 experts \
+         (20 bytes); serving it from se would cross the border 30 times per token: \
+         30 x 30 ms = 900 ms per token"
+    );
+}
