@@ -238,10 +238,12 @@ fn a_full_queue_takes_nothing_and_empties_again() {
 #[test]
 fn a_caller_that_waits_computes_itself_unless_somebody_does() {
     let (queue, fragile) = start();
-    let expected = alone(&queue, frame(1, 0, 0.5));
     let (answers, received) = channel();
+    // The first frame of all: the queue's own thread has not begun to compute anything.
     assert!(queue.push_and_compute(work(frame(1, 0, 0.5), &answers)).is_ok());
-    assert_eq!(received.try_recv().unwrap(), expected, "answered before the call returned");
+    let answered = received.try_recv().expect("answered before the call returned");
+    let expected = alone(&queue, frame(1, 0, 0.5));
+    assert_eq!(answered, expected);
     while_held_up(&queue, &fragile, || {
         assert!(queue.push_and_compute(work(frame(1, 0, 0.5), &answers)).is_ok());
         assert!(received.try_recv().is_err(), "left to the thread that computes");
