@@ -3,7 +3,12 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=entente");
     let files = protox::compile(
-        ["entente/v1/exchange.proto", "entente/v1/membership.proto", "entente/v1/packed.proto"],
+        [
+            "entente/v1/control.proto",
+            "entente/v1/exchange.proto",
+            "entente/v1/membership.proto",
+            "entente/v1/packed.proto",
+        ],
         ["."],
     )?;
     let grpc = std::env::var_os("CARGO_FEATURE_GRPC").is_some();

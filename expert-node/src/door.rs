@@ -50,7 +50,7 @@ impl Tls {
     /// Coordinators of our cluster may come in, and nobody else.
     pub(crate) fn new(credentials: &Credentials) -> Result<Self, entente_tls::Error> {
         let cluster = credentials.identity().cluster.clone();
-        let coordinator = Expected { cluster, role: Role::Coordinator, member: None };
+        let coordinator = Expected { cluster, roles: vec![Role::Coordinator], member: None };
         Ok(Self {
             stream: credentials.server(coordinator.clone(), &[ALPN_STREAM])?,
             grpc: credentials.server(coordinator, &[ALPN_GRPC])?,

@@ -29,6 +29,7 @@
 pub mod log;
 pub mod raft;
 pub mod roster;
+pub mod served;
 pub mod state;
 pub mod store;
 pub mod voter;

@@ -11,8 +11,11 @@
 //! address = "127.0.0.1:7101"
 //! ```
 //!
-//! The nodes are the expert nodes. All processes of a cluster must be given the same list; the
-//! order in the file does not matter. A roster that exists is valid.
+//! `nodes` are the expert nodes. `voters` are the coordinators and witnesses that found the raft
+//! group, each with the address of its control plane. All processes of a cluster must be given the
+//! same list; the order in the file does not matter. A roster that exists is valid.
+//!
+//! Without `voters` the list is all that there is: nobody joins, and nobody is moved.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,6 +28,8 @@ use crate::state::{Command, NodeSpec, Role};
 
 /// Most expert nodes in a file.
 pub const NODES_MAX: usize = 1_024;
+/// Most founders of the raft group in a file.
+pub const VOTERS_MAX: usize = 9;
 /// Most replicas of an expert in a region.
 pub const REPLICAS_MAX: u16 = 16;
 /// Longest address in bytes; a DNS name has at most 253.
@@ -42,6 +47,9 @@ struct RosterFile {
     name: String,
     #[serde(default = "one")]
     replicas: u16,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    voters: Vec<RosterVoter>,
+    #[serde(default)]
     nodes: Vec<RosterNode>,
 }
 
@@ -61,6 +69,30 @@ pub struct RosterNode {
     pub address: String,
 }
 
+/// One founder of the raft group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RosterVoter {
+    /// Unique in the cluster.
+    pub name: NodeName,
+    /// The country that it stands in.
+    pub region: Region,
+    /// Whether it serves a model.
+    pub role: VoterRole,
+    /// Where its control plane is reached, `host:port`.
+    pub address: String,
+}
+
+/// What a voter does besides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VoterRole {
+    /// It serves a model.
+    Coordinator,
+    /// Nothing.
+    Witness,
+}
+
 /// Why a roster is not usable.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidRoster {
@@ -70,14 +102,17 @@ pub enum InvalidRoster {
     /// Too few or too many nodes.
     #[error("cluster.nodes has {0} nodes, allowed is 1 to {NODES_MAX}")]
     NodeCount(usize),
-    /// Two nodes have one name.
-    #[error("cluster.nodes: the name {0} is there twice")]
+    /// Too many voters.
+    #[error("cluster.voters has {0} voters, allowed are {VOTERS_MAX}")]
+    VoterCount(usize),
+    /// Two members have one name.
+    #[error("cluster: the name {0} is there twice")]
     NameTwice(NodeName),
-    /// Two nodes have one address.
-    #[error("cluster.nodes: the address {0} is there twice")]
+    /// Two members have one address.
+    #[error("cluster: the address {0} is there twice")]
     AddressTwice(String),
     /// An address cannot be dialled.
-    #[error("cluster.nodes: address {address:?} of {node} is not host:port: {reason}")]
+    #[error("cluster: address {address:?} of {node} is not host:port: {reason}")]
     Address {
         /// The node.
         node: NodeName,
@@ -106,7 +141,12 @@ pub enum InvalidRoster {
 impl Roster {
     /// Checks and keeps the list.
     pub fn new(name: String, replicas: u16, nodes: Vec<RosterNode>) -> Result<Self, InvalidRoster> {
-        Self::try_from(RosterFile { name, replicas, nodes })
+        Self::try_from(RosterFile { name, replicas, voters: Vec::new(), nodes })
+    }
+
+    /// The same with founders of a raft group.
+    pub fn with_voters(self, voters: Vec<RosterVoter>) -> Result<Self, InvalidRoster> {
+        Self::try_from(RosterFile { voters, ..self.0 })
     }
 
     /// The cluster's name.
@@ -117,7 +157,12 @@ impl Roster {
     /// What a process of this cluster must be: its role and, where it is known, which one.
     pub fn expect(&self, role: identity::Role, member: Option<(Region, NodeName)>) -> Expected {
         let cluster = self.name().parse().expect("a roster's name was checked as a node's is");
-        Expected { cluster, role, member }
+        Expected { cluster, roles: vec![role], member }
+    }
+
+    /// The founders of the raft group, in order of name; none in a cluster that is only a list.
+    pub fn voters(&self) -> &[RosterVoter] {
+        &self.0.voters
     }
 
     /// Replicas of each expert in each region.
@@ -145,18 +190,30 @@ impl Roster {
         self.nodes().map(node).collect()
     }
 
-    /// The command that founds the cluster. It numbers the nodes as [`Roster::nodes`] does.
+    /// The command that founds the cluster. Without voters it numbers the nodes as
+    /// [`Roster::nodes`] does.
     pub fn found(&self) -> Command {
-        let spec = |node: &RosterNode| NodeSpec {
-            name: node.name.clone(),
-            region: node.region,
+        Command::Found(self.specs())
+    }
+
+    /// Everybody in it, for [`crate::voter::genesis`].
+    pub fn specs(&self) -> Vec<NodeSpec> {
+        let spec = |(name, region, role, address): (&NodeName, Region, Role, &str)| NodeSpec {
+            name: name.clone(),
+            region,
             site: String::new(),
-            role: Role::ExpertNode,
-            address: node.address.clone(),
+            role,
+            address: address.to_owned(),
             memory_bytes: None,
             kernel_class: String::new(),
         };
-        Command::Found(self.0.nodes.iter().map(spec).collect())
+        let voter = |voter: &RosterVoter| match voter.role {
+            VoterRole::Coordinator => Role::Coordinator,
+            VoterRole::Witness => Role::Witness,
+        };
+        let nodes = self.0.nodes.iter().map(|n| (&n.name, n.region, Role::ExpertNode, &*n.address));
+        let voters = self.0.voters.iter().map(|v| (&v.name, v.region, voter(v), &*v.address));
+        nodes.chain(voters).map(spec).collect()
     }
 }
 
@@ -167,23 +224,22 @@ impl TryFrom<RosterFile> for Roster {
         if file.name.parse::<NodeName>().is_err() {
             return Err(InvalidRoster::Name(file.name.chars().take(80).collect()));
         }
-        if !(1..=NODES_MAX).contains(&file.nodes.len()) {
+        // Where there are voters, nodes may join later.
+        let nodes_min = usize::from(file.voters.is_empty());
+        if !(nodes_min..=NODES_MAX).contains(&file.nodes.len()) {
             return Err(InvalidRoster::NodeCount(file.nodes.len()));
         }
         if !(1..=REPLICAS_MAX).contains(&file.replicas) {
             return Err(InvalidRoster::ReplicaCount(file.replicas));
         }
+        if file.voters.len() > VOTERS_MAX {
+            return Err(InvalidRoster::VoterCount(file.voters.len()));
+        }
         file.nodes.sort_by(|a, b| a.name.cmp(&b.name));
-        let (mut names, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+        file.voters.sort_by(|a, b| a.name.cmp(&b.name));
+        check_members(&file)?;
         let mut regions: BTreeMap<Region, usize> = BTreeMap::new();
         for node in &file.nodes {
-            check_address(node)?;
-            if !names.insert(&node.name) {
-                return Err(InvalidRoster::NameTwice(node.name.clone()));
-            }
-            if !addresses.insert(&node.address) {
-                return Err(InvalidRoster::AddressTwice(node.address.clone()));
-            }
             *regions.entry(node.region).or_default() += 1;
         }
         let replicas = file.replicas;
@@ -200,17 +256,34 @@ impl From<Roster> for RosterFile {
     }
 }
 
+/// No name and no address may be there twice, and each must be dialable.
+fn check_members(file: &RosterFile) -> Result<(), InvalidRoster> {
+    let (mut names, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+    let nodes = file.nodes.iter().map(|node| (&node.name, &node.address));
+    let voters = file.voters.iter().map(|voter| (&voter.name, &voter.address));
+    for (name, address) in nodes.chain(voters) {
+        check_address(name, address)?;
+        if !names.insert(name) {
+            return Err(InvalidRoster::NameTwice(name.clone()));
+        }
+        if !addresses.insert(address) {
+            return Err(InvalidRoster::AddressTwice(address.clone()));
+        }
+    }
+    Ok(())
+}
+
 /// A name or an IP address, a colon, and a port that can be dialled.
-fn check_address(node: &RosterNode) -> Result<(), InvalidRoster> {
+fn check_address(node: &NodeName, address: &str) -> Result<(), InvalidRoster> {
     let error = |reason| InvalidRoster::Address {
-        node: node.name.clone(),
-        address: node.address.chars().take(80).collect(),
+        node: node.clone(),
+        address: address.chars().take(80).collect(),
         reason,
     };
-    if node.address.len() > ADDRESS_LEN_MAX {
+    if address.len() > ADDRESS_LEN_MAX {
         return Err(error("too long"));
     }
-    let (host, port) = node.address.rsplit_once(':').ok_or(error("the port is missing"))?;
+    let (host, port) = address.rsplit_once(':').ok_or(error("the port is missing"))?;
     match port.parse::<u16>() {
         Ok(0) => return Err(error("port 0 cannot be dialled")),
         Ok(_) => {}
@@ -291,6 +364,9 @@ mod tests {
             let error = toml::from_str::<File>(&spoilt).unwrap_err().to_string();
             assert!(error.contains(cause), "{error} does not say {cause}");
         }
+        let twice = TWO_COUNTRIES.replace("replicas = 1", "replicas = 1\n        voters = [{ name = \"w\", region = \"de\", role = \"witness\", address = \"127.0.0.1:7101\" }]");
+        let error = toml::from_str::<File>(&twice).unwrap_err().to_string();
+        assert!(error.contains("the address 127.0.0.1:7101 is there twice"), "{error}");
         let empty = Roster::new("demo".to_owned(), 1, Vec::new());
         assert_eq!(empty, Err(InvalidRoster::NodeCount(0)));
     }

@@ -106,8 +106,8 @@ fn parse(text: &str) -> Option<Identity> {
 pub struct Expected {
     /// Its cluster: ours.
     pub cluster: NodeName,
-    /// Its role.
-    pub role: Role,
+    /// Its role: one of these.
+    pub roles: Vec<Role>,
     /// Its country and its name, where it is known whom to expect.
     pub member: Option<(Region, NodeName)>,
 }
@@ -122,7 +122,9 @@ pub struct Stranger {
 
 impl fmt::Display for Expected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { cluster, role, member } = self;
+        let Self { cluster, roles, member } = self;
+        let roles: Vec<&str> = roles.iter().map(|role| role.as_str()).collect();
+        let role = roles.join(" or ");
         match member {
             Some((region, node)) => write!(f, "{role} {node} of {cluster} in {region}"),
             None => write!(f, "a {role} of {cluster}"),
@@ -140,7 +142,8 @@ impl Expected {
             .member
             .as_ref()
             .is_none_or(|(region, node)| (*region, node) == (identity.region, &identity.node));
-        if self.cluster == identity.cluster && self.role == identity.role && member_matches {
+        if self.cluster == identity.cluster && self.roles.contains(&identity.role) && member_matches
+        {
             return Ok(());
         }
         Err(Stranger { have: Box::new(identity.clone()), want: Box::new(self.clone()) })
@@ -197,21 +200,23 @@ mod tests {
     #[test]
     fn a_peer_is_taken_only_if_every_part_that_is_known_is_right() {
         let identity: Identity = GOOD.parse().unwrap();
-        let (cluster, role) = (identity.cluster.clone(), identity.role);
+        let (cluster, roles) = (identity.cluster.clone(), vec![identity.role]);
         let member = Some((identity.region, identity.node.clone()));
-        let exact = Expected { cluster, role, member };
+        let exact = Expected { cluster, roles, member };
         assert_eq!(exact.check(&identity), Ok(()));
         let anyone = Expected { member: None, ..exact.clone() };
         assert_eq!(anyone.check(&identity), Ok(()));
+        let either = Expected { roles: Role::ALL.to_vec(), ..exact.clone() };
+        assert_eq!(either.check(&identity), Ok(()));
         let with = |region: &str, name: &str| {
             Some((region.parse().unwrap(), name.parse::<NodeName>().unwrap()))
         };
         for wrong in [
             Expected { cluster: "staging".parse().unwrap(), ..exact.clone() },
-            Expected { role: Role::Coordinator, ..exact.clone() },
+            Expected { roles: vec![Role::Coordinator, Role::Witness], ..exact.clone() },
             Expected { member: with("se", "fr-expert-1"), ..exact.clone() },
             Expected { member: with("fr", "fr-expert-2"), ..exact.clone() },
-            Expected { role: Role::Operator, ..anyone },
+            Expected { roles: Vec::new(), ..anyone },
         ] {
             let error = wrong.check(&identity).unwrap_err().to_string();
             assert!(error.contains(GOOD) && error.ends_with(&wrong.to_string()), "{error}");

@@ -68,7 +68,7 @@ impl Credentials {
         // Finds a key that is not the certificate's now rather than at the first connection.
         let anyone = Expected {
             cluster: credentials.identity().cluster.clone(),
-            role: credentials.identity().role,
+            roles: vec![credentials.identity().role],
             member: None,
         };
         credentials.server(anyone, &[])?;

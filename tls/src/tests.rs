@@ -32,13 +32,13 @@ fn credentials(authority: &Authority, role: Role, node: &str) -> Credentials {
 /// What a coordinator expects of the node that it dials.
 fn the_node() -> Expected {
     let Identity { cluster, region, role, node } = identity(Role::Expert, "fr-expert-1");
-    Expected { cluster, role, member: Some((region, node)) }
+    Expected { cluster, roles: vec![role], member: Some((region, node)) }
 }
 
 /// What a node expects of who dials it.
 fn a_coordinator() -> Expected {
     let Identity { cluster, role, .. } = identity(Role::Coordinator, "fr-coordinator");
-    Expected { cluster, role, member: None }
+    Expected { cluster, roles: vec![role], member: None }
 }
 
 /// Gives `bytes` to the other end, however many there are.

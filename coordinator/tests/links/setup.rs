@@ -89,7 +89,8 @@ impl Network {
         on: &Runtime,
     ) -> Links {
         let member = Some(("fr".parse().unwrap(), name.clone()));
-        let expert = Expected { cluster: "test".parse().unwrap(), role: Role::Expert, member };
+        let expert =
+            Expected { cluster: "test".parse().unwrap(), roles: vec![Role::Expert], member };
         let alpn = if self.grpc { ALPN_GRPC } else { ALPN_STREAM };
         let tls = own.map(|own| own.client(expert, &[alpn]).unwrap());
         let peer = Peer { node: NODE, name: name.clone(), address: address.to_owned(), tls };

@@ -24,6 +24,8 @@ pub enum RecordKind {
     Policy,
     /// A tenant and its key hashes.
     Tenant,
+    /// The model that is served: [`crate::served::ServedModel`] under one key.
+    Model,
 }
 
 /// A change that somebody wants.
