@@ -71,9 +71,8 @@ pub fn load_config<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
 /// They can be taken once.
 pub fn inherited_listeners() -> anyhow::Result<[Option<TcpListener>; 2]> {
     let mut inherited = ListenFd::from_env();
-    let mut take = |at| {
-        inherited.take_tcp_listener(at).context("an inherited file descriptor is no listener")
-    };
+    let mut take =
+        |at| inherited.take_tcp_listener(at).context("an inherited file descriptor is no listener");
     Ok([take(0)?, take(1)?])
 }
 
