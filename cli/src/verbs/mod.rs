@@ -6,5 +6,8 @@ pub mod chat;
 pub mod coordinator;
 pub mod eval;
 pub mod expert_node;
+pub mod experts;
 pub mod model;
+pub mod node;
+pub mod raft;
 pub mod up;
