@@ -60,6 +60,9 @@ enum Verb {
     /// Show where experts are placed, and move them.
     #[command(subcommand)]
     Experts(verbs::experts::ExpertsVerb),
+    /// Change the network between the processes of an `entente up --link`.
+    #[command(subcommand)]
+    Link(verbs::link::LinkVerb),
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
@@ -83,6 +86,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Node(verb) => verbs::node::run(verb),
         Verb::Raft(verb) => verbs::raft::run(verb),
         Verb::Experts(verb) => verbs::experts::run(verb),
+        Verb::Link(verb) => verbs::link::run(verb),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),

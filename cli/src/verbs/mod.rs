@@ -7,6 +7,7 @@ pub mod coordinator;
 pub mod eval;
 pub mod expert_node;
 pub mod experts;
+pub mod link;
 pub mod model;
 pub mod node;
 pub mod raft;
