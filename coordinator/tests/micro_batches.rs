@@ -95,6 +95,7 @@ impl Cluster {
             engine: EngineConfig {
                 micro_batch_rows_min,
                 exchange_deadline_ms: 1_000,
+                request_wait_max_ms: 500,
                 ..EngineConfig::default()
             },
             tls: None,
