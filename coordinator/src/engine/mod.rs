@@ -223,6 +223,7 @@ impl Engine {
         loop {
             self.forget_gone();
             self.give_up_late();
+            self.publish_gauges();
             if !self.take_input() {
                 return;
             }
@@ -230,7 +231,6 @@ impl Engine {
                 Some(hold) if !hold.is_over(self.exchanger.changes()) => self.wait(),
                 _ => self.step(),
             }
-            self.publish_gauges();
         }
     }
 
