@@ -33,5 +33,6 @@ pub mod raft;
 pub mod roster;
 pub mod served;
 pub mod state;
+pub mod steward;
 pub mod store;
 pub mod voter;
