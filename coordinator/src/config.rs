@@ -36,7 +36,10 @@ pub struct Config {
     /// Certificate, key and CAs; without them expert nodes are reached on loopback only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<entente_tls::Files>,
-    /// The expert nodes.
+    /// This process's voter; needed where the cluster has voters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub membership: Option<entente_membership::service::Config>,
+    /// The cluster's founders, and the expert nodes that it begins with.
     pub cluster: Roster,
 }
 

@@ -24,6 +24,7 @@
 pub mod api;
 pub mod config;
 pub mod engine;
+mod host;
 pub mod link;
 pub mod metrics;
 mod run;

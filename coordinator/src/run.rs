@@ -9,7 +9,7 @@ use axum::serve::ListenerExt;
 
 use crate::api::{self, Api};
 use crate::engine::{EngineHandle, Readiness};
-use crate::{Config, Error, Started, start};
+use crate::{Config, Error, Started, follow, host, start};
 
 /// How long running requests may take to finish once the coordinator is told to stop.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -27,21 +27,76 @@ pub struct Ready {
 
 /// Runs a coordinator until `shutdown` resolves. `progress` counts layers;
 /// `on_ready` is told once every expert has a live replica.
+///
+/// Where the roster has voters, this process is one of them, with `control` as the listener of its
+/// control port if one is given. Its voter is there before the model is loaded and until the last
+/// request has ended; if it fails, so does the process.
 pub async fn run(
     config: Config,
-    listener: Option<std::net::TcpListener>,
+    http: Option<std::net::TcpListener>,
+    control: Option<std::net::TcpListener>,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
     on_ready: impl FnOnce(Ready) + Send + 'static,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
     // Bind before loading: an address in use should not cost a minute of reading.
-    let listener = listen(&config.http, listener)?;
-    let address = listener.local_addr().map_err(|source| listen_error(&config.http, source))?;
-    let Started { api, experts, weights_bytes, .. } = start(&config, progress).await?;
-    let ready = Ready { address, experts, weights_bytes };
-    let api = Arc::new(api);
-    tokio::spawn(announce(api.engine.clone(), on_ready, ready));
-    serve(api, listener, shutdown).await.map_err(|source| listen_error(&config.http, source))
+    let listener = listen(&config.http, http)?;
+    let front = Front { config: &config, listener, on_ready, shutdown };
+    if config.cluster.voters().is_empty() {
+        if config.membership.is_some() {
+            return Err(Error::Config("[membership] needs cluster.voters".to_owned()));
+        }
+        return front.serve(start(&config, progress).await?).await;
+    }
+    let mut service = host::start(&config, control).await?;
+    let membership = service.handle.clone();
+    let live = async {
+        let started = follow(&config, membership.state(), progress).await?;
+        tokio::spawn(host::show(membership.status(), started.api.metrics.clone()));
+        let served = started.served.clone();
+        let agreed = async {
+            match host::agree(&membership, &served, &config.cluster).await {
+                Ok(()) => std::future::pending().await,
+                Err(error) => error,
+            }
+        };
+        tokio::select! {
+            result = front.serve(started) => result,
+            error = agreed => Err(error),
+        }
+    };
+    let result = tokio::select! {
+        result = live => result,
+        error = host::ended(&mut service) => return Err(error),
+    };
+    host::stop(service).await;
+    result
+}
+
+/// The public side of a coordinator that is about to serve.
+struct Front<'a, R, S> {
+    config: &'a Config,
+    listener: tokio::net::TcpListener,
+    on_ready: R,
+    shutdown: S,
+}
+
+impl<R, S> Front<'_, R, S>
+where
+    R: FnOnce(Ready) + Send + 'static,
+    S: Future<Output = ()> + Send + 'static,
+{
+    /// Serves until told to stop.
+    async fn serve(self, started: Started) -> Result<(), Error> {
+        let Self { config, listener, on_ready, shutdown } = self;
+        let unusable = |source| listen_error(&config.http, source);
+        let address = listener.local_addr().map_err(unusable)?;
+        let Started { api, experts, weights_bytes, .. } = started;
+        let ready = Ready { address, experts, weights_bytes };
+        let api = Arc::new(api);
+        tokio::spawn(announce(api.engine.clone(), on_ready, ready));
+        serve(api, listener, shutdown).await.map_err(unusable)
+    }
 }
 
 fn listen_error(address: &str, source: std::io::Error) -> Error {

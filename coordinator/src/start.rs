@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use entente_expert_node::{ExpertNode, NodeHandle};
+use entente_membership::served::ServedModel;
 use entente_membership::state::State;
 use entente_model::kernels::{self, BLOCK_LEN, Kernels, KvDtype, KvLayer};
 use entente_model::{
     Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
-    Progress, Tokenizer,
+    Progress, Tokenizer, expert_bytes,
 };
 use entente_proto::identity::Role;
-use entente_proto::ids::{KernelClass, NodeId};
+use entente_proto::ids::{KernelClass, ModelDigest, NodeId};
+use entente_proto::placement::ModelShape;
 use entente_router::view::Model;
 use entente_tls::Credentials;
 use tokio::sync::watch;
@@ -50,6 +52,17 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// This process's voter could not start or had to stop.
+    #[error("membership: {0}")]
+    Membership(#[from] entente_membership::service::ServiceError),
+    /// The cluster has agreed on another model.
+    #[error("the cluster serves the model {agreed}, this coordinator was given {ours}")]
+    OtherModel {
+        /// The cluster's.
+        agreed: ModelDigest,
+        /// This coordinator's.
+        ours: ModelDigest,
+    },
     /// The system refused a thread or a task died.
     #[error("cannot start: {0}")]
     Start(String),
@@ -63,6 +76,7 @@ struct Loaded {
     template: ChatTemplate,
     generation: GenerationConfig,
     kernels: Arc<dyn Kernels>,
+    served: ServedModel,
     states: watch::Receiver<Arc<State>>,
     /// Expert nodes that run in this process.
     local: BTreeMap<NodeId, NodeHandle>,
@@ -72,6 +86,8 @@ struct Loaded {
 pub struct Started {
     /// What the API works with; the engine is in it.
     pub api: Api,
+    /// The model as the cluster knows it.
+    pub served: ServedModel,
     /// Which bits the kernels give.
     pub kernel_class: KernelClass,
     /// How the cache keeps keys and values, which decides bits of the output too.
@@ -121,6 +137,7 @@ async fn start_in(
     let own_bytes = loaded.weights.bytes() as u64;
     let step_weights_bytes = own_bytes - loaded.weights.embed.bytes() as u64;
     let kernel_class = loaded.kernels.class().clone();
+    let served = loaded.served.clone();
     let metrics = Arc::new(Metrics::new());
     let exchanger = connect(config, credentials, &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
@@ -128,6 +145,7 @@ async fn start_in(
     let api = start_engine(config, loaded, kv_dtype, exchanger, metrics)?;
     Ok(Started {
         api,
+        served,
         kernel_class,
         kv_dtype,
         experts: local.iter().map(|node| node.experts.len()).sum(),
@@ -162,6 +180,11 @@ fn load(
             watch::channel(Arc::new(state)).1
         }
     };
+    let shape = ModelShape {
+        layers: checkpoint.architecture().moe_layers().collect(),
+        expert_bytes: expert_bytes(&checkpoint, config.weights)?,
+    };
+    let served = ServedModel { digest: checkpoint.digest(), shape };
     let mut local = BTreeMap::new();
     if config.transport == Transport::Inproc {
         let state = states.borrow().clone();
@@ -178,6 +201,7 @@ fn load(
         generation: GenerationConfig::open(&config.model, checkpoint.architecture())?,
         weights,
         kernels,
+        served,
         states,
         local,
         checkpoint,

@@ -43,15 +43,21 @@ pub enum Readiness {
 /// See the module.
 pub struct Cluster {
     links: Links,
-    opener: Opener,
     view: ClusterView,
-    states: watch::Receiver<Arc<State>>,
+    /// Where changes come from; absent where there are none.
+    source: Option<Source>,
     /// What each link was opened to.
     targets: BTreeMap<NodeId, Target>,
     allowed_regions: RegionSet,
     changes: u64,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
+}
+
+/// What was committed last, and what it takes to reach the nodes that it names.
+struct Source {
+    states: watch::Receiver<Arc<State>>,
+    opener: Opener,
 }
 
 /// What makes a link worth opening anew when it changes.
@@ -74,7 +80,7 @@ fn serves(node: &Node) -> bool {
 }
 
 /// The router's form of the state.
-fn committed(state: &State) -> Committed {
+pub fn committed(state: &State) -> Committed {
     let member = |node: &Node| {
         let (name, region) = (node.spec.name.clone(), node.spec.region);
         (node.id, Member { name, region, serves: serves(node), incarnation: node.incarnation })
@@ -103,23 +109,30 @@ impl Cluster {
         let links = Links::new().map_err(|error| Error::Start(error.to_string()))?;
         ring_on_change(states.clone(), links.bell(), &opener.runtime);
         let state = states.borrow_and_update().clone();
+        let view = ClusterView::new(home, model, committed(&state));
+        let mut cluster = Self::fixed(links, view, metrics);
+        for node in cluster.reachable(&state) {
+            cluster.link(node, &opener)?;
+        }
+        cluster.source = Some(Source { states, opener });
+        Ok(cluster)
+    }
+
+    /// A cluster in which nothing is ever committed, over links that are open.
+    pub fn fixed(links: Links, view: ClusterView, metrics: Arc<Metrics>) -> Self {
         let waiting = Readiness::Waiting("expert nodes are being connected".into());
-        let mut cluster = Self {
+        let cluster = Self {
             links,
-            opener,
-            view: ClusterView::new(home, model, committed(&state)),
-            states,
+            source: None,
             targets: BTreeMap::new(),
-            allowed_regions: [home].into(),
+            allowed_regions: [view.home].into(),
+            view,
             changes: 0,
             readiness: watch::Sender::new(waiting),
             metrics,
         };
-        for node in cluster.reachable(&state) {
-            cluster.link(node)?;
-        }
         cluster.publish();
-        Ok(cluster)
+        cluster
     }
 
     /// Who is there, and what is where.
@@ -194,14 +207,12 @@ impl Cluster {
     /// Follows the state that was committed last, unless it has already: then none. Gives the nodes
     /// whose links were given up for it.
     pub fn follow(&mut self) -> Option<Vec<NodeId>> {
-        if !self.states.has_changed().unwrap_or(false) {
-            return None;
-        }
-        let state = self.states.borrow_and_update().clone();
-        if !self.view.follow(committed(&state)) {
-            return None;
-        }
-        let given_up = self.relink(&state);
+        let mut source = self.source.take_if(|s| s.states.has_changed().unwrap_or(false))?;
+        let state = source.states.borrow_and_update().clone();
+        let news = self.view.follow(committed(&state));
+        let given_up = news.then(|| self.relink(&state, &source.opener));
+        self.source = Some(source);
+        let given_up = given_up?;
         self.changes += 1;
         self.publish();
         Some(given_up)
@@ -219,7 +230,7 @@ impl Cluster {
     }
 
     /// Opens links and gives links up, so that they are those that the state calls for.
-    fn relink(&mut self, state: &State) -> Vec<NodeId> {
+    fn relink(&mut self, state: &State, opener: &Opener) -> Vec<NodeId> {
         let wanted = self.reachable(state);
         let stays = |id: &NodeId| wanted.iter().any(|node| node.id == *id && self.is_linked(node));
         let given_up: Vec<NodeId> = self.targets.keys().copied().filter(|id| !stays(id)).collect();
@@ -229,9 +240,9 @@ impl Cluster {
             self.targets.remove(id);
         }
         for node in wanted {
-            if self.targets.contains_key(&node.id) {
-                self.targets.insert(node.id, Target::of(node));
-            } else if let Err(error) = self.link(node) {
+            if let Some(target) = self.targets.get_mut(&node.id) {
+                *target = Target::of(node);
+            } else if let Err(error) = self.link(node, opener) {
                 tracing::error!(node = %node.spec.name, %error, "expert node cannot be linked to");
             }
         }
@@ -248,8 +259,8 @@ impl Cluster {
         *have == want || (have.address == want.address && leads_there)
     }
 
-    fn link(&mut self, node: &Node) -> Result<(), Error> {
-        self.opener.open(node, &mut self.links)?;
+    fn link(&mut self, node: &Node, opener: &Opener) -> Result<(), Error> {
+        opener.open(node, &mut self.links)?;
         self.targets.insert(node.id, Target::of(node));
         Ok(())
     }

@@ -27,8 +27,8 @@ impl Live {
         let listeners: Vec<TcpListener> = (0..nodes).map(|_| listener()).collect();
         let roster = roster(&listeners, replicas);
         let mut state = found(&roster);
-        for number in 0..nodes {
-            register(&mut state, number, &listeners[number]);
+        for (number, listener) in listeners.iter().enumerate() {
+            register(&mut state, number, listener);
             state.apply(Command::SetState(id(number), NodeState::Active)).unwrap();
         }
         let numbered = listeners.into_iter().enumerate();

@@ -94,6 +94,7 @@ pub fn config(roster: &Roster, transport: Transport, engine: EngineConfig) -> Co
         served_model_name: None,
         engine,
         tls: None,
+        membership: None,
         cluster: roster.clone(),
     }
 }
