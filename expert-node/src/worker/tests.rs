@@ -1,8 +1,8 @@
 //! The queue and the thread behind it, with kernels that can be told to wait, count and panic.
 
-use std::sync::{LazyLock, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 use entente_model::kernels::{
