@@ -329,14 +329,16 @@ fn expert_node(
     listen: SocketAddr,
 ) -> entente_expert_node::Config {
     entente_expert_node::Config {
-        name: member.name.clone(),
-        region: member.region,
-        listen: listen.to_string(),
-        model: common.model.clone(),
-        weights: common.weights.into(),
         threads: common.threads.map(usize::from),
         tls: common.tls_files(member),
-        cluster: common.roster.clone(),
+        ..entente_expert_node::Config::new(
+            member.name.clone(),
+            member.region,
+            listen.to_string(),
+            common.model.clone(),
+            common.weights.into(),
+            common.roster.clone(),
+        )
     }
 }
 
