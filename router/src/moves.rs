@@ -235,8 +235,12 @@ impl Moves {
 
     /// Takes note that a node has an expert ready.
     pub fn on_loaded(&mut self, node: NodeId, expert: ExpertKey) -> Vec<Step> {
-        if self.loading.remove(&(node, expert))
-            && let Some(node) = self.nodes.get_mut(&node)
+        let pair = (node, expert);
+        self.loading.remove(&pair);
+        self.failures.remove(&pair);
+        // Also one that was given up: the node goes on trying what is placed on it.
+        if !self.releasing.contains(&pair)
+            && let Some(node) = self.nodes.get_mut(&node).filter(|node| node.up)
         {
             node.ready.insert(expert);
         }
