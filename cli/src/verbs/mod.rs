@@ -12,3 +12,4 @@ pub mod model;
 pub mod node;
 pub mod raft;
 pub mod up;
+pub mod witness;
