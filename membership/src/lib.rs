@@ -27,6 +27,8 @@
 //! to [`store`] alone.
 
 pub mod log;
+#[cfg(feature = "etcd")]
+pub mod mirror;
 pub mod raft;
 pub mod roster;
 pub mod served;
