@@ -26,12 +26,16 @@
 //! decision), how a placement is computed (the router plans it), what a model is. Files are known
 //! to [`store`] alone.
 
+pub mod client;
 pub mod log;
 #[cfg(feature = "etcd")]
 pub mod mirror;
+pub mod net;
 pub mod raft;
 pub mod roster;
 pub mod served;
+pub mod service;
 pub mod state;
+pub mod steward;
 pub mod store;
 pub mod voter;

@@ -129,6 +129,17 @@ pub enum Stuck {
     },
 }
 
+impl Stuck {
+    /// Replicas of the target that are not ready.
+    pub fn left(&self) -> usize {
+        match self {
+            Self::NoHeadroom { left, .. }
+            | Self::NodeDown { left, .. }
+            | Self::LoadFailed { left, .. } => *left,
+        }
+    }
+}
+
 /// The state machine of one move. One task owns it.
 #[derive(Debug, Clone)]
 pub struct Moves {
