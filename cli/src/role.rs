@@ -26,7 +26,7 @@ use clap::Args;
 use listenfd::ListenFd;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::exit::Misuse;
@@ -132,46 +132,97 @@ where
     F: Future<Output = Result<(), E>>,
     anyhow::Error: From<E>,
 {
+    run_leaving(args, |reporter, leave, stop| {
+        let told = async {
+            tokio::select! {
+                () = leave => {}
+                () = stop => {}
+            }
+        };
+        role(reporter, Box::pin(told))
+    })
+}
+
+/// The same for a role that others depend on: at the first signal it leaves, which may take a while,
+/// and it stops at the second one, or when the supervisor lets go.
+pub fn run_leaving<F, E>(
+    args: &RoleArgs,
+    role: impl FnOnce(Arc<Reporter>, Shutdown, Shutdown) -> F,
+) -> anyhow::Result<()>
+where
+    F: Future<Output = Result<(), E>>,
+    anyhow::Error: From<E>,
+{
     let reporter = Arc::new(Reporter::new(args.supervised));
     let runtime = Runtime::new().context("cannot start the runtime")?;
     let result = runtime.block_on(async {
-        let told = told_to_stop(args.supervised)?;
-        let (stop, stopped) = oneshot::channel();
+        let mut told = Told::new(args.supervised)?;
+        let ((leave, left), (stop, stopped)) = (oneshot::channel(), oneshot::channel());
         // An error means as much as the message: nobody waits for the role any more.
-        let mut role = pin!(role(reporter.clone(), Box::pin(async { drop(stopped.await) })));
-        tokio::select! {
+        let left: Shutdown = Box::pin(async { drop(left.await) });
+        let stopped: Shutdown = Box::pin(async { drop(stopped.await) });
+        let mut role = pin!(role(reporter.clone(), left, stopped));
+        let told_to = tokio::select! {
             result = &mut role => return Ok(result?),
-            () = told => {}
+            told_to = told.next() => told_to,
+        };
+        if !reporter.ready.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if told_to == End::Leave {
+            let _ = leave.send(());
+            tokio::select! {
+                result = &mut role => return Ok(result?),
+                _ = told.next() => {}
+            }
         }
         let _ = stop.send(());
-        if reporter.ready.load(Ordering::Relaxed) {
-            role.await?;
-        }
-        Ok(())
+        Ok(role.await?)
     });
     // Weights may still be read on a thread of the runtime, for nobody.
     runtime.shutdown_background();
     result
 }
 
-fn told_to_stop(supervised: bool) -> anyhow::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot watch SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch SIGINT")?;
-    let leash = supervised.then(parent_gone).transpose()?;
-    Ok(async move {
+/// How a role is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Leave,
+    Stop,
+}
+
+/// All that tells a role to end.
+struct Told {
+    terminate: Signal,
+    interrupt: Signal,
+    /// Nobody holds it any more, if anybody ever did.
+    leash: Option<oneshot::Receiver<()>>,
+}
+
+impl Told {
+    fn new(supervised: bool) -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("cannot watch SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("cannot watch SIGINT")?,
+            leash: supervised.then(parent_gone).transpose()?,
+        })
+    }
+
+    async fn next(&mut self) -> End {
         let let_go = async {
-            match leash {
+            match &mut self.leash {
                 Some(leash) => drop(leash.await),
                 None => std::future::pending().await,
             }
         };
-        let why = tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-            () = let_go => "the supervisor let go",
+        let (end, why) = tokio::select! {
+            _ = self.terminate.recv() => (End::Leave, "SIGTERM"),
+            _ = self.interrupt.recv() => (End::Leave, "SIGINT"),
+            () = let_go => (End::Stop, "the supervisor let go"),
         };
         tracing::info!(why, "stopping");
-    })
+        end
+    }
 }
 
 /// Watches standard input from a thread of its own, so that the end of the parent is seen however

@@ -28,16 +28,15 @@ struct Node(Option<Runtime>);
 impl Node {
     fn start(roster: &Roster, number: usize, listener: TcpListener) -> Self {
         let (_, spec) = roster.nodes().nth(number).unwrap();
-        let config = entente_expert_node::Config {
-            name: spec.name.clone(),
-            region: spec.region,
-            listen: spec.address.clone(),
-            model: CHECKPOINT.into(),
-            weights: WeightFormat::Bf16,
-            threads: Some(1),
-            tls: None,
-            cluster: roster.clone(),
-        };
+        let mut config = entente_expert_node::Config::new(
+            spec.name.clone(),
+            spec.region,
+            spec.address.clone(),
+            CHECKPOINT.into(),
+            WeightFormat::Bf16,
+            roster.clone(),
+        );
+        config.threads = Some(1);
         let node = ExpertNode::load(&config, &()).unwrap();
         listener.set_nonblocking(true).unwrap();
         let runtime = Runtime::new().unwrap();

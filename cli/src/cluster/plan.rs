@@ -243,14 +243,16 @@ pub fn configuration(
     let text = match member.role {
         Role::Coordinator => toml::to_string(&coordinator(common, member, address)),
         Role::ExpertNode => toml::to_string(&entente_expert_node::Config {
-            name: member.name.clone(),
-            region: member.region,
-            listen: address.to_string(),
-            model: common.model.clone(),
-            weights: common.weights.into(),
             threads: common.threads.map(usize::from),
             tls: common.tls_files(member),
-            cluster: common.roster.clone(),
+            ..entente_expert_node::Config::new(
+                member.name.clone(),
+                member.region,
+                address.to_string(),
+                common.model.clone(),
+                common.weights.into(),
+                common.roster.clone(),
+            )
         }),
     };
     text.with_context(|| format!("the configuration of {} cannot be written", member.name))
