@@ -181,7 +181,7 @@ impl NodeHandle {
 
     /// The node is another start from here on: frames for the one before are refused, and the
     /// connections over which it was greeted end.
-    pub(crate) fn adopt(&self, incarnation: Incarnation) {
+    pub fn adopt(&self, incarnation: Incarnation) {
         self.0.incarnation.send_replace(incarnation);
     }
 

@@ -278,6 +278,7 @@ pub fn coordinator(
             ..EngineConfig::default()
         },
         tls: common.tls_files(member),
+        membership: None,
         cluster: common.roster.clone(),
     }
 }

@@ -11,6 +11,7 @@ pub fn run(args: RoleArgs) -> anyhow::Result<()> {
         entente_coordinator::run(
             config,
             listener,
+            None,
             move |done, total| loading.loading(done, total),
             move |ready| reporter.ready(ready.address, ready.experts, ready.weights_bytes),
             shutdown,

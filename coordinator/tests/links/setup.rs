@@ -95,8 +95,7 @@ impl Network {
         let peer = Peer { node: NODE, name: name.clone(), address: address.to_owned(), tls };
         let mut links = Links::new().unwrap();
         if self.grpc {
-            let link = GrpcLink::open(peer, links.mailbox(), on.handle());
-            links.add(NODE, Box::new(link));
+            links.add(NODE, |mailbox| Box::new(GrpcLink::open(peer, mailbox, on.handle())));
         } else {
             links.dial(peer).unwrap();
         }
@@ -157,8 +156,7 @@ pub fn down(links: &mut Links) -> String {
 
 pub fn open_inproc(node: NodeHandle) -> Open {
     let mut links = Links::new().unwrap();
-    let link = InprocLink::open(NODE, node, links.mailbox());
-    links.add(NODE, Box::new(link));
+    links.add(NODE, |mailbox| Box::new(InprocLink::open(NODE, node, mailbox)));
     Open { info: up(&mut links), links: links.into(), _server: None }
 }
 
