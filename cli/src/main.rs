@@ -4,6 +4,8 @@
 //! - `entente coordinator` and `entente expert-node` are one role each, described by a TOML file
 //!   ([`role`]); `up` starts exactly these, so a cluster over several machines is the same
 //!   programs with other addresses.
+//! - `entente node`, `entente raft` and `entente experts` are an operator's: they ask the control
+//!   plane of a running cluster ([`operator`]).
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
 //! - `entente bench` measures, and `entente model` works with checkpoint folders.
 //!
@@ -17,6 +19,7 @@ mod client;
 mod cluster;
 mod exit;
 mod logging;
+mod operator;
 mod role;
 mod sse;
 mod status;
@@ -48,6 +51,18 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     /// Measure kernels, engine, exchanges or a running cluster beside the machine's limits.
     Bench(verbs::bench::BenchArgs),
+    /// Show the members of a cluster; drain them, keep replicas off them, take them out.
+    #[command(subcommand)]
+    Node(verbs::node::NodeVerb),
+    /// Show the raft group; take voters in and out.
+    #[command(subcommand)]
+    Raft(verbs::raft::RaftVerb),
+    /// Show where experts are placed, and move them.
+    #[command(subcommand)]
+    Experts(verbs::experts::ExpertsVerb),
+    /// Change the network between the processes of an `entente up --link`.
+    #[command(subcommand)]
+    Link(verbs::link::LinkVerb),
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
@@ -68,6 +83,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Chat(args) => verbs::chat::run(args),
         Verb::Eval(args) => verbs::eval::run(args),
         Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
+        Verb::Node(verb) => verbs::node::run(verb),
+        Verb::Raft(verb) => verbs::raft::run(verb),
+        Verb::Experts(verb) => verbs::experts::run(verb),
+        Verb::Link(verb) => verbs::link::run(verb),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),

@@ -5,7 +5,7 @@ use crate::role::{self, RoleArgs};
 /// Runs until a signal, or until the supervisor lets go. In a live cluster the first signal makes
 /// the node leave: it serves until what it holds is elsewhere.
 pub fn run(args: RoleArgs) -> anyhow::Result<()> {
-    let listener = role::inherited_listener()?;
+    let [listener, _] = role::inherited_listeners()?;
     let config: entente_expert_node::Config = role::load_config(&args.config)?;
     role::run_leaving(&args, |reporter, leave, stop| {
         let loading = reporter.clone();
