@@ -11,12 +11,23 @@ Exit codes:
   0    done, or stopped by a signal after a clean start
   1    failed while running; standard error says why
   2    the command line or a configuration file is wrong
+  3    a drill ran to its end and missed something that it requires
   130  interrupted before there was a result";
 
 /// The caller asked for something that cannot be: exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Misuse(pub String);
+
+/// A drill ran to its end and the cluster did not keep what it requires: exit code 3.
+#[derive(Debug, thiserror::Error)]
+#[error("{missed} of {checks} checks missed")]
+pub struct Missed {
+    /// Checks that missed.
+    pub missed: usize,
+    /// Checks in all.
+    pub checks: usize,
+}
 
 /// A signal came before there was a result: exit code 130.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +49,8 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
 fn code(error: &anyhow::Error) -> u8 {
     if error.is::<Misuse>() {
         2
+    } else if error.is::<Missed>() {
+        3
     } else if error.is::<Interrupted>() {
         130
     } else {
@@ -56,6 +69,7 @@ mod tests {
         let misuse = Err::<(), _>(Misuse("no such region".into())).context("reading a.toml");
         assert_eq!(code(&misuse.unwrap_err()), 2);
         assert_eq!(code(&anyhow::anyhow!("the disk is full")), 1);
+        assert_eq!(code(&Missed { missed: 1, checks: 2 }.into()), 3);
         assert_eq!(code(&Interrupted.into()), 130);
     }
 }

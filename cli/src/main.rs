@@ -5,6 +5,7 @@
 //!   ([`role`]); `up` starts exactly these, so a cluster over several machines is the same
 //!   programs with other addresses.
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
+//! - `entente drill` puts load on a cluster, breaks parts of it and gives a verdict ([`drill`]).
 //! - `entente bench` measures, and `entente model` works with checkpoint folders.
 //!
 //! Conventions that scripts may rely on: data goes to standard output, messages and logs go to
@@ -15,10 +16,14 @@
 mod bundled;
 mod client;
 mod cluster;
+mod drill;
 mod exit;
+mod load;
 mod logging;
+mod random;
 mod role;
 mod sse;
+mod stats;
 mod status;
 mod verbs;
 
@@ -48,6 +53,8 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     /// Measure kernels, engine, exchanges or a running cluster beside the machine's limits.
     Bench(verbs::bench::BenchArgs),
+    /// Put load on a cluster, break parts of it, and say whether it kept its promises.
+    Drill(verbs::drill::DrillArgs),
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
@@ -68,6 +75,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Chat(args) => verbs::chat::run(args),
         Verb::Eval(args) => verbs::eval::run(args),
         Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
+        Verb::Drill(args) => verbs::drill::run(args),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),
