@@ -26,7 +26,9 @@
 //! decision), how a placement is computed (the router plans it), what a model is. Files are known
 //! to [`store`] alone.
 
+pub mod client;
 pub mod log;
+pub mod net;
 pub mod raft;
 pub mod roster;
 pub mod served;

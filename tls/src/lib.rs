@@ -26,12 +26,13 @@ mod verify;
 use std::io;
 use std::path::PathBuf;
 
-use entente_proto::identity::{InvalidIdentity, Stranger};
+use entente_proto::identity::{Identity, InvalidIdentity, Stranger};
 
 pub use channel::{Channel, Incoming, PIECE_BYTES};
 pub use credentials::{Credentials, Files};
 #[cfg(feature = "mint")]
 pub use mint::{Authority, Issued};
+use rustls::pki_types::CertificateDer;
 
 /// The ALPN name of exchange frames on a byte stream.
 pub const ALPN_STREAM: &[u8] = b"entente/1";
@@ -74,6 +75,16 @@ impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         Self::new(io::ErrorKind::InvalidData, error)
     }
+}
+
+/// Who the peer of a finished handshake is; rustls gives its certificates, its own one first.
+///
+/// # Errors
+/// There is no certificate, or it does not say. Neither can be where the configuration was one of
+/// [`Credentials`].
+pub fn peer_identity(certificates: Option<&[CertificateDer<'_>]>) -> Result<Identity, Error> {
+    let own = certificates.and_then(<[_]>::first);
+    verify::identity_in(own.ok_or(rustls::Error::NoCertificatesPresented)?)
 }
 
 /// A certificate without exactly one identity.

@@ -81,8 +81,13 @@ fn u16_of(what: &'static str, number: u32) -> Result<u16, Malformed> {
 impl Request {
     /// The request as it stands in the log.
     pub fn encode(&self) -> Bytes {
+        self.to_wire().encode_to_vec().into()
+    }
+
+    /// The request as a client sends it.
+    pub fn to_wire(&self) -> wire::MembershipRequest {
         let expect = self.expect;
-        let message = wire::MembershipRequest {
+        wire::MembershipRequest {
             session: self.session.0,
             sequence: self.sequence,
             at_ms: self.at_ms,
@@ -93,13 +98,16 @@ impl Request {
                 placement_epoch: expect.placement_epoch.map(|epoch| epoch.0),
             }),
             command: Some(command_out(&self.command)),
-        };
-        message.encode_to_vec().into()
+        }
     }
 
     /// Reads an entry of the log.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let message: wire::MembershipRequest = decode("a request", bytes, REQUEST_LEN_MAX)?;
+        Self::from_wire(decode("a request", bytes, REQUEST_LEN_MAX)?)
+    }
+
+    /// Reads what a client sent.
+    pub fn from_wire(message: wire::MembershipRequest) -> Result<Self, Malformed> {
         let expect = message.expect.unwrap_or_default();
         Ok(Self {
             session: SessionId(message.session),
@@ -264,7 +272,7 @@ fn kind_in(kind: i32) -> Result<RecordKind, Malformed> {
     }
 }
 
-fn placement_out(placement: &Placement) -> Vec<wire::ExpertReplicas> {
+pub(crate) fn placement_out(placement: &Placement) -> Vec<wire::ExpertReplicas> {
     let one = |((layer, expert), nodes): ((LayerId, ExpertId), _)| {
         let nodes: &std::collections::BTreeSet<NodeId> = nodes;
         wire::ExpertReplicas {
@@ -288,7 +296,7 @@ fn placement_in(experts: Vec<wire::ExpertReplicas>) -> Result<Placement, Malform
     Ok(placement)
 }
 
-fn outcome_out(outcome: &Outcome) -> wire::MembershipOutcome {
+pub(crate) fn outcome_out(outcome: &Outcome) -> wire::MembershipOutcome {
     use membership_outcome::Outcome as Out;
     let outcome = match outcome {
         Ok(Applied::Membership(epoch)) => Out::MembershipEpoch(epoch.0),
@@ -305,7 +313,7 @@ fn outcome_out(outcome: &Outcome) -> wire::MembershipOutcome {
     wire::MembershipOutcome { outcome: Some(outcome) }
 }
 
-fn outcome_in(outcome: wire::MembershipOutcome) -> Result<Outcome, Malformed> {
+pub(crate) fn outcome_in(outcome: wire::MembershipOutcome) -> Result<Outcome, Malformed> {
     use membership_outcome::Outcome as In;
     Ok(Ok(match outcome.outcome.ok_or(Malformed::Unknown("an outcome"))? {
         In::MembershipEpoch(epoch) => Applied::Membership(MembershipEpoch(epoch)),
@@ -410,14 +418,23 @@ impl State {
 
     /// The state with its digest beside it: what a snapshot consists of.
     pub fn seal(&self) -> Bytes {
+        self.sealed().encode_to_vec().into()
+    }
+
+    /// The same as a message.
+    pub fn sealed(&self) -> wire::SealedState {
         let state = self.encode();
         let sha256 = Bytes::copy_from_slice(&sha256(&state));
-        wire::SealedState { sha256, state: state.into() }.encode_to_vec().into()
+        wire::SealedState { sha256, state: state.into() }
     }
 
     /// Reads a snapshot; nothing of it is believed before its digest is.
     pub fn unseal(bytes: &[u8]) -> Result<Self, Malformed> {
-        let sealed: wire::SealedState = decode("a snapshot", bytes, STATE_LEN_MAX + 64)?;
+        Self::open(decode("a snapshot", bytes, STATE_LEN_MAX + 64)?)
+    }
+
+    /// Reads what [`State::sealed`] gave.
+    pub fn open(sealed: wire::SealedState) -> Result<Self, Malformed> {
         if sealed.sha256 != sha256(&sealed.state)[..] {
             return Err(Malformed::Digest);
         }
@@ -425,7 +442,7 @@ impl State {
     }
 }
 
-fn node_out(node: &Node) -> wire::MemberNode {
+pub(crate) fn node_out(node: &Node) -> wire::MemberNode {
     wire::MemberNode {
         id: node.id.0,
         spec: Some(spec_out(&node.spec)),

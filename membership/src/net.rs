@@ -1,0 +1,147 @@
+//! Connections to and from a control port: gRPC over TLS 1.3, both ends authenticated.
+//!
+//! ```text
+//!   Dialler::dial ──► TLS, ALPN h2, the peer votes in our cluster ──► a tonic Channel
+//!   accept        ──► TLS, ALPN h2, any role of our cluster ──► tonic, with who it is as Peer
+//! ```
+//!
+//! Invariants:
+//! - there is no plain control port, not even on loopback: what is said here changes the cluster;
+//! - who it is follows from the certificate alone; what it may do is decided elsewhere, by a table;
+//! - a handshake ends after [`HANDSHAKE_MAX`], and at most [`HANDSHAKES_MAX`] are under way.
+//!
+//! What it does not know: which calls there are, where voters are.
+
+mod accept;
+mod reason;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use entente_proto::identity::{Expected, Role};
+use entente_proto::ids::{NodeName, Region};
+use entente_tls::{ALPN_GRPC, Credentials};
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::transport::{Channel, Endpoint};
+
+pub use accept::{ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, accept};
+pub use reason::{LEADER_KEY, REASON_KEY, Reason};
+
+/// How long it may take until a connection is there.
+pub const DIAL_MAX: Duration = Duration::from_secs(1);
+/// Silence after which the peer is asked for a sign of life, and how long it may take to give one.
+const KEEPALIVE: Duration = Duration::from_secs(1);
+/// HTTP/2 window of a stream: a state of some MiB must not wait for our permission.
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+/// HTTP/2 window of the connection.
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+
+/// There is no connection.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot reach {address}: {reason}")]
+pub struct Unreachable {
+    /// What was dialled.
+    pub address: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Dials control ports. Cheap to clone.
+#[derive(Clone)]
+pub struct Dialler {
+    config: Arc<ClientConfig>,
+    /// The address under which we ourselves are known, and where that really is.
+    own: Option<(String, SocketAddr)>,
+}
+
+impl Dialler {
+    /// Dials voters of the cluster of these credentials: any of them, or exactly this one.
+    ///
+    /// # Errors
+    /// The credentials are of no use.
+    pub fn new(
+        credentials: &Credentials,
+        member: Option<(Region, NodeName)>,
+    ) -> Result<Self, entente_tls::Error> {
+        let cluster = credentials.identity().cluster.clone();
+        let voter = Expected { cluster, roles: vec![Role::Coordinator, Role::Witness], member };
+        Ok(Self { config: credentials.client(voter, &[ALPN_GRPC])?, own: None })
+    }
+
+    /// A voter reaches itself where it listens, whatever lies before the address that others use.
+    pub fn knowing_itself(self, address: String, listens: SocketAddr) -> Self {
+        Self { own: Some((address, listens)), ..self }
+    }
+
+    /// Connects to `host:port`.
+    ///
+    /// # Errors
+    /// Nobody is there, or it is not who it should be; the text says which.
+    pub async fn dial(&self, address: &str) -> Result<Channel, Unreachable> {
+        let unreachable = |reason| Unreachable { address: address.to_owned(), reason };
+        let to = match &self.own {
+            Some((own, listens)) if own == address => listens.to_string(),
+            _ => address.to_owned(),
+        };
+        // The scheme says what gRPC is to do about TLS: nothing, the connector does it.
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|error| unreachable(causes(&error)))?
+            .connect_timeout(DIAL_MAX)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+        let config = self.config.clone();
+        let connector = tower::service_fn(move |_| secured(config.clone(), to.clone()));
+        let connected = timeout(DIAL_MAX, endpoint.connect_with_connector(connector)).await;
+        match connected {
+            Ok(Ok(channel)) => Ok(channel),
+            Ok(Err(error)) => Err(unreachable(causes(&error))),
+            Err(_) => Err(unreachable(format!("no answer within {} s", DIAL_MAX.as_secs()))),
+        }
+    }
+}
+
+async fn secured(
+    config: Arc<ClientConfig>,
+    address: String,
+) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let socket = TcpStream::connect(address).await?;
+    socket.set_nodelay(true)?;
+    // The name is neither sent nor checked: the identity in the certificate is what counts.
+    let name = ServerName::try_from("entente").map_err(io::Error::other)?;
+    let connected = TlsConnector::from(config).connect(name, socket).await;
+    connected.map(TokioIo::new).map_err(in_words)
+}
+
+/// What the verifier found is otherwise printed as a structure.
+fn in_words(error: io::Error) -> io::Error {
+    match error.downcast::<rustls::Error>() {
+        Ok(error) => io::Error::other(entente_tls::Error::from(error).to_string()),
+        Err(error) => error,
+    }
+}
+
+/// An error with all that it was caused by: on its own tonic's says only "transport error".
+pub(crate) fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let further = error.to_string();
+        // Some errors say what they were caused by, and are then asked again.
+        if !text.ends_with(&further) {
+            text = format!("{text}: {further}");
+        }
+        cause = error.source();
+    }
+    text
+}
