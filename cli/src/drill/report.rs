@@ -137,6 +137,14 @@ impl Report {
                 "{before:.0} tok/s before the first strike, {after:.0} from then on"
             ));
         }
+        if figures.changes > 0 {
+            let (known, unknown) = (figures.changes, figures.changes_unknown);
+            notes.push(format!("{known} changes acknowledged, {unknown} of unknown outcome"));
+        }
+        if let Some(s) = figures.recovery_ms {
+            let (p50, p99, max, count) = (s.p50, s.p99, s.max, s.count);
+            notes.push(format!("recovery p50 {p50:.0} p99 {p99:.0} max {max:.0} ms ({count})"));
+        }
         for strike in self.strikes.iter().filter(|strike| strike.error.is_some()) {
             let error = strike.error.as_deref().unwrap_or_default();
             notes.push(format!("[{}] failed: {error}", strike.to_string().trim()));

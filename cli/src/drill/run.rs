@@ -8,7 +8,9 @@ use anyhow::bail;
 use entente_proto::ids::NodeName;
 
 use super::board::Board;
+use super::control::Log;
 use super::figures::{self, Answer, Spread, Struck};
+use super::history;
 use super::place::{Place, Server};
 use super::report::{Failure, Report};
 use super::scenario::{Action, Pace, Scenario};
@@ -28,6 +30,9 @@ const RECOVERY_DEADLINE: Duration = Duration::from_secs(60);
 /// How often it is looked whether a process is back.
 const BACK_INTERVAL: Duration = Duration::from_millis(50);
 
+/// Sessions that make changes where their history is looked at.
+const WRITERS: usize = 2;
+
 /// Requests at once in the quiet run of an open loop, and at most in its run under faults.
 const QUIET_STREAMS: usize = 32;
 const RUNNING_MAX: usize = 2_000;
@@ -37,6 +42,7 @@ struct Run {
     answers: Vec<Answer>,
     struck: Vec<Struck>,
     hedged_share: Option<f64>,
+    control: Log,
 }
 
 /// One drill on one cluster.
@@ -126,13 +132,15 @@ impl<'a> Drill<'a> {
     fn disturbed(&self, board: &Board, tell: &(impl Fn(&str) + Sync)) -> anyhow::Result<Run> {
         let before = self.watch.rows();
         board.begin();
-        let outcomes = thread::scope(|scope| {
+        let writers = if self.scenario.expect.changes_linearizable { WRITERS } else { 0 };
+        let (outcomes, control) = thread::scope(|scope| {
             let load = scope.spawn(|| self.load(board));
+            let control = scope.spawn(|| self.watch.log(board, writers));
             self.strike_all(board, tell);
-            board.tell(|state| state.finished = true);
-            load.join().expect("asking does not panic")
+            let joined = (load.join(), control.join());
+            (joined.0.expect("asking does not panic"), joined.1.expect("nor does listening"))
         });
-        self.ended(board, outcomes?, &before)
+        Ok(Run { control: control?, ..self.ended(board, outcomes?, &before)? })
     }
 
     fn load(&self, board: &Board) -> anyhow::Result<Vec<Outcome>> {
@@ -142,7 +150,7 @@ impl<'a> Drill<'a> {
             let number = sent.fetch_add(1, Ordering::Relaxed);
             let enough = number >= requests_min && board.start().elapsed() >= least;
             let state = board.lock();
-            let more = !state.interrupted && !(enough && state.finished);
+            let more = !(state.interrupted || enough && state.finished);
             more.then(|| self.requests[number % self.requests.len()].clone())
         };
         let on_piece = |tokens| board.saw(tokens);
@@ -167,7 +175,7 @@ impl<'a> Drill<'a> {
         let start = board.start();
         let hedged_share = self.watch.rows().hedged_share_since(before);
         let answers = outcomes.into_iter().map(|outcome| answer(outcome, start)).collect();
-        Ok(Run { answers, struck, hedged_share })
+        Ok(Run { answers, struck, hedged_share, control: Log::default() })
     }
 
     /// Makes every strike when it is due, and returns when the effects of the last one are over.
@@ -285,6 +293,7 @@ impl<'a> Drill<'a> {
 
     fn figures(&self, quiet: &Run, disturbed: &Run) -> Figures {
         let (answers, struck) = (&disturbed.answers, &disturbed.struck);
+        let Log { epochs, writes } = &disturbed.control;
         let window_ms = self.scenario.expect.window.0.as_secs_f64() * 1e3;
         let failed = answers.iter().filter(|answer| answer.error.is_some());
         let lost = failed.clone().filter(|answer| figures::lost_its_server(answer, struck)).count();
@@ -312,8 +321,11 @@ impl<'a> Drill<'a> {
             tokens_s_undisturbed: figures::tokens_s(&quiet.answers, 0.0, quiet_ms),
             hedged_share_undisturbed: quiet.hedged_share,
             hedged_share: disturbed.hedged_share,
-            epochs_back: None,
-            placements: None,
+            epochs_back: (!epochs.is_empty()).then(|| history::epochs_back(epochs)),
+            placements: epochs.first().zip(epochs.last()).map(|(a, b)| b.1.saturating_sub(a.1)),
+            changes: writes.iter().filter(|write| write.revision.is_some()).count(),
+            changes_unknown: writes.iter().filter(|write| write.revision.is_none()).count(),
+            changes_out_of_order: history::out_of_order(writes),
         }
     }
 }

@@ -457,6 +457,9 @@ pub struct Expect {
     /// Whether the committed epochs must never go back.
     #[serde(default)]
     pub epochs_forward: bool,
+    /// Whether changes that are made all the while must have a linearizable history.
+    #[serde(default)]
+    pub changes_linearizable: bool,
     /// How many changes of the placement must have been committed meanwhile.
     pub placements_min: Option<u64>,
     /// How long after a strike its effects are looked for.

@@ -46,6 +46,12 @@ pub struct Figures {
     pub epochs_back: Option<usize>,
     /// Changes of the placement that were committed.
     pub placements: Option<u64>,
+    /// Changes that the drill itself made and that were acknowledged.
+    pub changes: usize,
+    /// Those of which it is not known whether they were committed.
+    pub changes_unknown: usize,
+    /// Acknowledged ones that no order of all changes explains.
+    pub changes_out_of_order: usize,
 }
 
 /// One line of the verdict.
@@ -93,6 +99,11 @@ pub fn judge(expect: &Expect, figures: &Figures) -> Vec<Check> {
     if expect.epochs_forward {
         let back = figures.epochs_back.map(|count| count as u64);
         checks.push(count("epochs gone back", false, 0, back));
+    }
+    if expect.changes_linearizable {
+        let made = figures.changes > 0;
+        let out_of_order = made.then_some(figures.changes_out_of_order as u64);
+        checks.push(count("changes out of order", false, 0, out_of_order));
     }
     if let Some(min) = expect.placements_min {
         checks.push(count("placements committed", true, min, figures.placements));
@@ -176,6 +187,7 @@ recovery_ms: {p99: 1500}
 throughput_dip_max: 0.1
 hedged_share_max: 0.05
 epochs_forward: true
+changes_linearizable: true
 placements_min: 100
 ";
 
@@ -192,6 +204,7 @@ placements_min: 100
             hedged_share_undisturbed: Some(0.05),
             epochs_back: Some(0),
             placements: Some(100),
+            changes: 1,
             ..Figures::default()
         }
     }
@@ -229,6 +242,7 @@ placements_min: 100
                 Figures { hedged_share_undisturbed: Some(0.051), ..good() },
             ),
             ("epochs gone back", Figures { epochs_back: Some(1), ..good() }),
+            ("changes out of order", Figures { changes_out_of_order: 1, ..good() }),
             ("placements committed", Figures { placements: Some(99), ..good() }),
         ] {
             assert_eq!(misses(&figures), [missed]);
@@ -238,7 +252,7 @@ placements_min: 100
     #[test]
     fn what_was_not_measured_is_a_miss() {
         let blind = Figures { requests: 1, ..Figures::default() };
-        assert_eq!(misses(&blind).len(), 9, "{:?}", misses(&blind));
+        assert_eq!(misses(&blind).len(), 10, "{:?}", misses(&blind));
     }
 
     #[test]

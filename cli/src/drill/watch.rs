@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use entente_proto::ids::NodeName;
 
+use super::board::Board;
+use super::control::{Control, Log};
 use super::place::{Place, Server, metric};
 use super::scenario::Action;
 
@@ -26,9 +28,9 @@ const HEDGED_ROWS: &str = "entente_hedged_rows_total";
 pub struct Rows(Vec<Option<(f64, f64)>>);
 
 /// Looks at one cluster.
-#[derive(Debug)]
 pub struct Watch {
     servers: Vec<Server>,
+    control: Option<Control>,
 }
 
 impl Watch {
@@ -38,7 +40,8 @@ impl Watch {
             client: server.client.with_deadline(LOOK_DEADLINE),
             ..server
         };
-        Ok(Self { servers: place.servers()?.into_iter().map(quick).collect() })
+        let control = place.data_dir().map(Control::connect).transpose()?.flatten();
+        Ok(Self { servers: place.servers()?.into_iter().map(quick).collect(), control })
     }
 
     /// Whether every coordinator says that it can serve.
@@ -47,23 +50,28 @@ impl Watch {
         self.servers.iter().all(ready)
     }
 
-    /// Whether the cluster is well again after `actions`: its control plane after a leader was
-    /// lost, its coordinators after anything else.
+    /// Whether the cluster is well again after `actions`: changes can be committed after a leader
+    /// was lost, requests can be served after anything else.
     pub fn has_recovered(&self, actions: &[Action]) -> bool {
-        if actions.contains(&(Action::KillLeader {})) {
-            return self.leader().is_some();
+        match &self.control {
+            Some(control) if actions.contains(&(Action::KillLeader {})) => control.commits(),
+            _ => self.is_ready(),
         }
-        self.is_ready()
     }
 
     /// Whether nothing is missing any more.
     pub fn is_whole(&self) -> bool {
-        self.is_ready()
+        self.is_ready() && self.control.as_ref().is_none_or(Control::all_active)
     }
 
     /// Who leads the voters.
     pub fn leader(&self) -> Option<NodeName> {
-        None
+        self.control.as_ref()?.leader()
+    }
+
+    /// Listens to the control plane until the run is over; nothing where there is none.
+    pub fn log(&self, board: &Board, writers: usize) -> anyhow::Result<Log> {
+        self.control.as_ref().map_or(Ok(Log::default()), |control| control.log(board, writers))
     }
 
     /// What the coordinators have counted; nothing of one that does not answer.

@@ -104,7 +104,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<Found> {
     }
     let start = Instant::now();
     let arrivals = load::arrivals(args.seed, rate, mix(args.seed).take(args.requests.into()));
-    let sender = Sender { servers: &[client.clone()], on_piece: &|_| true };
+    let sender = Sender { servers: std::slice::from_ref(&client), on_piece: &|_| true };
     let outcomes = sender.open_loop(arrivals, RUNNING_MAX);
     Ok(found(capacity, rate, start.elapsed().as_secs_f64(), &outcomes))
 }
@@ -121,7 +121,8 @@ fn capacity(args: &ServeArgs, client: &Client, mix: Mix) -> anyhow::Result<f64> 
         let more = Instant::now() < stop;
         more.then(|| mix.lock().unwrap_or_else(PoisonError::into_inner).next()).flatten()
     };
-    let sender = Sender { servers: &[client.clone()], on_piece: &|_| Instant::now() < stop };
+    let servers = std::slice::from_ref(client);
+    let sender = Sender { servers, on_piece: &|_| Instant::now() < stop };
     let outcomes = sender.closed_loop(args.concurrency.into(), next);
     let answered: f64 = outcomes.iter().map(|outcome| outcome.share_after(begin)).sum();
     match outcomes.iter().find_map(|outcome| outcome.error.as_ref()) {
