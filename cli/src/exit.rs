@@ -16,12 +16,23 @@ Exit codes:
   5    not the leader: somebody leads, but cannot be reached from here
   6    no voter can be reached
   7    the time is up, and what was asked for may still come about
+  8    a drill ran to its end and missed something that it requires
   130  interrupted before there was a result";
 
 /// The caller asked for something that cannot be: exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Misuse(pub String);
+
+/// A drill ran to its end and the cluster did not keep what it requires: exit code 8.
+#[derive(Debug, thiserror::Error)]
+#[error("{missed} of {checks} checks missed")]
+pub struct Missed {
+    /// Checks that missed.
+    pub missed: usize,
+    /// Checks in all.
+    pub checks: usize,
+}
 
 /// A signal came before there was a result: exit code 130.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +89,8 @@ fn code(error: &anyhow::Error) -> u8 {
         failure.code()
     } else if error.is::<Misuse>() {
         2
+    } else if error.is::<Missed>() {
+        8
     } else if error.is::<Interrupted>() {
         130
     } else {
@@ -96,6 +109,7 @@ mod tests {
         let misuse = Err::<(), _>(Misuse("no such region".into())).context("reading a.toml");
         assert_eq!(code(&misuse.unwrap_err()), 2);
         assert_eq!(code(&anyhow::anyhow!("the disk is full")), 1);
+        assert_eq!(code(&Missed { missed: 1, checks: 2 }.into()), 8);
         assert_eq!(code(&Interrupted.into()), 130);
         let refused = Err::<(), _>(Failure::Refused("the last replica".into())).context("drain");
         assert_eq!(code(&refused.unwrap_err()), 3);

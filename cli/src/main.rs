@@ -7,6 +7,7 @@
 //! - `entente node`, `entente raft` and `entente experts` are an operator's: they ask the control
 //!   plane of a running cluster ([`operator`]).
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
+//! - `entente drill` puts load on a cluster, breaks parts of it and gives a verdict ([`drill`]).
 //! - `entente bench` measures, and `entente model` works with checkpoint folders.
 //!
 //! Conventions that scripts may rely on: data goes to standard output, messages and logs go to
@@ -17,11 +18,15 @@
 mod bundled;
 mod client;
 mod cluster;
+mod drill;
 mod exit;
+mod load;
 mod logging;
 mod operator;
+mod random;
 mod role;
 mod sse;
+mod stats;
 mod status;
 mod verbs;
 
@@ -63,6 +68,8 @@ enum Verb {
     /// Change the network between the processes of an `entente up --link`.
     #[command(subcommand)]
     Link(verbs::link::LinkVerb),
+    /// Put load on a cluster, break parts of it, and say whether it kept its promises.
+    Drill(verbs::drill::DrillArgs),
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
@@ -89,6 +96,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Raft(verb) => verbs::raft::run(verb),
         Verb::Experts(verb) => verbs::experts::run(verb),
         Verb::Link(verb) => verbs::link::run(verb),
+        Verb::Drill(args) => verbs::drill::run(args),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),

@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod chat;
 pub mod coordinator;
+pub mod drill;
 pub mod eval;
 pub mod expert_node;
 pub mod experts;

@@ -185,7 +185,8 @@ impl Server {
 
     /// As a killed process ends: the sockets close, and nothing is said. Returns the address.
     pub fn kill(self) -> String {
-        self.runtime.shutdown_background();
+        // Not in the background: whoever starts the next one wants the port to be free.
+        self.runtime.shutdown_timeout(Duration::from_secs(10));
         self.address
     }
 
