@@ -1,9 +1,9 @@
 //! The `entente` binary: one program that is every role of a cluster, and the tools beside it.
 //!
 //! - `entente up` starts a whole cluster on this machine as child processes ([`cluster`]).
-//! - `entente coordinator` and `entente expert-node` are one role each, described by a TOML file
-//!   ([`role`]); `up` starts exactly these, so a cluster over several machines is the same
-//!   programs with other addresses.
+//! - `entente coordinator`, `entente expert-node` and `entente witness` are one role each, described
+//!   by a TOML file ([`role`]); `up` starts exactly these, so a cluster over several machines is the
+//!   same programs with other addresses.
 //! - `entente node`, `entente raft` and `entente experts` are an operator's: they ask the control
 //!   plane of a running cluster ([`operator`]).
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
@@ -76,6 +76,8 @@ enum Verb {
     Coordinator(role::RoleArgs),
     /// Run one expert node: holds the experts that are placed on it and computes nothing else.
     ExpertNode(role::RoleArgs),
+    /// Run one witness: a voter without a model.
+    Witness(role::RoleArgs),
 }
 
 fn main() -> ExitCode {
@@ -98,6 +100,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),
+        Verb::Witness(args) => verbs::witness::run(args),
     }
 }
 
