@@ -4,6 +4,7 @@ mod authority;
 mod faults;
 mod group;
 mod heartbeat;
+mod linearizable;
 mod proposals;
 mod table;
 mod world;
