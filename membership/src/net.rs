@@ -37,8 +37,10 @@ pub use reason::{LEADER_KEY, REASON_KEY, Reason};
 
 /// How long it may take until a connection is there.
 pub const DIAL_MAX: Duration = Duration::from_secs(1);
-/// Silence after which the peer is asked for a sign of life, and how long it may take to give one.
+/// Silence after which the peer is asked for a sign of life.
 const KEEPALIVE: Duration = Duration::from_secs(1);
+/// How long it may take to give one. A machine that is busy is not one that is cut off.
+const KEEPALIVE_MAX: Duration = Duration::from_secs(2);
 /// HTTP/2 window of a stream: a state of some MiB must not wait for our permission.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 /// HTTP/2 window of the connection.
@@ -96,7 +98,7 @@ impl Dialler {
             .map_err(|error| unreachable(causes(&error)))?
             .connect_timeout(DIAL_MAX)
             .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE_MAX)
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES);

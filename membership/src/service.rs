@@ -248,13 +248,15 @@ impl Running {
             biased;
             () = shared.stopped() => None,
             result = &mut owner => Some(result.unwrap_or(ended("owner"))),
-            _ = &mut server => Some(ended("server")),
-            _ = &mut steward => Some(ended("steward")),
+            // They end when they are to stop, perhaps before this task has noticed.
+            _ = &mut server => (!*shared.stopping.borrow()).then(|| ended("server")),
+            _ = &mut steward => (!*shared.stopping.borrow()).then(|| ended("steward")),
             error = refused(&mut registration) => Some(Err(error)),
         };
         stop.send_replace(true);
         shared.owner.wake();
-        (registration.abort(), steward.abort());
+        registration.abort();
+        steward.abort();
         let result = match early {
             Some(result) => result,
             None => owner.await.unwrap_or(ended("owner")),

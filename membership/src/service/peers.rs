@@ -87,7 +87,7 @@ impl Peer {
                 }
                 Err(reason) => reason,
             };
-            if report {
+            if report && !self.messages.is_closed() {
                 tracing::warn!(voter = self.id, name = %spec.name, reason = %ended, "cannot send to a voter");
                 report = false;
             }
