@@ -241,29 +241,37 @@ impl Running {
         let Self { thread, shared, stop, asks, settings } = self;
         let mut server = tokio::spawn(server::serve(shared.clone(), listener, &credentials)?);
         let mut owner = thread.start()?;
-        let mut registration = tokio::spawn(registration::run(shared.clone()));
         let mut steward = tokio::spawn(steward_shell::run(shared.clone(), settings, asks));
-        let mut registered = false;
-        let result = loop {
-            tokio::select! {
-                result = &mut owner => break result.unwrap_or(Err(ServiceError::Ended("owner"))),
-                _ = &mut server => break Err(ServiceError::Ended("server")),
-                _ = &mut steward => break Err(ServiceError::Ended("steward")),
-                result = &mut registration, if !registered => match result {
-                    Ok(Ok(())) => registered = true,
-                    Ok(Err(error)) => break Err(error),
-                    Err(_) => break Err(ServiceError::Ended("registration")),
-                },
-            }
+        let mut registration = tokio::spawn(registration::run(shared.clone()));
+        let ended = |part| Err(ServiceError::Ended(part));
+        let early = tokio::select! {
+            biased;
+            () = shared.stopped() => None,
+            result = &mut owner => Some(result.unwrap_or(ended("owner"))),
+            _ = &mut server => Some(ended("server")),
+            _ = &mut steward => Some(ended("steward")),
+            error = refused(&mut registration) => Some(Err(error)),
         };
         stop.send_replace(true);
         shared.owner.wake();
-        registration.abort();
-        steward.abort();
+        (registration.abort(), steward.abort());
+        let result = match early {
+            Some(result) => result,
+            None => owner.await.unwrap_or(ended("owner")),
+        };
         // Open streams see that it stops and end; what does not is cut off.
-        if timeout(STOP_MAX, &mut server).await.is_err() {
+        if !server.is_finished() && timeout(STOP_MAX, &mut server).await.is_err() {
             server.abort();
         }
         result
+    }
+}
+
+/// Why the voter could not be registered; never returns once it is.
+async fn refused(registration: &mut JoinHandle<Result<(), ServiceError>>) -> ServiceError {
+    match registration.await {
+        Ok(Ok(())) => std::future::pending().await,
+        Ok(Err(error)) => error,
+        Err(_) => ServiceError::Ended("registration"),
     }
 }

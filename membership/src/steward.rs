@@ -1,345 +1,246 @@
 //! What the leader of the raft group does for the expert nodes: it notices who lives, plans who
 //! holds what, and moves experts to where they are planned.
 //!
-//! A pure core: reports, committed states and ticks in; proposals out; and for each node the set of
+//! A pure core: reports, committed states and ticks in; proposals out, and for each node the set of
 //! experts that it is to hold. Whoever leads runs one, also a witness.
 //!
+//! ```text
+//!   reports ──► views ──► life ──────────────────────► SetState: active, draining, down
+//!                 │
+//!   state ────────┴────► planning ──► moving ────────► SetPlacement
+//!                     (what should be)   └──► orders   (what each node is to hold)
+//! ```
+//!
 //! Nothing of it is in the log but what it proposes: a new leader starts from what is committed and
-//! from what nodes report to hold.
+//! from what nodes report to hold, and waits until all that should be up have reported or are down.
+//!
+//! Invariants:
+//! - **An expert that has had a replica that serves keeps one**: no commit and no order takes the
+//!   last one of a region away; what comes to harm is what nodes lose themselves ([`moving`]).
+//! - What a node is told to hold has all that the committed placement names for it.
+//! - What a node holds, loads and has not yet released fits into its memory.
+//! - Each region is planned by itself and moves by itself: trouble in one does not wait in another.
+//! - Nothing moves for the looks of it: a placement that gives each expert its replicas, and each
+//!   node something to do, stays as it is until an operator orders otherwise.
+//! - A decision holds only for the start of the node, and the placement, that it was made on.
+//!
+//! A proposal is in flight for each node at most once, and one for the placement. What became of one
+//! is read from the committed state; an unknown outcome is not a failure.
+//!
+//! What it relies on: [`Event::Leads`] comes after all that earlier leaders committed is applied; a
+//! node acts only on orders of the stream that it reports on, gives up loads that are no longer
+//! wanted, and releases before it loads.
+//!
+//! It knows no clock (time is given), no socket, no weights, and of a model only its shape.
+
+mod api;
+mod life;
+mod loads;
+mod moving;
+mod operator;
+mod orders;
+mod planning;
+#[cfg(test)]
+mod tests;
+mod views;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::sync::Arc;
 
-use entente_proto::ids::{Incarnation, NodeId, Region};
-use entente_proto::placement::{ExpertKey, Placement};
-use entente_router::moves::Stuck;
-use entente_router::placement::PlacementRefused;
+use entente_proto::ids::{Incarnation, NodeId, PlacementEpoch, Region};
+use entente_proto::placement::ExpertKey;
 
-use crate::state::{self, Expect, Outcome, State};
+pub use api::{
+    Activity, Command, Event, NodeHealth, Orders, PlanError, Progress, Proposal, Rebalance,
+    RegionProgress, Report, Settings, Unsafe,
+};
 
-/// How patient the steward is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Settings {
-    /// A node that has not reported for so long is down.
-    pub down_after_ms: u64,
-    /// What a node held that is down is restored elsewhere after so long, or at once where an
-    /// expert has no other replica.
-    pub restore_after_ms: u64,
-    /// Experts that a node loads at once on the steward's order.
-    pub loads_per_node_max: usize,
-}
+use crate::served::ServedModel;
+use crate::state::{self, Expect, Node, NodeState, Outcome, RecordKind, Role, State};
+use life::InFlight;
+use loads::Measured;
+use moving::{Pending, Work};
+use views::View;
 
-impl Default for Settings {
-    fn default() -> Self {
-        Self { down_after_ms: 1_000, restore_after_ms: 10_000, loads_per_node_max: 4 }
-    }
-}
-
-/// What a node says of itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Report {
-    /// The node.
-    pub node: NodeId,
-    /// Its start.
-    pub incarnation: Incarnation,
-    /// Rises with each report of this start, over all its streams. A report that is not newer than
-    /// the last one is dropped.
-    pub sequence: u64,
-    /// What is loaded and serves; absent when it is as in the last report. It must not name what
-    /// the node is about to release on orders that it has already accepted.
-    pub held: Option<BTreeSet<ExpertKey>>,
-    /// What could not be loaded since the last report.
-    pub failed: Vec<ExpertKey>,
-    /// The node wants to stop.
-    pub leaving: bool,
-    /// Rows computed for each expert since the last report.
-    pub rows: Vec<(ExpertKey, u64)>,
-}
-
-/// What a node is told.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Orders {
-    /// What it is to hold. It loads what is missing, and releases what is more, unless the latest
-    /// committed placement that it has seen names it for that.
-    pub wanted: BTreeSet<ExpertKey>,
-    /// Nothing is placed on it and nothing is wanted of it: it may stop.
-    pub dismissed: bool,
-}
-
-/// What happens to the steward.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// This process leads from here on, and has applied what earlier leaders committed.
-    Leads,
-    /// It leads no more.
-    Follows,
-    /// The committed state. An older one than the last is dropped.
-    Committed(Arc<State>),
-    /// A node reports. Before [`Event::Leads`] reports are dropped, so nodes must report anew.
-    Report(Report),
-    /// Time has passed. Ten ticks a second are plenty.
-    Tick,
-    /// What became of a proposal.
-    Answered {
-        /// Which one.
-        id: u64,
-        /// Absent when it is not known.
-        outcome: Option<Outcome>,
-    },
-}
-
-/// What the steward wants done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Command {
-    /// Propose this here, as long as this process leads; then [`Event::Answered`], once.
-    Propose {
-        /// Names it in the answer.
-        id: u64,
-        /// The fence.
-        expect: Expect,
-        /// The change.
-        command: state::Command,
-    },
-}
-
-/// A node as the leader sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NodeHealth {
-    /// Milliseconds since its last report to this leader; absent when there was none.
-    pub heartbeat_age_ms: Option<u64>,
-    /// Experts that the committed placement names for it.
-    pub placed: usize,
-    /// Experts that it reported to hold.
-    pub held: usize,
-    /// Experts that it is to hold.
-    pub wanted: usize,
-}
-
-/// How far the regions are from what was planned for them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Each region that serves.
-    pub regions: BTreeMap<Region, RegionProgress>,
-}
-
-/// How far one region is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RegionProgress {
-    /// What goes on.
-    pub activity: Activity,
-    /// Fewer replicas than wanted, or not even one of each: why.
-    pub degraded: Option<PlacementRefused>,
-}
-
-/// What goes on in a region.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Activity {
-    /// All is as planned.
-    Idle,
-    /// Nodes that should be up have not reported to this leader yet.
-    Waiting,
-    /// Experts are on their way.
-    Moving {
-        /// Replicas that are not ready yet.
-        left: usize,
-    },
-    /// Nothing can be done until something changes.
-    Stuck(Stuck),
-}
-
-impl Progress {
-    /// Replicas that are not ready yet.
-    pub fn replicas_left(&self) -> usize {
-        let left = |region: &RegionProgress| match &region.activity {
-            Activity::Moving { left } => *left,
-            Activity::Stuck(stuck) => stuck.left(),
-            Activity::Idle | Activity::Waiting => 0,
-        };
-        self.regions.values().map(left).sum()
-    }
-
-    /// Whether all is as planned.
-    pub fn is_idle(&self) -> bool {
-        self.regions.values().all(|region| region.activity == Activity::Idle)
-    }
-}
-
-/// A line a region that is not idle, or is degraded; empty when all is well.
-impl fmt::Display for Progress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut parts = Vec::new();
-        for (region, progress) in &self.regions {
-            match &progress.activity {
-                Activity::Idle => {}
-                Activity::Waiting => parts.push(format!("region {region}: waiting for reports")),
-                Activity::Moving { left } => {
-                    parts.push(format!("region {region}: {left} replicas left to load"));
-                }
-                Activity::Stuck(stuck) => parts.push(format!("region {region}: {stuck}")),
-            }
-            if let Some(refused) = &progress.degraded {
-                parts.push(format!("degraded: {refused}"));
-            }
-        }
-        f.write_str(&parts.join("\n"))
-    }
-}
-
-/// A placement that the planner would choose.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Proposal {
-    /// It.
-    pub placement: Placement,
-    /// The arithmetic, a line each.
-    pub lines: Vec<String>,
-    /// Replicas to load.
-    pub loads: usize,
-    /// Replicas to release.
-    pub releases: usize,
-}
-
-/// What an operator wants moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rebalance {
-    /// To what [`Steward::plan`] gives.
-    ToPlan,
-    /// One more replica.
-    Replica {
-        /// Of this expert.
-        expert: ExpertKey,
-        /// There.
-        node: NodeId,
-    },
-}
-
-/// Why there is no plan.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PlanError {
-    /// This process does not lead.
-    #[error("this process does not lead")]
-    NotLeading,
-    /// No coordinator has said yet what is served.
-    #[error("the cluster has not agreed on a model yet")]
-    NoModel,
-    /// The planner would guess.
-    #[error("region {0}: not all nodes have reported to this leader yet")]
-    Waiting(Region),
-    /// It does not fit.
-    #[error(transparent)]
-    Refused(#[from] PlacementRefused),
-    /// The replica cannot be put there.
-    #[error("node {node} cannot take the replica: {reason}")]
-    Node {
-        /// The node.
-        node: NodeId,
-        /// Why.
-        reason: &'static str,
-    },
-}
-
-/// Why a node may not stop.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unsafe {
-    /// This process does not lead.
-    #[error("this process does not lead")]
-    NotLeading,
-    /// There is no such expert node.
-    #[error("node {0} is not an expert node of this cluster")]
-    NoExpertNode(NodeId),
-    /// Its life does not go that way.
-    #[error("node {node} is {state:?}; only a node that is active can be drained")]
-    NotActive {
-        /// The node.
-        node: NodeId,
-        /// What it is.
-        state: state::NodeState,
-    },
-    /// Experts would have no replica in their region.
-    #[error("region {region}: {experts} experts would be without a replica there{}", why(.refused))]
-    Lost {
-        /// The region.
-        region: Region,
-        /// How many.
-        experts: usize,
-        /// Why the other nodes cannot take them, where they were asked to.
-        refused: Option<PlacementRefused>,
-    },
-}
-
-fn why(refused: &Option<PlacementRefused>) -> String {
-    refused.as_ref().map_or_else(String::new, |refused| format!("; {refused}"))
-}
+/// Time before a proposal that was refused, or whose outcome is unknown, is made again: the state
+/// that explains it is on its way.
+const RETRY_MS: u64 = 100;
 
 /// The state machine. One task owns it.
 #[derive(Debug, Clone)]
 pub struct Steward {
     settings: Settings,
     state: Arc<State>,
-    leads: bool,
+    /// Names proposals; goes on over changes of the leader, so that a late answer fits none.
+    proposals: u64,
+    leading: Option<Leading>,
+}
+
+/// What is known only while this process leads.
+#[derive(Debug, Clone)]
+struct Leading {
+    settings: Settings,
+    state: Arc<State>,
+    since_ms: u64,
+    proposals: u64,
+    views: BTreeMap<NodeId, View>,
+    /// What the committed placement names for each node.
+    placed: BTreeMap<NodeId, BTreeSet<ExpertKey>>,
+    model: Option<Arc<ServedModel>>,
+    works: BTreeMap<Region, Work>,
+    /// Regions in which a node that should be up has not reported yet.
+    waiting: BTreeSet<Region>,
+    /// Changes of a node's state that are not in the committed state yet.
+    in_flight: BTreeMap<NodeId, InFlight>,
+    /// The placement that is proposed.
+    pending: Option<Pending>,
+    /// No placement is proposed before.
+    propose_after_ms: u64,
+    /// The latest placement that this leader made, unless the outcome of a later one is unknown.
+    own_epoch: Option<PlacementEpoch>,
+    measured: Measured,
 }
 
 impl Steward {
     /// A steward that does not lead yet.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, state: Arc::new(State::new()), leads: false }
+        Self { settings, state: Arc::new(State::new()), proposals: 0, leading: None }
     }
 
     /// Takes an event. `now_ms` is a monotonic clock of any origin.
     pub fn on(&mut self, event: Event, now_ms: u64) -> Vec<Command> {
-        let _ = (now_ms, self.settings);
-        match event {
-            Event::Leads => self.leads = true,
-            Event::Follows => self.leads = false,
-            Event::Committed(state) => self.state = state,
-            Event::Report(_) | Event::Tick | Event::Answered { .. } => {}
+        if let Event::Committed(state) = &event {
+            if state.applied_index() < self.state.applied_index() {
+                return Vec::new();
+            }
+            self.state = Arc::clone(state);
         }
-        Vec::new()
+        match (&event, &self.leading) {
+            (Event::Leads, None) => {
+                let state = Arc::clone(&self.state);
+                self.leading = Some(Leading::new(self.settings, state, self.proposals, now_ms));
+            }
+            (Event::Follows, _) => self.leading = None,
+            _ => {}
+        }
+        let Some(leading) = &mut self.leading else { return Vec::new() };
+        let commands = leading.on(event, now_ms);
+        self.proposals = leading.proposals;
+        commands
     }
 
     /// Whether this start of the node has been replaced or given up: its stream must end.
     pub fn fenced(&self, node: NodeId, incarnation: Incarnation) -> bool {
-        let have = self.state.node_by_id(node).and_then(|node| node.incarnation);
-        have.is_some_and(|have| incarnation < have)
+        // What was minted a moment ago may not have arrived here yet.
+        if incarnation.0 > self.state.incarnations_minted() {
+            return false;
+        }
+        let lives = |node: &Node| {
+            node.incarnation == Some(incarnation)
+                && !matches!(node.state, NodeState::Down | NodeState::Removed)
+        };
+        !self.state.node_by_id(node).is_some_and(lives)
+    }
+}
+
+impl Leading {
+    fn new(settings: Settings, state: Arc<State>, proposals: u64, now_ms: u64) -> Self {
+        let mut leading = Self {
+            settings,
+            state: Arc::new(State::new()),
+            since_ms: now_ms,
+            proposals,
+            views: BTreeMap::new(),
+            placed: BTreeMap::new(),
+            model: None,
+            works: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            in_flight: BTreeMap::new(),
+            pending: None,
+            propose_after_ms: now_ms,
+            own_epoch: None,
+            measured: Measured::new(now_ms),
+        };
+        leading.commit(state, now_ms);
+        leading
     }
 
-    /// What the node is told now.
-    pub fn orders(&self, node: NodeId) -> Orders {
-        Orders { wanted: self.state.placement().experts_of(node), dismissed: false }
+    fn on(&mut self, event: Event, now_ms: u64) -> Vec<Command> {
+        match event {
+            Event::Leads | Event::Follows => {}
+            Event::Committed(state) => self.commit(state, now_ms),
+            Event::Report(report) => {
+                // One that only says that the node lives is by far the most frequent event.
+                if !self.hear(report, now_ms) {
+                    return Vec::new();
+                }
+            }
+            Event::Tick => {
+                self.measured.age(now_ms);
+                self.give_up_stalled(now_ms);
+            }
+            Event::Answered { id, outcome } => self.answered(id, outcome, now_ms),
+        }
+        let mut commands = self.live(now_ms);
+        commands.extend(self.move_on(now_ms));
+        commands
     }
 
-    /// What this leader knows of each expert node.
-    pub fn node_reports(&self, now_ms: u64) -> BTreeMap<NodeId, NodeHealth> {
-        let _ = now_ms;
-        BTreeMap::new()
+    /// Takes over a committed state.
+    fn commit(&mut self, state: Arc<State>, now_ms: u64) {
+        let model = |state: &State| {
+            state.record(RecordKind::Model, crate::served::SERVED_MODEL_KEY).cloned()
+        };
+        if self.model.is_none() || model(&self.state) != model(&state) {
+            self.model = ServedModel::of(&state).and_then(Result::ok).map(Arc::new);
+        }
+        if self.state.placement_epoch() != state.placement_epoch() {
+            self.placed.clear();
+            for (expert, nodes) in state.placement().iter() {
+                for node in nodes {
+                    self.placed.entry(*node).or_default().insert(expert);
+                }
+            }
+        }
+        self.state = state;
+        self.look_at_nodes(now_ms);
     }
 
-    /// How far the moves are.
-    pub fn progress(&self) -> Progress {
-        Progress::default()
+    fn answered(&mut self, id: u64, outcome: Option<Outcome>, now_ms: u64) {
+        if self.pending.as_ref().is_some_and(|pending| pending.id == id) {
+            self.placement_answered(outcome, now_ms);
+        } else {
+            self.state_answered(id, outcome, now_ms);
+        }
     }
 
-    /// What the planner would choose now, with `replicas` in each region or what each wants.
-    /// Changes nothing.
-    pub fn plan(&self, replicas: Option<u16>) -> Result<Proposal, PlanError> {
-        let _ = replicas;
-        Err(PlanError::NoModel)
+    fn propose(&mut self, expect: Expect, command: state::Command) -> (u64, Command) {
+        self.proposals += 1;
+        let id = self.proposals;
+        (id, Command::Propose { id, expect, command })
     }
 
-    /// Starts moving, with the next event.
-    pub fn rebalance(&mut self, what: Rebalance) -> Result<Proposal, PlanError> {
-        let _ = what;
-        Err(PlanError::NoModel)
+    /// The expert nodes that are, or may come back.
+    fn nodes(&self) -> impl Iterator<Item = &Node> {
+        let is_there =
+            |node: &&Node| node.spec.role == Role::ExpertNode && node.state != NodeState::Removed;
+        self.state.nodes().filter(is_there)
     }
 
-    /// Whether these nodes may stop now, all of them.
-    pub fn ok_to_stop(&self, nodes: &BTreeSet<NodeId>) -> Result<(), Unsafe> {
-        let _ = nodes;
-        Err(Unsafe::NotLeading)
+    fn nodes_in(&self, region: Region) -> impl Iterator<Item = &Node> {
+        self.nodes().filter(move |node| node.spec.region == region)
     }
 
-    /// Starts to empty a node.
-    pub fn drain(&mut self, node: NodeId) -> Result<Vec<Command>, Unsafe> {
-        Err(Unsafe::NoExpertNode(node))
+    /// Regions that have coordinators: each needs a complete set of experts.
+    fn serving(&self) -> BTreeSet<Region> {
+        let serves =
+            |node: &&Node| node.spec.role == Role::Coordinator && node.state != NodeState::Removed;
+        self.state.nodes().filter(serves).map(|node| node.spec.region).collect()
+    }
+
+    /// What the committed placement names for a node.
+    fn placed(&self, node: NodeId) -> &BTreeSet<ExpertKey> {
+        static NOTHING: BTreeSet<ExpertKey> = BTreeSet::new();
+        self.placed.get(&node).unwrap_or(&NOTHING)
     }
 }

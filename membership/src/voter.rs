@@ -337,7 +337,10 @@ impl Voter {
         let applied = self.state.applied_index();
         let many = applied >= self.replica.log().snapshot.index + self.settings.snapshot_entries;
         let large = self.log_len > LOG_LEN_MAX;
-        if many || large {
+        // A member that joins ignores a snapshot that does not name it, and has no log to catch up
+        // by: without one of after the change it would wait for as long as it takes to make many.
+        let changed = *self.replica.group() != self.replica.log().snapshot.group;
+        if many || large || changed {
             let keep = if large { 0 } else { self.settings.snapshot_keep };
             self.replica.compact(applied, self.state.seal(), keep)?;
             self.log_len = 0;

@@ -138,9 +138,25 @@ impl World {
 
     /// Ends it as `kill -9` would.
     pub fn kill(&mut self, i: usize) {
+        self.end(i);
+        self.disk_given_up(i);
+    }
+
+    fn end(&mut self, i: usize) {
         let Running { runtime, handle, ended } = self.running[i].take().unwrap();
         drop((handle, ended));
         runtime.shutdown_timeout(LONG);
+    }
+
+    /// Ends it and does something at once; tells when that was.
+    pub fn kill_and<T>(&mut self, i: usize, then: impl Future<Output = T>) -> (Instant, T) {
+        let began = Instant::now();
+        self.end(i);
+        let done = self.runtime.block_on(then);
+        (began, done)
+    }
+
+    pub fn disk_given_up(&self, i: usize) {
         // The thread notices that its door is gone, and gives up the disk.
         let file = self.dir.path().join(self.roster.voters()[i].name.as_str());
         let file = file.join("membership.redb");
