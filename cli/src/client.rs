@@ -45,7 +45,7 @@ pub struct Client {
 impl Client {
     /// Asks the server at `base` (such as `http://127.0.0.1:8080`) for the name of its model.
     pub fn connect(base: &str) -> anyhow::Result<Self> {
-        let agent = agent();
+        let agent = agent(None);
         let base = base.trim_end_matches('/').to_owned();
         let mut response = agent
             .get(format!("{base}/v1/models"))
@@ -57,6 +57,17 @@ impl Client {
             .with_context(|| format!("{base} serves no model"))?
             .to_owned();
         Ok(Self { agent, base, model })
+    }
+
+    /// The same server, where no request may take longer than `deadline` from first to last byte.
+    pub fn with_deadline(self, deadline: Duration) -> Self {
+        Self { agent: agent(Some(deadline)), ..self }
+    }
+
+    /// Status code and body of `GET path`.
+    pub fn get(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        let mut response = self.agent.get(format!("{}{path}", self.base)).call()?;
+        Ok((response.status().as_u16(), response.body_mut().read_to_string()?))
     }
 
     /// The name of the model, as requests give it.
@@ -148,12 +159,13 @@ impl Client {
     }
 }
 
-fn agent() -> Agent {
+fn agent(deadline: Option<Duration>) -> Agent {
     // A cluster is asked directly: a proxy that is set for the internet would only be in the way.
     Agent::config_builder()
         .http_status_as_error(false)
         .proxy(None)
         .timeout_connect(Some(CONNECT_DEADLINE))
+        .timeout_global(deadline)
         .build()
         .into()
 }

@@ -4,7 +4,10 @@
 //! - `entente coordinator` and `entente expert-node` are one role each, described by a TOML file
 //!   ([`role`]); `up` starts exactly these, so a cluster over several machines is the same
 //!   programs with other addresses.
+//! - `entente node`, `entente raft` and `entente experts` are an operator's: they ask the control
+//!   plane of a running cluster ([`operator`]).
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
+//! - `entente drill` puts load on a cluster, breaks parts of it and gives a verdict ([`drill`]).
 //! - `entente bench` measures, and `entente model` works with checkpoint folders.
 //!
 //! Conventions that scripts may rely on: data goes to standard output, messages and logs go to
@@ -15,10 +18,15 @@
 mod bundled;
 mod client;
 mod cluster;
+mod drill;
 mod exit;
+mod load;
 mod logging;
+mod operator;
+mod random;
 mod role;
 mod sse;
+mod stats;
 mod status;
 mod verbs;
 
@@ -48,6 +56,20 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     /// Measure kernels, engine, exchanges or a running cluster beside the machine's limits.
     Bench(verbs::bench::BenchArgs),
+    /// Show the members of a cluster; drain them, keep replicas off them, take them out.
+    #[command(subcommand)]
+    Node(verbs::node::NodeVerb),
+    /// Show the raft group; take voters in and out.
+    #[command(subcommand)]
+    Raft(verbs::raft::RaftVerb),
+    /// Show where experts are placed, and move them.
+    #[command(subcommand)]
+    Experts(verbs::experts::ExpertsVerb),
+    /// Change the network between the processes of an `entente up --link`.
+    #[command(subcommand)]
+    Link(verbs::link::LinkVerb),
+    /// Put load on a cluster, break parts of it, and say whether it kept its promises.
+    Drill(verbs::drill::DrillArgs),
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
@@ -68,6 +90,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Chat(args) => verbs::chat::run(args),
         Verb::Eval(args) => verbs::eval::run(args),
         Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
+        Verb::Node(verb) => verbs::node::run(verb),
+        Verb::Raft(verb) => verbs::raft::run(verb),
+        Verb::Experts(verb) => verbs::experts::run(verb),
+        Verb::Link(verb) => verbs::link::run(verb),
+        Verb::Drill(args) => verbs::drill::run(args),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),

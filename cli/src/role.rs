@@ -1,11 +1,15 @@
 //! What every long-running role does around its library: read the configuration, take an inherited
 //! listener, tell its supervisor how it is doing, and know when to stop.
 //!
-//! **Socket activation.** A role takes its listener from file descriptor 3 when `LISTEN_FDS` is
-//! set (and `LISTEN_PID` is absent or its own, as systemd sets it). `entente up` uses this to bind
-//! every port before anything starts: no process ever guesses a port, and none can be taken by
+//! **Socket activation.** A role takes its listeners from file descriptors 3 and 4 as far as
+//! `LISTEN_FDS` says that they are there (and `LISTEN_PID` is absent or its own, as systemd sets
+//! it): first what it serves, then the control plane of a coordinator. `entente up` uses this to
+//! bind every port before anything starts: no process ever guesses a port, and none can be taken by
 //! somebody else in between. `up` sets no `LISTEN_PID`, since a child's pid is not known before
 //! its environment is.
+//!
+//! **Two ways to stop.** SIGTERM and SIGINT ask a role to leave: it may first see to it that nobody
+//! misses it. A second signal, or the end of supervision, asks it to stop at once.
 //!
 //! **Supervision.** Standard input is the leash: with `--supervised` it is a pipe whose other end
 //! only the parent holds. It reaches its end when the parent closes it or dies of anything, also
@@ -26,7 +30,7 @@ use clap::Args;
 use listenfd::ListenFd;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::exit::Misuse;
@@ -63,11 +67,13 @@ pub fn load_config<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
     Ok(config)
 }
 
-/// The listener that was handed over by whoever started this process, if one was.
-pub fn inherited_listener() -> anyhow::Result<Option<TcpListener>> {
-    ListenFd::from_env()
-        .take_tcp_listener(0)
-        .context("the inherited file descriptor is no listener")
+/// The listeners that were handed over by whoever started this process, as far as there are any.
+/// They can be taken once.
+pub fn inherited_listeners() -> anyhow::Result<[Option<TcpListener>; 2]> {
+    let mut inherited = ListenFd::from_env();
+    let mut take =
+        |at| inherited.take_tcp_listener(at).context("an inherited file descriptor is no listener");
+    Ok([take(0)?, take(1)?])
 }
 
 /// Tells the supervisor, or without one the log, how a role is doing.
@@ -116,14 +122,10 @@ fn tell(status: &Status) {
     }
 }
 
-/// Completes when a role should stop.
+/// Completes when a role is asked to leave or to stop.
 pub type Shutdown = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Runs a role until it ends, or until it is told to stop: by SIGTERM or SIGINT and, when
-/// supervised, as soon as standard input ends.
-///
-/// A role that is ready is asked to stop and may finish what it is doing. One that is still loading
-/// has nothing to finish and is left where it is.
+/// Runs a role that knows one way to stop, until it ends or is asked to leave or to stop.
 pub fn run<F, E>(
     args: &RoleArgs,
     role: impl FnOnce(Arc<Reporter>, Shutdown) -> F,
@@ -132,46 +134,110 @@ where
     F: Future<Output = Result<(), E>>,
     anyhow::Error: From<E>,
 {
+    run_leaving(args, |reporter, leave, stop| {
+        let either = async {
+            tokio::select! {
+                () = leave => {}
+                () = stop => {}
+            }
+        };
+        role(reporter, Box::pin(either))
+    })
+}
+
+/// Runs a role until it ends. The first future completes when it should leave, the second when it
+/// should stop whatever it still has to do.
+///
+/// A role that is ready is asked, and this waits for its end. One that is still loading has nothing
+/// to finish and is left where it is.
+pub fn run_leaving<F, E>(
+    args: &RoleArgs,
+    role: impl FnOnce(Arc<Reporter>, Shutdown, Shutdown) -> F,
+) -> anyhow::Result<()>
+where
+    F: Future<Output = Result<(), E>>,
+    anyhow::Error: From<E>,
+{
     let reporter = Arc::new(Reporter::new(args.supervised));
     let runtime = Runtime::new().context("cannot start the runtime")?;
     let result = runtime.block_on(async {
-        let told = told_to_stop(args.supervised)?;
-        let (stop, stopped) = oneshot::channel();
-        // An error means as much as the message: nobody waits for the role any more.
-        let mut role = pin!(role(reporter.clone(), Box::pin(async { drop(stopped.await) })));
-        tokio::select! {
+        let mut asks = Asks::new(args.supervised)?;
+        let (leave, asked_to_leave) = order();
+        let (stop, asked_to_stop) = order();
+        let mut role = pin!(role(reporter.clone(), asked_to_leave, asked_to_stop));
+        let ask = tokio::select! {
             result = &mut role => return Ok(result?),
-            () = told => {}
+            ask = asks.next() => ask,
+        };
+        if !reporter.ready.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if ask == Ask::Leave {
+            let _ = leave.send(());
+            // Whoever asks twice, by whatever means, does not want to wait.
+            tokio::select! {
+                result = &mut role => return Ok(result?),
+                _ = asks.next() => {}
+            }
         }
         let _ = stop.send(());
-        if reporter.ready.load(Ordering::Relaxed) {
-            role.await?;
-        }
-        Ok(())
+        Ok(role.await?)
     });
     // Weights may still be read on a thread of the runtime, for nobody.
     runtime.shutdown_background();
     result
 }
 
-fn told_to_stop(supervised: bool) -> anyhow::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot watch SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch SIGINT")?;
-    let leash = supervised.then(parent_gone).transpose()?;
-    Ok(async move {
+/// A message without content, and the future that waits for it; one that can no longer come is
+/// never waited for in vain, since its sender lives as long as the role.
+fn order() -> (oneshot::Sender<()>, Shutdown) {
+    let (send, receive) = oneshot::channel();
+    let order = async {
+        if receive.await.is_err() {
+            std::future::pending().await
+        }
+    };
+    (send, Box::pin(order))
+}
+
+/// What a role can be asked from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    Leave,
+    Stop,
+}
+
+/// Hears what the role is asked. Not to be heard again after [`Ask::Stop`].
+struct Asks {
+    terminate: Signal,
+    interrupt: Signal,
+    leash: Option<oneshot::Receiver<()>>,
+}
+
+impl Asks {
+    fn new(supervised: bool) -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("cannot watch SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("cannot watch SIGINT")?,
+            leash: supervised.then(parent_gone).transpose()?,
+        })
+    }
+
+    async fn next(&mut self) -> Ask {
         let let_go = async {
-            match leash {
+            match &mut self.leash {
                 Some(leash) => drop(leash.await),
                 None => std::future::pending().await,
             }
         };
-        let why = tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-            () = let_go => "the supervisor let go",
+        let (why, ask) = tokio::select! {
+            _ = self.terminate.recv() => ("SIGTERM", Ask::Leave),
+            _ = self.interrupt.recv() => ("SIGINT", Ask::Leave),
+            () = let_go => ("the supervisor let go", Ask::Stop),
         };
         tracing::info!(why, "stopping");
-    })
+        ask
+    }
 }
 
 /// Watches standard input from a thread of its own, so that the end of the parent is seen however

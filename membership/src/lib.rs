@@ -28,6 +28,8 @@
 
 pub mod client;
 pub mod log;
+#[cfg(feature = "etcd")]
+pub mod mirror;
 pub mod net;
 pub mod raft;
 pub mod roster;

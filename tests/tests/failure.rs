@@ -18,8 +18,9 @@ const EXCHANGE_DEADLINE: Duration = Duration::from_secs(10);
 const ROWS_PER_HEDGED_ROW: f64 = 20.0;
 
 fn start(golden: &Golden, args: &[&str]) -> Cluster {
-    let model = ["--model", golden.path(), "--weights", "f32", "--regions", "fr=2"];
-    Cluster::start(&[&model, args].concat())
+    // What is lost stays lost, so that nothing but the rest of the cluster can make up for it.
+    let model = ["--no-restart", "--model", golden.path(), "--weights", "f32", "--regions", "fr=2"];
+    Cluster::start(&[&model[..], args].concat())
 }
 
 fn generation(golden: &Golden, number: usize, max_tokens: usize) -> Value {

@@ -46,7 +46,7 @@ fn a_ready_cluster_shows_and_publishes_what_runs() {
     let cluster = Cluster::start(&[]);
     let file = cluster.file();
     let keys: BTreeSet<&str> = file.as_object().unwrap().keys().map(String::as_str).collect();
-    assert_eq!(keys, BTreeSet::from(["http", "endpoints", "processes"]));
+    assert_eq!(keys, BTreeSet::from(["http", "endpoints", "control", "processes"]));
     assert_eq!(file["http"], file["endpoints"]["fr"]);
     let processes = file["processes"].as_array().unwrap();
     let shape = |p: &serde_json::Value| {
@@ -141,6 +141,39 @@ fn children_of(parent: u64) -> Vec<Process> {
     let list = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
     let list = list.unwrap_or_default();
     list.split_whitespace().filter_map(|pid| Process::find(pid.parse().unwrap())).collect()
+}
+
+#[test]
+fn a_process_that_ends_by_itself_is_started_again_on_its_address() {
+    let cluster = Cluster::start(&["--regions", "se=1"]);
+    let file = || -> serde_json::Value {
+        let text = fs::read_to_string(format!("{}/cluster.json", cluster.data_dir())).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let entry = |name: &str| {
+        let processes = file()["processes"].as_array().unwrap().clone();
+        processes.into_iter().find(|process| process["name"] == name).unwrap()
+    };
+    for name in ["se-expert-1", "se-coordinator"] {
+        let before = entry(name);
+        cluster.process(name).signal(Signal::KILL);
+        let after = wait_for(STOP_DEADLINE, || {
+            let now = entry(name);
+            (now["pid"] != before["pid"]).then_some(now)
+        });
+        let after = after.unwrap_or_else(|| panic!("{name} is not back: {}", cluster.stderr()));
+        assert_eq!(after["address"], before["address"]);
+        let ready = wait_for(STOP_DEADLINE, || {
+            let back = format!("a process is back name={name}");
+            cluster.stderr().contains(&back).then_some(())
+        });
+        assert!(ready.is_some(), "{name} is not ready: {}", cluster.stderr());
+    }
+    let end = run(&["chat", "--data-dir", cluster.data_dir(), PROMPT]);
+    assert_eq!((end.code(), end.stdout.as_str()), (Some(0), ANSWER), "{}", end.stderr);
+    let started_again = Process::find(entry("se-expert-1")["pid"].as_u64().unwrap()).unwrap();
+    assert_eq!(cluster.stop(Signal::TERM).code(), Some(0));
+    assert_eq!(wait_gone(STOP_DEADLINE, &[started_again]), []);
 }
 
 #[test]

@@ -6,6 +6,9 @@
 use crate::shell::{become_command, command, run};
 use crate::{setup, tidy};
 
+/// What the default build leaves out and the checks must not.
+const FEATURES: &str = "--features entente/etcd";
+
 /// Runs every check; the first that fails ends the run.
 pub fn test() -> Result<(), String> {
     setup::run_all()?;
@@ -14,17 +17,19 @@ pub fn test() -> Result<(), String> {
     // Advisories are left out: they need a database from the network, and a new advisory must not
     // break an old commit.
     run(&mut command("cargo deny --locked check bans licenses sources"))?;
-    // One profile for everything that compiles, so that dependencies are built once.
-    run(&mut command(
-        "cargo clippy --locked --release --workspace --all-targets -- --deny warnings",
-    ))?;
-    run(command("cargo doc --locked --release --workspace --no-deps")
-        .env("RUSTDOCFLAGS", "--deny warnings"))?;
+    // What a user builds, without any feature; it shares no step with what follows.
+    run(&mut command("cargo check --locked --release"))?;
+    // One profile and one set of features for all that follows, so that dependencies are built once.
+    let all = |verb: &str, rest: &str| {
+        command(&format!("cargo {verb} --locked --release --workspace {FEATURES} {rest}"))
+    };
+    run(&mut all("clippy", "--all-targets -- --deny warnings"))?;
+    run(all("doc", "--no-deps").env("RUSTDOCFLAGS", "--deny warnings"))?;
     // The binary is built together with the tests: alone it would ask for other features of shared
     // dependencies, and these would be built twice.
-    run(&mut command("cargo build --locked --release --workspace --bins --tests"))?;
-    run(&mut command("cargo test --locked --release --workspace --doc --quiet"))?;
-    Err(become_command(&mut command("cargo nextest run --locked --release --workspace")))
+    run(&mut all("build", "--bins --tests"))?;
+    run(&mut all("test", "--doc --quiet"))?;
+    Err(become_command(&mut all("nextest run", "")))
 }
 
 /// Simulates clusters of voters for so many hours. The first seed that breaks an invariant ends

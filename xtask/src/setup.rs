@@ -17,6 +17,13 @@ pub fn run_all() -> Result<(), String> {
     if !works("curl --version") {
         debian_package("curl")?;
     }
+    // The mirror of the membership is tested beside a real etcd; its client is built with protoc.
+    if !works("etcd --version") {
+        debian_package("etcd-server")?;
+    }
+    if !works("protoc --version") || !works("test -f /usr/include/google/protobuf/any.proto") {
+        debian_package("protobuf-compiler libprotobuf-dev")?;
+    }
     for component in ["rustfmt", "clippy"] {
         if !works(&format!("cargo {} --version", component.trim_start_matches("rust"))) {
             run(&mut command(&format!("rustup component add {component}")))?;

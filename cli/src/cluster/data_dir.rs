@@ -1,9 +1,10 @@
-//! The folder of one `entente up`: configurations, certificates, logs, the unpacked model and
-//! `cluster.json`.
+//! The folder of one `entente up`: configurations, certificates, logs, the voters' stores, the
+//! unpacked model and `cluster.json`.
 //!
 //! One process owns it at a time, by a lock that the kernel drops when that process ends, however
 //! it ends. `cluster.json` is there exactly while the cluster is ready: written by an atomic
-//! rename, removed at a clean stop, and swept away by the next owner after an unclean one.
+//! rename, again whenever a process was restarted, removed at a clean stop, and swept away by the
+//! next owner after an unclean one.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -27,6 +28,8 @@ pub struct ClusterFile {
     pub http: String,
     /// The public API of each region's coordinator.
     pub endpoints: BTreeMap<Region, String>,
+    /// The control plane of each voter, by name; empty where nobody votes.
+    pub control: BTreeMap<NodeName, SocketAddr>,
     /// Every child process.
     pub processes: Vec<ProcessEntry>,
 }
@@ -42,7 +45,7 @@ pub struct ProcessEntry {
     pub region: Region,
     /// Its process id.
     pub pid: u32,
-    /// Where it listens.
+    /// Where it listens; for a witness this is its control plane.
     pub address: SocketAddr,
 }
 
@@ -52,13 +55,18 @@ impl ClusterFile {
         let path = data_dir.join(CLUSTER_FILE);
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(Misuse(format!(
-                "no cluster is running in {}: start one with `entente up`, or give --url",
+                "no cluster is running in {}: start one with `entente up`, or say where one is",
                 data_dir.display()
             ))),
             other => other.with_context(|| format!("cannot read {}", path.display()))?,
         };
         serde_json::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
     }
+}
+
+/// Where certificates and keys are kept in the data directory `root`.
+pub fn tls_in(root: &Path) -> PathBuf {
+    root.join("tls")
 }
 
 /// A data directory that this process owns until the value is dropped.
@@ -101,7 +109,27 @@ impl DataDir {
 
     /// Where certificates and keys are kept.
     pub fn tls(&self) -> PathBuf {
-        self.root.join("tls")
+        tls_in(&self.root)
+    }
+
+    /// Where voters keep their logs, each in a folder of its name: empty at first. A cluster on one
+    /// machine has new certificates and new addresses at each start, so what an earlier one agreed
+    /// on is about members that are no more.
+    pub fn empty_raft(&self) -> anyhow::Result<PathBuf> {
+        let path = self.root.join("raft");
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot empty {}", path.display()))
+            }
+            _ => Ok(path),
+        }
+    }
+
+    /// The log of the child `name`, empty. A child that is restarted goes on in it.
+    pub fn empty_log(&self, name: &NodeName) -> anyhow::Result<PathBuf> {
+        let path = self.log(name);
+        File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
     }
 
     /// The log of the child `name`.

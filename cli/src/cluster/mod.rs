@@ -1,20 +1,25 @@
 //! A whole cluster on one machine, made of child processes that are ordinary roles.
 //!
-//! [`plan`] says which processes there are and writes their configurations; [`supervisor`] owns the
-//! children; [`data_dir`] is the folder that one `entente up` owns at a time, with the file by
-//! which others find the cluster; [`report`] is what a person sees.
+//! [`plan`] and [`voters`] say which processes there are and write their configurations;
+//! [`supervisor`] owns the children; [`local`] brings them up together and starts those again that
+//! end by themselves ([`restart`]); [`data_dir`] is the folder that one `entente up` owns at a time,
+//! with the file by which others find the cluster; [`report`] is what a person sees.
 //!
 //! Invariants: every port is bound before the first child starts, so no child can meet a port in
 //! use; no child outlives this process, whatever ends it.
 //!
-//! What this module does not know: models, placement, exchanges. The roles compute all of that from
-//! the roster in their configuration, exactly as they would on separate machines.
+//! What this module does not know: models, placement, exchanges, who leads. The roles find all of
+//! that out among themselves, exactly as they would on separate machines.
 
 pub mod data_dir;
+pub mod local;
 pub mod pki;
 pub mod plan;
+pub mod relay;
 pub mod report;
+pub mod restart;
 pub mod supervisor;
+pub mod voters;
 
 use std::path::PathBuf;
 

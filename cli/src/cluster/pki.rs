@@ -31,14 +31,26 @@ pub fn files(folder: &Path, name: &NodeName) -> Files {
     }
 }
 
-/// Makes a CA and writes a certificate and a key for each of `members` to `folder`.
+/// The name in the certificate of whoever gives orders to the cluster from the command line.
+pub fn operator() -> NodeName {
+    "operator".parse().expect("the word is a valid name")
+}
+
+/// Makes a CA and writes a certificate and a key for each of `members`, and for an operator in the
+/// first one's region, to `folder`.
 pub fn mint(folder: &Path, roster: &Roster, members: &[Member]) -> anyhow::Result<()> {
     let cannot = || format!("cannot write certificates to {}", folder.display());
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).with_context(cannot)?;
     let authority = Authority::new(roster.name(), VALID)?;
-    for member in members {
-        let files = files(folder, &member.name);
-        let issued = authority.issue(&identity(roster, member), VALID)?;
+    let operator = members.first().map(|member| Identity {
+        role: IdentityRole::Operator,
+        node: operator(),
+        ..identity(roster, member)
+    });
+    let members = members.iter().map(|member| identity(roster, member));
+    for identity in members.chain(operator) {
+        let files = files(folder, &identity.node);
+        let issued = authority.issue(&identity, VALID)?;
         write(&files.ca, &authority.certificate_pem(), 0o644).with_context(cannot)?;
         write(&files.certificate, &issued.certificate_pem, 0o644).with_context(cannot)?;
         write(&files.key, &issued.key_pem, 0o600).with_context(cannot)?;
@@ -50,6 +62,7 @@ fn identity(roster: &Roster, member: &Member) -> Identity {
     let role = match member.role {
         Role::Coordinator => IdentityRole::Coordinator,
         Role::ExpertNode => IdentityRole::Expert,
+        Role::Witness => IdentityRole::Witness,
     };
     let cluster = roster.expect(role, None).cluster;
     Identity { cluster, region: member.region, role, node: member.name.clone() }
@@ -90,5 +103,10 @@ mod tests {
             let mode = fs::metadata(&files.key).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600);
         }
+        let operator = Credentials::load(&files(dir.path(), &operator())).unwrap();
+        assert_eq!(
+            operator.identity().to_string(),
+            "spiffe://local/region/fr/role/operator/node/operator"
+        );
     }
 }

@@ -1,8 +1,11 @@
 //! Which processes a cluster has, and what each is told. Pure: nothing here opens or starts.
 //!
 //! A region has one coordinator, and expert nodes among which its own complete set of experts is
-//! spread, so that no row ever crosses a border. Who holds which expert is not decided here: every
-//! process computes the same placement from the same roster.
+//! spread, so that no row ever crosses a border. Who holds which expert is not decided here.
+//!
+//! A cluster whose roster has voters is live: coordinators and witnesses have a section
+//! `[membership]` and agree on everything else among themselves. Without voters, when expert nodes
+//! live inside their coordinator, the roster is all that there is.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -12,7 +15,7 @@ use std::str::FromStr;
 use anyhow::Context;
 use clap::ValueEnum;
 use entente_coordinator::config::EngineConfig;
-use entente_membership::roster::{Roster, RosterNode};
+use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
 use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
@@ -34,6 +37,8 @@ pub enum Role {
     Coordinator,
     /// Holds experts.
     ExpertNode,
+    /// Votes, and does nothing else.
+    Witness,
 }
 
 impl fmt::Display for Role {
@@ -42,6 +47,7 @@ impl fmt::Display for Role {
         f.pad(match self {
             Self::Coordinator => "coordinator",
             Self::ExpertNode => "expert-node",
+            Self::Witness => "witness",
         })
     }
 }
@@ -161,7 +167,23 @@ pub struct Member {
     pub region: Region,
 }
 
+impl Role {
+    /// Whether such a process takes part in the raft group, and as what.
+    pub fn votes_as(self) -> Option<VoterRole> {
+        match self {
+            Self::Coordinator => Some(VoterRole::Coordinator),
+            Self::Witness => Some(VoterRole::Witness),
+            Self::ExpertNode => None,
+        }
+    }
+}
+
 impl Regions {
+    /// The regions with the number of their nodes, in the order given.
+    pub fn iter(&self) -> impl Iterator<Item = (Region, u16)> + '_ {
+        self.0.iter().copied()
+    }
+
     /// The processes of the cluster, the first region's coordinator first.
     pub fn members(&self) -> Vec<Member> {
         let member = |name: String, role, region| {
@@ -210,6 +232,8 @@ pub struct Common {
     pub transport: Transport,
     /// The folder of everybody's certificates, where rows travel between processes.
     pub tls: Option<PathBuf>,
+    /// The folder in which each voter keeps its log in a folder of its own.
+    pub raft: PathBuf,
     /// The expert nodes and where they listen.
     pub roster: Roster,
 }
@@ -234,26 +258,88 @@ pub fn roster(
     Ok(Roster::new(CLUSTER_NAME.to_owned(), replicas, nodes.map(node).collect())?)
 }
 
-/// The TOML text of the configuration of `member`, which listens at `address`.
+/// Where a process listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Addresses {
+    /// What it serves; for a witness this is its control plane.
+    pub main: SocketAddr,
+    /// The control plane of a voter.
+    pub control: Option<SocketAddr>,
+}
+
+/// The voters that found the raft group, for [`Roster::with_voters`].
+pub fn voters<'a>(
+    processes: impl IntoIterator<Item = (&'a Member, &'a Addresses)>,
+) -> Vec<RosterVoter> {
+    let voter = |(member, addresses): (&Member, &Addresses)| {
+        Some(RosterVoter {
+            name: member.name.clone(),
+            region: member.region,
+            role: member.role.votes_as()?,
+            address: addresses.control?.to_string(),
+        })
+    };
+    processes.into_iter().filter_map(voter).collect()
+}
+
+/// The TOML text of the configuration of `member`, which listens at `addresses`.
 pub fn configuration(
     common: &Common,
     member: &Member,
-    address: SocketAddr,
+    addresses: Addresses,
 ) -> anyhow::Result<String> {
-    let text = match member.role {
-        Role::Coordinator => toml::to_string(&coordinator(common, member, address)),
-        Role::ExpertNode => toml::to_string(&entente_expert_node::Config {
-            name: member.name.clone(),
-            region: member.region,
-            listen: address.to_string(),
-            model: common.model.clone(),
-            weights: common.weights.into(),
-            threads: common.threads.map(usize::from),
-            tls: common.tls_files(member),
-            cluster: common.roster.clone(),
-        }),
+    let listen = addresses.main;
+    let table = match member.role {
+        Role::Coordinator => toml::Table::try_from(coordinator(common, member, listen)),
+        Role::ExpertNode => toml::Table::try_from(expert_node(common, member, listen)),
+        Role::Witness => witness(common, member),
     };
-    text.with_context(|| format!("the configuration of {} cannot be written", member.name))
+    let mut table =
+        table.with_context(|| format!("the configuration of {} cannot be written", member.name))?;
+    if let Some(control) = addresses.control {
+        table.insert("membership".to_owned(), membership(common, member, control).into());
+    }
+    Ok(toml::to_string(&table)?)
+}
+
+/// The section of a voter about its part in the raft group.
+fn membership(common: &Common, member: &Member, control: SocketAddr) -> toml::Table {
+    let data_dir = common.raft.join(member.name.as_str()).display().to_string();
+    [("listen".to_owned(), control.to_string().into()), ("data_dir".to_owned(), data_dir.into())]
+        .into_iter()
+        .collect()
+}
+
+/// The configuration of a witness, which is nothing but a voter.
+fn witness(common: &Common, member: &Member) -> Result<toml::Table, toml::ser::Error> {
+    let mut table = toml::Table::new();
+    table.insert("name".to_owned(), member.name.to_string().into());
+    table.insert("region".to_owned(), member.region.to_string().into());
+    if let Some(files) = common.tls_files(member) {
+        table.insert("tls".to_owned(), toml::Table::try_from(files)?.into());
+    }
+    table.insert("cluster".to_owned(), toml::Table::try_from(&common.roster)?.into());
+    Ok(table)
+}
+
+/// The configuration of an expert node.
+fn expert_node(
+    common: &Common,
+    member: &Member,
+    listen: SocketAddr,
+) -> entente_expert_node::Config {
+    entente_expert_node::Config {
+        threads: common.threads.map(usize::from),
+        tls: common.tls_files(member),
+        ..entente_expert_node::Config::new(
+            member.name.clone(),
+            member.region,
+            listen.to_string(),
+            common.model.clone(),
+            common.weights.into(),
+            common.roster.clone(),
+        )
+    }
 }
 
 /// The configuration of a coordinator whose API listens at `address`.
@@ -344,9 +430,11 @@ mod tests {
             threads: Some(2),
             transport: Transport::Inproc,
             tls: Some("certificates".into()),
+            raft: "raft".into(),
             roster: roster(2, nodes).unwrap(),
         };
-        let text = |at: usize| configuration(&common, &members[at], address).unwrap();
+        let addresses = Addresses { main: address, control: None };
+        let text = |at: usize| configuration(&common, &members[at], addresses).unwrap();
         let coordinator: entente_coordinator::Config = toml::from_str(&text(0)).unwrap();
         let node: entente_expert_node::Config = toml::from_str(&text(2)).unwrap();
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
@@ -354,5 +442,48 @@ mod tests {
         assert_eq!(coordinator.engine.kv_dtype, Some(KvDtype::F32));
         assert_eq!(node.tls, Some(pki::files("certificates".as_ref(), &members[2].name)));
         assert_eq!(coordinator.tls, Some(pki::files("certificates".as_ref(), &members[0].name)));
+    }
+    #[test]
+    fn a_voter_is_told_where_its_control_plane_and_its_store_are_and_who_votes() {
+        let mut members = regions("fr=1").members();
+        let witness = Member {
+            name: "witness".parse().unwrap(),
+            role: Role::Witness,
+            region: "de".parse().unwrap(),
+        };
+        members.push(witness);
+        let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+        let addresses = [
+            Addresses { main: at(1), control: Some(at(2)) },
+            Addresses { main: at(3), control: None },
+            Addresses { main: at(4), control: Some(at(4)) },
+        ];
+        let voters = voters(members.iter().zip(&addresses));
+        let common = Common {
+            model: "model".into(),
+            weights: Weights::Bf16,
+            kv_dtype: None,
+            threads: None,
+            transport: Transport::Stream,
+            tls: Some("certificates".into()),
+            raft: "raft".into(),
+            roster: roster(1, [(members[1].clone(), Some(at(3)))].into_iter())
+                .and_then(|roster| Ok(roster.with_voters(voters)?))
+                .unwrap(),
+        };
+        for (member, addresses) in members.iter().zip(addresses) {
+            let text = configuration(&common, member, addresses).unwrap();
+            let table: toml::Table = text.parse().unwrap();
+            let voters = table["cluster"]["voters"].as_array().unwrap();
+            let names: Vec<_> = voters.iter().filter_map(|v| v["name"].as_str()).collect();
+            assert_eq!(names, ["fr-coordinator", "witness"]);
+            let membership = table.get("membership");
+            assert_eq!(membership.is_some(), addresses.control.is_some(), "{text}");
+            if let (Some(membership), Some(control)) = (membership, addresses.control) {
+                assert_eq!(membership["listen"].as_str(), Some(&*control.to_string()));
+                let data_dir = format!("raft/{}", member.name);
+                assert_eq!(membership["data_dir"].as_str(), Some(&*data_dir));
+            }
+        }
     }
 }

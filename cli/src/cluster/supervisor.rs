@@ -2,6 +2,8 @@
 //!
 //! Each child has one task that owns it. The task reads the child's status lines and reports its
 //! end; nobody else touches the process, so a pid is never signalled after it was given to another.
+//! A child that has ended may be started again under its number; whether it should be is not decided
+//! here.
 //!
 //! A child is stopped by letting go of its standard input, which is also what the kernel does if
 //! this process dies: one way to stop, exercised every time. A child that does not follow within
@@ -29,7 +31,7 @@ use crate::status::Status;
 /// requests go on.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
 
-/// Where a child finds its listener: the first descriptor of the socket activation protocol.
+/// Where a child finds its first listener, as the socket activation protocol has it.
 const LISTEN_FD: i32 = 3;
 
 /// Events that may wait to be read; a child that says more waits itself.
@@ -44,8 +46,8 @@ pub struct Launch<'a> {
     pub config: PathBuf,
     /// The file that takes its standard error.
     pub log: PathBuf,
-    /// The socket that it will serve.
-    pub listener: TcpListener,
+    /// The sockets that it will serve, in the order in which it expects them.
+    pub listeners: Vec<TcpListener>,
 }
 
 /// What happened to a child.
@@ -53,7 +55,7 @@ pub struct Launch<'a> {
 pub enum Event {
     /// It told its status.
     Said(Status),
-    /// It ended; nothing follows.
+    /// It ended; nothing follows, unless it is started again.
     Exited(ExitStatus),
 }
 
@@ -70,7 +72,7 @@ struct Group {
 pub struct Supervisor {
     pids: Vec<u32>,
     coordinators: Group,
-    expert_nodes: Group,
+    others: Group,
     reports: mpsc::Sender<(usize, Event)>,
     events: mpsc::Receiver<(usize, Event)>,
 }
@@ -80,7 +82,7 @@ impl Supervisor {
     pub fn new() -> Self {
         let (reports, events) = mpsc::channel(EVENTS_LEN_MAX);
         let group = || Group { owners: JoinSet::new(), stop: watch::channel(()).0 };
-        Self { pids: Vec::new(), coordinators: group(), expert_nodes: group(), reports, events }
+        Self { pids: Vec::new(), coordinators: group(), others: group(), reports, events }
     }
 
     /// Starts one more child of the program `exe`.
@@ -90,16 +92,39 @@ impl Supervisor {
         launch: Launch<'_>,
         logging: &LogArgs,
     ) -> anyhow::Result<()> {
+        let pid = self.spawn(self.pids.len(), exe, launch, logging)?;
+        self.pids.push(pid);
+        Ok(())
+    }
+
+    /// Starts the child of this number again, which has ended.
+    pub fn restart(
+        &mut self,
+        index: usize,
+        exe: &Path,
+        launch: Launch<'_>,
+        logging: &LogArgs,
+    ) -> anyhow::Result<()> {
+        self.pids[index] = self.spawn(index, exe, launch, logging)?;
+        Ok(())
+    }
+
+    fn spawn(
+        &mut self,
+        index: usize,
+        exe: &Path,
+        launch: Launch<'_>,
+        logging: &LogArgs,
+    ) -> anyhow::Result<u32> {
         let name = launch.member.name.clone();
         let group = match launch.member.role {
             Role::Coordinator => &mut self.coordinators,
-            Role::ExpertNode => &mut self.expert_nodes,
+            Role::ExpertNode | Role::Witness => &mut self.others,
         };
         let mut child = command(exe, launch, logging)?
             .spawn()
             .with_context(|| format!("cannot start {name} from {}", exe.display()))?;
-        let index = self.pids.len();
-        self.pids.push(child.id().context("a child that was just started has a pid")?);
+        let pid = child.id().context("a child that was just started has a pid")?;
         let (reports, stop) = (self.reports.clone(), group.stop.subscribe());
         group.owners.spawn(async move {
             listen(index, &mut child, &reports, stop).await;
@@ -108,7 +133,7 @@ impl Supervisor {
                 Err(error) => tracing::warn!(%name, %error, "cannot wait for the process"),
             }
         });
-        Ok(())
+        Ok(pid)
     }
 
     /// The pid of each child.
@@ -126,7 +151,7 @@ impl Supervisor {
         // Owners report to nobody from here on, and never wait to do so.
         drop(self.events);
         self.coordinators.stop().await;
-        self.expert_nodes.stop().await;
+        self.others.stop().await;
     }
 }
 
@@ -138,8 +163,14 @@ impl Group {
 }
 
 fn command(exe: &Path, launch: Launch<'_>, logging: &LogArgs) -> anyhow::Result<Command> {
-    let log = File::create(&launch.log)
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(&launch.log)
         .with_context(|| format!("cannot write {}", launch.log.display()))?;
+    let fds = (LISTEN_FD..).zip(launch.listeners);
+    let fds: Vec<FdMapping> =
+        fds.map(|(child_fd, socket)| FdMapping { parent_fd: socket.into(), child_fd }).collect();
     let mut command = Command::new(exe);
     command
         .arg(launch.member.role.to_string())
@@ -147,7 +178,7 @@ fn command(exe: &Path, launch: Launch<'_>, logging: &LogArgs) -> anyhow::Result<
         .arg(&launch.config)
         .arg("--supervised")
         .args(logging.to_flags())
-        .env("LISTEN_FDS", "1")
+        .env("LISTEN_FDS", fds.len().to_string())
         .env_remove("LISTEN_PID")
         .env_remove("LISTEN_FDS_FIRST_FD")
         .stdin(Stdio::piped())
@@ -156,9 +187,7 @@ fn command(exe: &Path, launch: Launch<'_>, logging: &LogArgs) -> anyhow::Result<
         // Ctrl-C in a terminal goes to a whole process group; children must be stopped in order.
         .process_group(0)
         .kill_on_drop(true);
-    command
-        .fd_mappings(vec![FdMapping { parent_fd: launch.listener.into(), child_fd: LISTEN_FD }])
-        .context("cannot hand over the listener")?;
+    command.fd_mappings(fds).context("cannot hand over the listeners")?;
     Ok(command)
 }
 

@@ -4,7 +4,7 @@ use crate::role::{self, RoleArgs};
 
 /// Runs until a signal, or until the supervisor lets go.
 pub fn run(args: RoleArgs) -> anyhow::Result<()> {
-    let listener = role::inherited_listener()?;
+    let [listener, _] = role::inherited_listeners()?;
     let config: entente_coordinator::Config = role::load_config(&args.config)?;
     role::run(&args, |reporter, shutdown| {
         let loading = reporter.clone();

@@ -4,7 +4,12 @@
 pub mod bench;
 pub mod chat;
 pub mod coordinator;
+pub mod drill;
 pub mod eval;
 pub mod expert_node;
+pub mod experts;
+pub mod link;
 pub mod model;
+pub mod node;
+pub mod raft;
 pub mod up;

@@ -34,16 +34,15 @@ pub fn load(weights: WeightFormat) -> NodeHandle {
         region: "fr".parse().unwrap(),
         address: format!("127.0.0.1:{number}"),
     };
-    let config = Config {
-        name: name(),
-        region: "fr".parse().unwrap(),
-        listen: "127.0.0.1:0".to_owned(),
-        model: CHECKPOINT.into(),
+    let mut config = Config::new(
+        name(),
+        "fr".parse().unwrap(),
+        "127.0.0.1:0".to_owned(),
+        CHECKPOINT.into(),
         weights,
-        threads: Some(1),
-        tls: None,
-        cluster: Roster::new("test".to_owned(), 1, vec![node(1), node(2)]).unwrap(),
-    };
+        Roster::new("test".to_owned(), 1, vec![node(1), node(2)]).unwrap(),
+    );
+    config.threads = Some(1);
     ExpertNode::load(&config, &()).unwrap()
 }
 
@@ -186,7 +185,8 @@ impl Server {
 
     /// As a killed process ends: the sockets close, and nothing is said. Returns the address.
     pub fn kill(self) -> String {
-        self.runtime.shutdown_background();
+        // Not in the background: whoever starts the next one wants the port to be free.
+        self.runtime.shutdown_timeout(Duration::from_secs(10));
         self.address
     }
 

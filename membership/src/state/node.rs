@@ -16,6 +16,15 @@ pub enum Role {
 }
 
 impl Role {
+    /// Its name, as the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Coordinator => "coordinator",
+            Self::ExpertNode => "expert-node",
+            Self::Witness => "witness",
+        }
+    }
+
     /// Whether such a node takes part in the raft group.
     pub fn votes(self) -> bool {
         matches!(self, Self::Coordinator | Self::Witness)
@@ -46,6 +55,17 @@ pub enum NodeState {
 }
 
 impl NodeState {
+    /// Its name, for people and for programs that watch the membership.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Joining => "joining",
+            Self::Active => "active",
+            Self::Draining => "draining",
+            Self::Down => "down",
+            Self::Removed => "removed",
+        }
+    }
+
     pub(super) fn may_become(self, next: Self) -> bool {
         use NodeState::{Active, Down, Draining, Joining, Removed};
         matches!(

@@ -314,6 +314,32 @@ fn gated_ffn_agrees_with_the_reference() {
     }
 }
 
+#[test]
+fn every_number_of_rows_to_512_gives_the_bits_of_a_row_alone() {
+    let mut rng = Rng::new(6);
+    let (hidden, inner) = (33, 16);
+    let ffn = Ffn::new(&mut rng, hidden, inner);
+    let x = rng.values(512 * hidden);
+    for_every_class(&FORMATS, |_, both| {
+        let packed = [ffn.pack(both[0])];
+        let through_ffn = bits(&ffn_alone(both[0], &x, &packed, hidden)[0]);
+        let mut through_gate = vec![0.0; 512 * inner];
+        for (x, y) in x.chunks_exact(hidden).zip(through_gate.chunks_exact_mut(inner)) {
+            both[0].matmul(x, &packed[0].gate, y);
+        }
+        let through_gate = bits(&through_gate);
+        for (rows, kernels) in (1..=512).flat_map(|rows| both.map(|kernels| (rows, kernels))) {
+            let list: Vec<(u32, u32)> = (0..rows as u32).map(|row| (row, row)).collect();
+            let mut y = vec![f32::NAN; rows * hidden];
+            kernels.gated_ffn(&x, &[FfnGroup { ffn: &packed[0], rows: &list }], &mut y);
+            assert!(bits(&y) == through_ffn[..rows * hidden], "feed-forward, {rows} rows");
+            let mut y = vec![f32::NAN; rows * inner];
+            kernels.matmul(&x[..rows * hidden], &packed[0].gate, &mut y);
+            assert!(bits(&y) == through_gate[..rows * inner], "matmul, {rows} rows");
+        }
+    });
+}
+
 /// The expected row of every (source row, expert), each computed alone.
 fn ffn_alone(
     kernels: &dyn Kernels,

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use super::relay;
 use crate::cluster::data_dir::DataDir;
 use crate::cluster::pki;
-use crate::cluster::plan::{self, Common, Member, Regions, Role, Transport, Weights};
+use crate::cluster::plan::{self, Addresses, Common, Member, Regions, Role, Transport, Weights};
 use crate::cluster::report::log_tail;
 use crate::cluster::supervisor::{Event, Launch, Supervisor};
 use crate::logging::LogArgs;
@@ -76,15 +76,18 @@ impl Nodes {
             threads: wanted.threads,
             transport: wanted.transport,
             tls,
+            raft: PathBuf::new(),
             roster,
         };
         let mut supervisor = Supervisor::new();
         let exe = std::env::current_exe().context("cannot find this program's own file")?;
         for ((member, listener), address) in members.iter().zip(listeners).zip(&addresses) {
-            let toml = plan::configuration(&common, member, *address)?;
+            let addresses = Addresses { main: *address, control: None };
+            let toml = plan::configuration(&common, member, addresses)?;
             let config = data.write_config(&member.name, &toml)?;
-            let log = data.log(&member.name);
-            supervisor.start(&exe, Launch { member, config, log, listener }, logging)?;
+            let log = data.empty_log(&member.name)?;
+            let listeners = vec![listener];
+            supervisor.start(&exe, Launch { member, config, log, listeners }, logging)?;
         }
         let started: Vec<&Member> = members.iter().filter(|_| is_process).collect();
         debug_assert!(started.iter().all(|member| member.role == Role::ExpertNode));

@@ -31,11 +31,11 @@ use tokio::sync::mpsc::Receiver;
 
 use super::cluster::{Nodes, Wanted};
 use super::limits::{self, Measured, Probe};
-use super::random::Random;
-use super::stats::median;
 use crate::cluster::columns;
 use crate::cluster::plan::{KvCache, NODES_MAX, Transport, Weights};
 use crate::logging::LogArgs;
+use crate::random::Random;
+use crate::stats::median;
 
 /// Pages of the cache that nobody touches cost nothing, so there is room for any size.
 const KV_CACHE_MIB: usize = 4_096;

@@ -32,9 +32,9 @@ use self::cluster::Cluster;
 use self::echo::Echo;
 use self::exchanges::Exchanges;
 use self::frames::Frames;
-use super::stats::{median, quantile};
 use crate::cluster::columns;
 use crate::cluster::plan::Transport;
+use crate::stats::{median, quantile};
 
 /// Turns that what is measured takes for each line, so that all see the same machine.
 const TURNS: u32 = 4;

@@ -18,9 +18,9 @@ use half::bf16;
 use serde::Serialize;
 
 use super::limits::{self, Measured, Probe};
-use super::stats::median;
 use crate::cluster::columns;
 use crate::cluster::plan::Weights;
+use crate::stats::median;
 
 /// Rows of the calls.
 const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];

@@ -4,7 +4,7 @@ use entente_model::kernels::WeightFormat;
 use entente_model::kernels::limits::{Limits, Multiply};
 use serde::Serialize;
 
-use super::stats::median;
+use crate::stats::median;
 
 /// Passes of each measurement; the median counts.
 const PASSES: usize = 5;

@@ -12,10 +12,8 @@ mod exchange;
 mod kernels;
 mod limits;
 mod quality;
-mod random;
 mod relay;
 mod serve;
-mod stats;
 
 use std::io::{self, Write};
 

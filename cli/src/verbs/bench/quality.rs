@@ -21,11 +21,11 @@ use tokio::runtime::Runtime;
 
 use super::cluster::{Nodes, Wanted};
 use super::engine::links_up;
-use super::random::Random;
-use super::stats::quantile;
 use crate::cluster::columns;
 use crate::cluster::plan::{Transport, Weights};
 use crate::logging::LogArgs;
+use crate::random::Random;
+use crate::stats::quantile;
 
 /// The flags of `entente bench quality`.
 #[derive(Debug, Args)]

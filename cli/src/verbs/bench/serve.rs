@@ -8,8 +8,7 @@
 //!
 //! A request's clock starts when it was due, so what this process may be late counts too.
 
-mod traffic;
-
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -17,11 +16,14 @@ use clap::Args;
 use comfy_table::Table;
 use serde::Serialize;
 
-use self::traffic::{Lengths, Mix, Outcome};
-use super::stats::Percentiles;
 use crate::client::Client;
 use crate::cluster::{Endpoint, columns};
 use crate::exit::Misuse;
+use crate::load::{self, Lengths, Mix, Outcome, Prompts, Sender};
+use crate::stats::Percentiles;
+
+/// Requests of the open loop that run at once; each has a thread.
+const RUNNING_MAX: usize = 10_000;
 
 /// The flags of `entente bench serve`.
 #[derive(Debug, Args)]
@@ -89,7 +91,8 @@ pub struct Found {
 /// Measures the capacity unless the rate is given, then sends everything and waits for the end.
 pub fn run(args: &ServeArgs) -> anyhow::Result<Found> {
     let client = Client::connect(&args.endpoint.url()?)?;
-    let mix = |seed| Mix::new(seed, client.model(), args.prompt_tokens, args.output_tokens);
+    let prompts = Prompts::Tokens(args.prompt_tokens);
+    let mix = |seed| Mix::new(seed, client.model(), prompts, args.output_tokens);
     let capacity = match args.rate {
         Some(_) => None,
         // Other prompts than the open loop's, which would be in the prefix cache then.
@@ -100,7 +103,9 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<Found> {
         bail!(Misuse(format!("{rate} requests a second is no rate; see --rate and --load")));
     }
     let start = Instant::now();
-    let outcomes = traffic::open_loop(&client, mix(args.seed), args.requests, rate);
+    let arrivals = load::arrivals(args.seed, rate, mix(args.seed).take(args.requests.into()));
+    let sender = Sender { servers: std::slice::from_ref(&client), on_piece: &|_| true };
+    let outcomes = sender.open_loop(arrivals, RUNNING_MAX);
     Ok(found(capacity, rate, start.elapsed().as_secs_f64(), &outcomes))
 }
 
@@ -110,7 +115,15 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<Found> {
 fn capacity(args: &ServeArgs, client: &Client, mix: Mix) -> anyhow::Result<f64> {
     let long = Duration::from_secs(args.capacity_seconds.into());
     let begin = Instant::now() + long / 3;
-    let outcomes = traffic::closed_loop(client, mix, args.concurrency.into(), long);
+    let stop = begin + long - long / 3;
+    let mix = Mutex::new(mix);
+    let next = || {
+        let more = Instant::now() < stop;
+        more.then(|| mix.lock().unwrap_or_else(PoisonError::into_inner).next()).flatten()
+    };
+    let servers = std::slice::from_ref(client);
+    let sender = Sender { servers, on_piece: &|_| Instant::now() < stop };
+    let outcomes = sender.closed_loop(args.concurrency.into(), next);
     let answered: f64 = outcomes.iter().map(|outcome| outcome.share_after(begin)).sum();
     match outcomes.iter().find_map(|outcome| outcome.error.as_ref()) {
         Some(error) if answered == 0.0 => bail!("no request was answered: {error}"),
@@ -133,7 +146,7 @@ fn found(capacity: Option<f64>, rate: f64, seconds: f64, outcomes: &[Outcome]) -
         first_error: outcomes.iter().find_map(|outcome| outcome.error.clone()),
         seconds,
         requests_s: answered.len() as f64 / seconds,
-        prompt_tok_s: per_s(&|outcome| outcome.prompt_tokens),
+        prompt_tok_s: per_s(&|outcome| outcome.prompt_len),
         output_tok_s: per_s(&Outcome::tokens),
         ttft_ms: Percentiles::of(&ttft_ms),
         itl_ms: Percentiles::of(&gaps_ms),

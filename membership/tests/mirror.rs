@@ -1,0 +1,237 @@
+//! The mirror beside a real etcd: what a platform system that watches it sees.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use entente_membership::mirror::{Config, QUEUE_LEN_MAX, keys, run};
+use entente_membership::state::{self, NodeSpec, NodeState, Role, State};
+use entente_proto::ids::{ExpertId, LayerId, NodeId};
+use entente_proto::placement::Placement;
+use etcd_client::{Client, Event, EventType, GetOptions, WatchOptions, WatchStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const ROOT: &str = "/entente/test/";
+
+/// An etcd of its own, gone with the value.
+struct Etcd {
+    process: Child,
+    endpoint: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Etcd {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // Ports that were free a moment ago; nobody else on this machine starts etcd now.
+        let port =
+            || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().map(|address| address.port());
+        let (client, peer) = (port().unwrap(), port().unwrap());
+        let (endpoint, peer) =
+            (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+        let process = Command::new("etcd")
+            .args(["--data-dir", dir.path().to_str().unwrap(), "--log-level", "error"])
+            .args(["--listen-client-urls", &endpoint, "--advertise-client-urls", &endpoint])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd is installed by `cargo xtask setup`");
+        let etcd = Self { process, endpoint, _dir: dir };
+        etcd.answers().await;
+        etcd
+    }
+
+    /// Waits until it answers. It has no other way to say so.
+    async fn answers(&self) {
+        let asked = async {
+            loop {
+                let client = self.client().await;
+                if let Ok(mut client) = client
+                    && client.get("any", None).await.is_ok()
+                {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(PATIENCE, asked).await.expect("etcd answers");
+    }
+
+    async fn client(&self) -> Result<Client, etcd_client::Error> {
+        Client::connect([&self.endpoint], None).await
+    }
+
+    fn config(&self) -> Config {
+        let (endpoints, prefix) = (vec![self.endpoint.clone()], "/entente".to_owned());
+        Config { endpoints, prefix, tls: None }
+    }
+
+    async fn watch(&self) -> WatchStream {
+        let options = WatchOptions::new().with_prefix().with_start_revision(1);
+        self.client().await.unwrap().watch(ROOT, Some(options)).await.unwrap()
+    }
+
+    async fn all(&self) -> BTreeMap<String, String> {
+        let options = GetOptions::new().with_prefix();
+        let answer = self.client().await.unwrap().get(ROOT, Some(options)).await.unwrap();
+        let pair = |pair: &etcd_client::KeyValue| {
+            (pair.key_str().unwrap().to_owned(), pair.value_str().unwrap().to_owned())
+        };
+        answer.kvs().iter().map(pair).collect()
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A leader's mirror.
+struct Leader {
+    states: mpsc::Sender<Arc<State>>,
+    leads: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Leader {
+    fn of(etcd: &Etcd) -> Self {
+        let (states, queue) = mpsc::channel(QUEUE_LEN_MAX);
+        let (leads, led) = watch::channel(true);
+        let task = tokio::spawn(run(etcd.config(), "test".to_owned(), led, queue));
+        Self { states, leads, task }
+    }
+
+    async fn show(&self, state: &State) {
+        self.states.send(Arc::new(state.clone())).await.unwrap();
+    }
+
+    /// Ends once everything that was sent has been shown.
+    async fn end(self) {
+        drop(self.states);
+        timeout(PATIENCE, self.task).await.unwrap().unwrap();
+        drop(self.leads);
+    }
+}
+
+/// A history in which each state differs from the one before it.
+fn history() -> Vec<State> {
+    let spec = |name: &str, region: &str| NodeSpec {
+        name: name.parse().unwrap(),
+        region: region.parse().unwrap(),
+        site: String::new(),
+        role: Role::ExpertNode,
+        address: format!("{name}:7000"),
+        memory_bytes: None,
+        kernel_class: String::new(),
+    };
+    let mut state = State::genesis(vec![spec("fr-1", "fr"), spec("se-1", "se")]).unwrap();
+    let mut history = vec![state.clone()];
+    let placement = |nodes: &[u32]| {
+        let mut placement = Placement::new();
+        for (expert, node) in (0..200).zip(nodes.iter().cycle()) {
+            placement.add((LayerId(expert % 150), ExpertId(expert / 150)), NodeId(*node));
+        }
+        placement
+    };
+    let commands = [
+        state::Command::SetPlacement(placement(&[0])),
+        state::Command::AddNode(spec("fr-2", "fr")),
+        state::Command::Register(NodeId(2)),
+        state::Command::SetState(NodeId(2), NodeState::Active),
+        state::Command::SetPlacement(placement(&[0, 2])),
+        state::Command::Cordon(NodeId(0), true),
+        state::Command::SetState(NodeId(2), NodeState::Down),
+    ];
+    for (sequence, command) in (1..).zip(commands) {
+        let request = state::Request {
+            session: state::SessionId(2),
+            sequence,
+            at_ms: 0,
+            expect: state::Expect::default(),
+            command,
+        };
+        if sequence == 1 {
+            let open = state::Request { command: state::Command::OpenSession, ..request.clone() };
+            state.apply_entry(2, Some(open)).unwrap();
+        }
+        let outcome = state.apply_entry(state.applied_index() + 1, Some(request)).unwrap();
+        outcome.unwrap().unwrap();
+        history.push(state.clone());
+    }
+    history
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watcher_sees_every_committed_change_in_order() {
+    let etcd = Etcd::start().await;
+    let mut watcher = etcd.watch().await;
+    let history = history();
+    let leader = Leader::of(&etcd);
+    for state in &history {
+        leader.show(state).await;
+    }
+    leader.end().await;
+    // What a watcher that applies every event has, each time that the epochs are written.
+    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    let mut events = VecDeque::new();
+    for state in &history {
+        let wanted = keys(ROOT, state);
+        let epochs = wanted.get_key_value(&format!("{ROOT}epochs")).unwrap();
+        while seen.get_key_value(epochs.0) != Some(epochs) {
+            while events.is_empty() {
+                // Several revisions may come in one message.
+                let answer = timeout(PATIENCE, watcher.message()).await.unwrap().unwrap().unwrap();
+                events.extend(answer.events().iter().cloned());
+            }
+            apply(&events.pop_front().unwrap(), &mut seen);
+        }
+        assert_eq!(seen, wanted);
+    }
+}
+
+fn apply(event: &Event, seen: &mut BTreeMap<String, String>) {
+    let pair = event.kv().unwrap();
+    let (key, value) = (pair.key_str().unwrap(), pair.value_str().unwrap());
+    match event.event_type() {
+        EventType::Put => seen.insert(key.to_owned(), value.to_owned()),
+        EventType::Delete => seen.remove(key),
+    };
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_was_replaced_overwrites_nothing() {
+    let etcd = Etcd::start().await;
+    let history = history();
+    let (old, new) = (Leader::of(&etcd), Leader::of(&etcd));
+    old.show(&history[1]).await;
+    old.end().await;
+    let late = Leader::of(&etcd);
+    late.show(&history[1]).await;
+    new.show(history.last().unwrap()).await;
+    new.end().await;
+    // It still believes that it leads, and has read etcd before.
+    late.show(&history[3]).await;
+    late.end().await;
+    assert_eq!(etcd.all().await, keys(ROOT, history.last().unwrap()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_lead_writes_nothing() {
+    let etcd = Etcd::start().await;
+    let follower = Leader::of(&etcd);
+    follower.leads.send_replace(false);
+    follower.show(&history()[0]).await;
+    follower.end().await;
+    assert_eq!(etcd.all().await, BTreeMap::new());
+}
