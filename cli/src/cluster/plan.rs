@@ -15,6 +15,7 @@ use std::str::FromStr;
 use anyhow::Context;
 use clap::ValueEnum;
 use entente_coordinator::config::EngineConfig;
+use entente_membership::net::Via;
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
 use entente_membership::service;
 use entente_model::kernels::{KvDtype, WeightFormat};
@@ -284,22 +285,25 @@ pub fn voters<'a>(
     processes.into_iter().filter_map(voter).collect()
 }
 
-/// The TOML text of the configuration of `member`, which listens at `addresses`.
+/// The TOML text of the configuration of `member`, which listens at `addresses` and dials `via`.
 pub fn configuration(
     common: &Common,
     member: &Member,
     addresses: Addresses,
+    via: Via,
 ) -> anyhow::Result<String> {
     let listen = addresses.main;
     let membership = addresses.control.map(|control| {
-        service::Config::new(control.to_string(), common.raft.join(member.name.as_str()))
+        let data_dir = common.raft.join(member.name.as_str());
+        let via = via.clone();
+        service::Config { via, ..service::Config::new(control.to_string(), data_dir) }
     });
     let text = match member.role {
         Role::Coordinator => toml::to_string(&entente_coordinator::Config {
             membership,
             ..coordinator(common, member, listen)
         }),
-        Role::ExpertNode => toml::to_string(&expert_node(common, member, listen)),
+        Role::ExpertNode => toml::to_string(&expert_node(common, member, listen, via)),
         Role::Witness => toml::to_string(&witness::Config {
             name: member.name.clone(),
             region: member.region,
@@ -316,8 +320,10 @@ fn expert_node(
     common: &Common,
     member: &Member,
     listen: SocketAddr,
+    via: Via,
 ) -> entente_expert_node::Config {
     entente_expert_node::Config {
+        membership: entente_expert_node::MembershipConfig { via, ..Default::default() },
         threads: common.threads.map(usize::from),
         tls: common.tls_files(member),
         ..entente_expert_node::Config::new(
@@ -423,7 +429,8 @@ mod tests {
             roster: roster(2, nodes).unwrap(),
         };
         let addresses = Addresses { main: address, control: None };
-        let text = |at: usize| configuration(&common, &members[at], addresses).unwrap();
+        let text =
+            |at: usize| configuration(&common, &members[at], addresses, Via::default()).unwrap();
         let coordinator: entente_coordinator::Config = toml::from_str(&text(0)).unwrap();
         let node: entente_expert_node::Config = toml::from_str(&text(2)).unwrap();
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
@@ -460,15 +467,19 @@ mod tests {
                 .and_then(|roster| Ok(roster.with_voters(voters)?))
                 .unwrap(),
         };
-        let text = |at: usize| configuration(&common, &members[at], addresses[at]).unwrap();
+        let via = Via::from_iter([("127.0.0.1:3".to_owned(), "127.0.0.1:9".to_owned())]);
+        let text =
+            |at: usize| configuration(&common, &members[at], addresses[at], via.clone()).unwrap();
         let coordinator: entente_coordinator::Config = toml::from_str(&text(0)).unwrap();
         let node: entente_expert_node::Config = toml::from_str(&text(1)).unwrap();
         let witness: witness::Config = toml::from_str(&text(2)).unwrap();
         assert_eq!(node.cluster, common.roster);
+        assert_eq!(node.membership.via, via);
         let names: Vec<_> = common.roster.voters().iter().map(|v| v.name.as_str()).collect();
         assert_eq!(names, ["fr-coordinator", "witness"]);
         let membership = coordinator.membership.unwrap();
         assert_eq!(membership.listen, "127.0.0.1:2");
+        assert_eq!(membership.via, via);
         assert_eq!(membership.data_dir, PathBuf::from("raft/fr-coordinator"));
         assert_eq!(witness.membership.listen, "127.0.0.1:4");
     }
