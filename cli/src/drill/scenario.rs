@@ -460,8 +460,8 @@ pub struct Expect {
     /// Whether changes that are made all the while must have a linearizable history.
     #[serde(default)]
     pub changes_linearizable: bool,
-    /// How many changes of the placement must have been committed meanwhile.
-    pub placements_min: Option<u64>,
+    /// How many replicas must have been placed anew meanwhile.
+    pub moves_min: Option<u64>,
     /// How long after a strike its effects are looked for.
     #[serde(default = "window_default")]
     pub window: Span,
