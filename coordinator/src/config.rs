@@ -36,7 +36,10 @@ pub struct Config {
     /// Certificate, key and CAs; without them expert nodes are reached on loopback only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<entente_tls::Files>,
-    /// The expert nodes.
+    /// This process's voter; needed where the cluster has voters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub membership: Option<entente_membership::service::Config>,
+    /// The cluster's founders, and the expert nodes that it begins with.
     pub cluster: Roster,
 }
 
@@ -86,8 +89,10 @@ pub struct EngineConfig {
     /// How keys and values are kept: `f32` or `bf16`; what goes with the weights when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_dtype: Option<KvDtype>,
-    /// Longest time that one exchange may take, restoring of replicas included.
+    /// Longest time that one exchange may take before it is begun anew.
     pub exchange_deadline_ms: u64,
+    /// Longest time that a request waits for experts that are missing before it fails.
+    pub request_wait_max_ms: u64,
     /// Whether tokens are guessed and verified.
     pub speculation: Speculation,
     /// Tokens that are guessed at once for one sequence at most.
@@ -105,6 +110,7 @@ impl Default for EngineConfig {
             kv_cache_mib: 256,
             kv_dtype: None,
             exchange_deadline_ms: 10_000,
+            request_wait_max_ms: 30_000,
             speculation: Speculation::Auto,
             draft_tokens_max: 16,
         }
@@ -127,6 +133,7 @@ impl EngineConfig {
             ("waiting_max", self.waiting_max, 1, 65_536),
             ("kv_cache_mib", self.kv_cache_mib, 1, 1 << 20),
             ("exchange_deadline_ms", self.exchange_deadline_ms as usize, 1, 600_000),
+            ("request_wait_max_ms", self.request_wait_max_ms as usize, 0, 600_000),
             ("draft_tokens_max", self.draft_tokens_max, 1, 64),
         ];
         match bounds.into_iter().find(|(_, value, min, max)| !(*min..=*max).contains(value)) {

@@ -15,17 +15,21 @@
 //!   else runs, how prompts were chunked, which replica answered, or what failed meanwhile;
 //! - a token joins its sequence before the client hears of it, and is never taken back;
 //! - a request that ends, however it ends, gives its blocks back before the next step;
+//! - a request fails for want of experts only after it has waited for them as long as it may;
 //! - nothing a client or a node sends ends the process.
 //!
-//! What this crate does not know: where weights of experts come from, how a placement is chosen,
-//! how processes are started.
+//! What this crate does not know: where weights of experts come from, how a placement is chosen, how
+//! members agree (it hosts who does, and follows), how processes are started.
 
 pub mod api;
 pub mod config;
 pub mod engine;
+mod host;
 pub mod link;
 pub mod metrics;
+mod run;
 mod start;
 
 pub use config::Config;
-pub use start::{Error, Ready, Started, run, start};
+pub use run::{Ready, run};
+pub use start::{Error, Started, follow, start};

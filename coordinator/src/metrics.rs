@@ -42,7 +42,19 @@ pub struct Metrics {
     pub hedged_rows: IntCounter,
     /// (row, expert) pairs sent again because the first attempt came to nothing.
     pub retried_rows: IntCounter,
-    /// Wall-clock time of a step.
+    /// The committed membership that the engine works by.
+    pub membership_epoch: IntGauge,
+    /// The committed placement that the engine works by.
+    pub placement_epoch: IntGauge,
+    /// Whether this process leads the raft group.
+    pub raft_leader: IntGauge,
+    /// The raft term that this process is in.
+    pub raft_term: IntGauge,
+    /// Whether a step waits for experts that are missing.
+    pub step_waiting: IntGauge,
+    /// Attempts at a step that came to nothing, and were or will be made again.
+    pub steps_held: IntCounter,
+    /// Wall-clock time of a step that was computed.
     pub step_seconds: Histogram,
     /// Time from a request's arrival to its first token.
     pub ttft_seconds: Histogram,
@@ -104,6 +116,15 @@ impl Metrics {
             link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
             hedged_rows: counter("hedged_rows_total", "Rows asked of a second, faster replica."),
             retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),
+            membership_epoch: gauge("membership_epoch", "Committed membership in use."),
+            placement_epoch: gauge("placement_epoch", "Committed placement in use."),
+            raft_leader: gauge("raft_leader", "1 while this process leads the raft group."),
+            raft_term: gauge("raft_term", "Raft term that this process is in."),
+            step_waiting: gauge("step_waiting", "1 while a step waits for missing experts."),
+            steps_held: counter(
+                "steps_held_total",
+                "Attempts at a step that came to nothing for want of experts.",
+            ),
             step_seconds: seconds("step_seconds", "Wall-clock time of one engine step."),
             ttft_seconds: seconds("time_to_first_token_seconds", "Arrival to first token."),
             gate_rows: counters(

@@ -1,37 +1,33 @@
-//! Puts a coordinator together and runs it until it is told to stop.
+//! Puts a coordinator together: model, links, engine.
 
 use std::collections::BTreeMap;
-use std::future::{Future, IntoFuture};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
-use entente_expert_node::inproc::InprocLink;
 use entente_expert_node::{ExpertNode, NodeHandle};
-use entente_membership::state::{Node, State};
+use entente_membership::served::ServedModel;
+use entente_membership::state::State;
 use entente_model::kernels::{self, BLOCK_LEN, Kernels, KvDtype, KvLayer};
 use entente_model::{
     Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
-    Progress, Tokenizer,
+    Progress, Tokenizer, expert_bytes,
 };
 use entente_proto::identity::Role;
-use entente_proto::ids::{KernelClass, NodeId};
-use entente_router::view::{ClusterView, NodeView};
-use entente_tls::{ALPN_GRPC, ALPN_STREAM, Credentials};
+use entente_proto::ids::{KernelClass, ModelDigest, NodeId};
+use entente_proto::placement::ModelShape;
+use entente_router::view::Model;
+use entente_tls::Credentials;
+use tokio::sync::watch;
 
 use crate::api::{self, Api};
 use crate::config::{Config, Speculation, Transport};
+use crate::engine::cluster::Cluster;
 use crate::engine::exchanger::Exchanger;
 use crate::engine::forward::{CacheShape, Forward};
 use crate::engine::scheduler::SchedulerConfig;
-use crate::engine::{Engine, EngineHandle, Parts, Readiness};
-use crate::link::grpc::GrpcLink;
-use crate::link::{Links, Peer};
+use crate::engine::{Engine, Parts};
+use crate::link::Opener;
 use crate::metrics::Metrics;
-
-/// How long running requests may take to finish once the coordinator is told to stop.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why a coordinator could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -56,20 +52,20 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// This process's voter could not start or had to stop.
+    #[error("membership: {0}")]
+    Membership(#[from] entente_membership::service::ServiceError),
+    /// The cluster has agreed on another model.
+    #[error("the cluster serves the model {agreed}, this coordinator was given {ours}")]
+    OtherModel {
+        /// The cluster's.
+        agreed: ModelDigest,
+        /// This coordinator's.
+        ours: ModelDigest,
+    },
     /// The system refused a thread or a task died.
     #[error("cannot start: {0}")]
     Start(String),
-}
-
-/// What a coordinator says once it can serve.
-#[derive(Debug, Clone, Copy)]
-pub struct Ready {
-    /// Where the API listens.
-    pub address: SocketAddr,
-    /// Experts held: none, unless they run in this process.
-    pub experts: usize,
-    /// Bytes of weights in this process.
-    pub weights_bytes: u64,
 }
 
 /// What is read from the model folder.
@@ -80,7 +76,8 @@ struct Loaded {
     template: ChatTemplate,
     generation: GenerationConfig,
     kernels: Arc<dyn Kernels>,
-    state: State,
+    served: ServedModel,
+    states: watch::Receiver<Arc<State>>,
     /// Expert nodes that run in this process.
     local: BTreeMap<NodeId, NodeHandle>,
 }
@@ -89,6 +86,8 @@ struct Loaded {
 pub struct Started {
     /// What the API works with; the engine is in it.
     pub api: Api,
+    /// The model as the cluster knows it.
+    pub served: ServedModel,
     /// Which bits the kernels give.
     pub kernel_class: KernelClass,
     /// How the cache keeps keys and values, which decides bits of the output too.
@@ -102,73 +101,57 @@ pub struct Started {
 }
 
 /// Loads the model, opens the links and starts the engine, which serves once every expert has a
-/// live replica. `progress` counts layers.
+/// live replica. `progress` counts layers. The cluster is what the roster says, for ever.
 pub async fn start(
     config: &Config,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+) -> Result<Started, Error> {
+    start_in(config, None, progress).await
+}
+
+/// The same in a cluster that changes: the engine follows what was committed last.
+pub async fn follow(
+    config: &Config,
+    states: watch::Receiver<Arc<State>>,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+) -> Result<Started, Error> {
+    if config.transport == Transport::Inproc {
+        let text = "transport: inproc is for clusters without cluster.voters";
+        return Err(Error::Config(text.to_owned()));
+    }
+    start_in(config, Some(states), progress).await
+}
+
+async fn start_in(
+    config: &Config,
+    states: Option<watch::Receiver<Arc<State>>>,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
     config.engine.check().map_err(Error::Config)?;
     let credentials = credentials(config)?;
     let to_load = config.clone();
-    let loaded = tokio::task::spawn_blocking(move || load(&to_load, &progress))
+    let loaded = tokio::task::spawn_blocking(move || load(&to_load, states, &progress))
         .await
         .map_err(|error| Error::Start(error.to_string()))??;
     let local: Vec<_> = loaded.local.values().map(NodeHandle::info).collect();
     let own_bytes = loaded.weights.bytes() as u64;
     let step_weights_bytes = own_bytes - loaded.weights.embed.bytes() as u64;
     let kernel_class = loaded.kernels.class().clone();
+    let served = loaded.served.clone();
     let metrics = Arc::new(Metrics::new());
-    let exchanger = connect(config, credentials.as_ref(), &loaded, &metrics)?;
+    let exchanger = connect(config, credentials, &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
     let api = start_engine(config, loaded, kv_dtype, exchanger, metrics)?;
     Ok(Started {
         api,
+        served,
         kernel_class,
         kv_dtype,
         experts: local.iter().map(|node| node.experts.len()).sum(),
         weights_bytes: own_bytes + local.iter().map(|node| node.weights_bytes).sum::<u64>(),
         step_weights_bytes,
     })
-}
-
-/// Runs a coordinator until `shutdown` resolves. `progress` counts layers;
-/// `on_ready` is told once every expert has a live replica.
-pub async fn run(
-    config: Config,
-    listener: Option<std::net::TcpListener>,
-    progress: impl Fn(u64, u64) + Send + Sync + 'static,
-    on_ready: impl FnOnce(Ready) + Send + 'static,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> Result<(), Error> {
-    // Bind before loading: an address in use should not cost a minute of reading.
-    let listener = listen(&config.http, listener)?;
-    let address = listener.local_addr().map_err(|source| listen_error(&config.http, source))?;
-    let Started { api, experts, weights_bytes, .. } = start(&config, progress).await?;
-    let ready = Ready { address, experts, weights_bytes };
-    let api = Arc::new(api);
-    tokio::spawn(announce(api.engine.clone(), on_ready, ready));
-    serve(api, listener, shutdown).await.map_err(|source| listen_error(&config.http, source))
-}
-
-fn listen_error(address: &str, source: std::io::Error) -> Error {
-    Error::Listen { address: address.to_owned(), source }
-}
-
-fn listen(
-    address: &str,
-    listener: Option<std::net::TcpListener>,
-) -> Result<tokio::net::TcpListener, Error> {
-    let bound = match listener {
-        Some(listener) => Ok(listener),
-        None => std::net::TcpListener::bind(address),
-    };
-    bound
-        .and_then(|listener| {
-            listener.set_nonblocking(true)?;
-            tokio::net::TcpListener::from_std(listener)
-        })
-        .map_err(|source| listen_error(address, source))
 }
 
 /// Passes the loader's progress on to whoever started this process.
@@ -180,14 +163,31 @@ impl Progress for Forwarder<'_> {
     }
 }
 
-fn load(config: &Config, progress: &dyn Fn(u64, u64)) -> Result<Loaded, Error> {
+fn load(
+    config: &Config,
+    states: Option<watch::Receiver<Arc<State>>>,
+    progress: &dyn Fn(u64, u64),
+) -> Result<Loaded, Error> {
     let checkpoint = Checkpoint::open(&config.model)?;
     let kernels = kernels::select(config.weights, threads(config))
         .map_err(|error| Error::Config(format!("weights: {error}")))?;
     let weights = CoordinatorWeights::load(&checkpoint, kernels.as_ref(), &Forwarder(progress))?;
-    let state = entente_expert_node::found(&config.cluster, &checkpoint, config.weights)?;
+    let states = match states {
+        Some(states) => states,
+        None => {
+            let state = entente_expert_node::found(&config.cluster, &checkpoint, config.weights)?;
+            // Nobody holds the sender: this state is the last.
+            watch::channel(Arc::new(state)).1
+        }
+    };
+    let shape = ModelShape {
+        layers: checkpoint.architecture().moe_layers().collect(),
+        expert_bytes: expert_bytes(&checkpoint, config.weights)?,
+    };
+    let served = ServedModel { digest: checkpoint.digest(), shape };
     let mut local = BTreeMap::new();
     if config.transport == Transport::Inproc {
+        let state = states.borrow().clone();
         for node in state.nodes().filter(|node| node.spec.region == config.region) {
             // They share the kernels' threads: the engine waits while they compute.
             let kernels = kernels.clone();
@@ -201,7 +201,8 @@ fn load(config: &Config, progress: &dyn Fn(u64, u64)) -> Result<Loaded, Error> {
         generation: GenerationConfig::open(&config.model, checkpoint.architecture())?,
         weights,
         kernels,
-        state,
+        served,
+        states,
         local,
         checkpoint,
     })
@@ -212,85 +213,39 @@ fn threads(config: &Config) -> usize {
     config.threads.unwrap_or_else(cores)
 }
 
-/// Opens a link to every expert node of the coordinator's region.
+/// Links the engine to the expert nodes of the coordinator's region.
 fn connect(
     config: &Config,
-    credentials: Option<&Credentials>,
+    credentials: Option<Credentials>,
     loaded: &Loaded,
     metrics: &Arc<Metrics>,
 ) -> Result<Exchanger, Error> {
-    let view = view(config, loaded);
-    let unable = |error: std::io::Error| Error::Start(error.to_string());
-    let mut links = Links::new().map_err(unable)?;
-    for node in loaded.state.nodes().filter(|node| node.spec.region == config.region) {
-        let mailbox = links.mailbox();
-        if let Some(local) = loaded.local.get(&node.id) {
-            links.add(node.id, Box::new(InprocLink::open(node.id, local.clone(), mailbox)));
-        } else if config.transport == Transport::Grpc {
-            let peer = peer(config, credentials, node, ALPN_GRPC)?;
-            let runtime = tokio::runtime::Handle::current();
-            links.add(node.id, Box::new(GrpcLink::open(peer, mailbox, &runtime)));
-        } else {
-            let peer = peer(config, credentials, node, ALPN_STREAM)?;
-            links.dial(peer).map_err(unable)?;
-        }
-    }
-    let deadline = Duration::from_millis(config.engine.exchange_deadline_ms);
+    let opener = Opener {
+        transport: config.transport,
+        roster: config.cluster.clone(),
+        credentials,
+        local: loaded.local.clone(),
+        runtime: tokio::runtime::Handle::current(),
+    };
     let kernels = loaded.kernels.clone();
-    Ok(Exchanger::new(links, view, kernels, deadline, metrics.clone()))
+    let model = Model {
+        digest: loaded.checkpoint.digest(),
+        kernel_class: kernels.class().clone(),
+        layers: loaded.checkpoint.architecture().moe_layers().collect(),
+    };
+    let states = loaded.states.clone();
+    let cluster = Cluster::open(opener, (config.region, model), states, metrics.clone())?;
+    let deadline = Duration::from_millis(config.engine.exchange_deadline_ms);
+    Ok(Exchanger::new(cluster, kernels, deadline, metrics.clone()))
 }
 
 /// Reads what `[tls]` names, and checks that it was issued to this coordinator.
-fn credentials(config: &Config) -> Result<Option<Credentials>, Error> {
+pub(crate) fn credentials(config: &Config) -> Result<Option<Credentials>, Error> {
     let Some(files) = &config.tls else { return Ok(None) };
     let credentials = Credentials::load(files)?;
     let member = Some((config.region, config.name.clone()));
     credentials.belong_to(&config.cluster.expect(Role::Coordinator, member))?;
     Ok(Some(credentials))
-}
-
-/// Whom to dial, and whose certificate to expect there: the roster says both.
-fn peer(
-    config: &Config,
-    credentials: Option<&Credentials>,
-    node: &Node,
-    alpn: &[u8],
-) -> Result<Peer, Error> {
-    let spec = &node.spec;
-    let member = Some((spec.region, spec.name.clone()));
-    let tls = match credentials {
-        Some(own) => Some(own.client(config.cluster.expect(Role::Expert, member), &[alpn])?),
-        None if is_loopback(&spec.address) => None,
-        None => {
-            return Err(Error::Config(format!(
-                "cluster.nodes: {} of {} is not a loopback address, so the section [tls] is needed",
-                spec.address, spec.name
-            )));
-        }
-    };
-    Ok(Peer { node: node.id, name: spec.name.clone(), address: spec.address.clone(), tls })
-}
-
-fn is_loopback(address: &str) -> bool {
-    address.parse().is_ok_and(|address: SocketAddr| address.ip().is_loopback())
-}
-
-/// What the coordinator believes of the cluster before any link is up.
-fn view(config: &Config, loaded: &Loaded) -> ClusterView {
-    let state = &loaded.state;
-    let node = |node: &Node| {
-        let (name, region) = (node.spec.name.clone(), node.spec.region);
-        (node.id, NodeView { name, region, live: None })
-    };
-    ClusterView {
-        home: config.region,
-        membership_epoch: state.membership_epoch(),
-        placement_epoch: state.placement_epoch(),
-        model_digest: loaded.checkpoint.digest(),
-        kernel_class: loaded.kernels.class().clone(),
-        nodes: state.nodes().map(node).collect(),
-        placement: state.placement().clone(),
-    }
 }
 
 fn start_engine(
@@ -332,6 +287,7 @@ fn start_engine(
         exchanger,
         tokenizer: tokenizer.clone(),
         vocab,
+        request_wait_max: Duration::from_millis(config.engine.request_wait_max_ms),
         metrics: metrics.clone(),
     };
     let engine = Engine::start(parts).map_err(|error| Error::Start(error.to_string()))?;
@@ -368,43 +324,4 @@ fn kv_blocks(
 fn model_name(config: &Config) -> String {
     let folder = || config.model.file_name().map(|name| name.to_string_lossy().into_owned());
     config.served_model_name.clone().or_else(folder).unwrap_or_else(|| "model".to_owned())
-}
-
-/// Tells once that the coordinator can serve.
-async fn announce(engine: EngineHandle, on_ready: impl FnOnce(Ready), ready: Ready) {
-    let mut readiness = engine.readiness();
-    if readiness.wait_for(|now| *now == Readiness::Ready).await.is_ok() {
-        on_ready(ready);
-    }
-}
-
-/// Serves until told to stop, then lets running requests finish for a while.
-async fn serve(
-    api: Arc<Api>,
-    listener: tokio::net::TcpListener,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let (stop, stopped) = tokio::sync::oneshot::channel();
-    let until_told = async move {
-        shutdown.await;
-        let _ = stop.send(());
-    };
-    // Tokens are small and wanted at once.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
-    let server =
-        axum::serve(listener, api::router(api)).with_graceful_shutdown(until_told).into_future();
-    let deadline = async move {
-        // A dropped sender means that the server ended by itself; then there is nothing to cut off.
-        if stopped.await.is_ok() {
-            tokio::time::sleep(DRAIN_DEADLINE).await;
-        } else {
-            std::future::pending::<()>().await;
-        }
-    };
-    tokio::select! {
-        served = server => served,
-        () = deadline => Ok(()),
-    }
 }

@@ -41,6 +41,7 @@ fn engine(runtime: &Runtime, weights: WeightFormat, engine: EngineConfig) -> Sta
         served_model_name: None,
         tls: None,
         engine,
+        membership: None,
         cluster: Roster::new("test".to_owned(), 1, vec![node]).unwrap(),
     };
     runtime.block_on(async {

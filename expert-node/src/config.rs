@@ -1,6 +1,7 @@
 //! The configuration file of an expert node. An unknown key is an error that names the key.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use entente_membership::roster::Roster;
@@ -10,6 +11,17 @@ use entente_proto::ids::{NodeName, Region};
 use entente_tls::Credentials;
 use serde::{Deserialize, Serialize};
 
+/// How often a node of a live cluster tells that it lives, unless its configuration says otherwise.
+const HEARTBEAT_MS: u64 = 100;
+/// How rarely and how often it may be told to.
+const HEARTBEAT_MS_MIN: u64 = 10;
+const HEARTBEAT_MS_MAX: u64 = 10_000;
+/// How long leaving may take unless the configuration says otherwise, and at most.
+const DRAIN_DEADLINE_MS: u64 = 30_000;
+const DRAIN_DEADLINE_MS_MAX: u64 = 86_400_000;
+/// Longest address or site in bytes.
+const TEXT_LEN_MAX: usize = 260;
+
 /// Most threads that a node may be told to compute with.
 const THREADS_MAX: usize = 1_024;
 
@@ -17,9 +29,10 @@ const THREADS_MAX: usize = 1_024;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// This process's name; must be in the cluster.
+    /// This process's name; must be in the cluster's list, or in its certificate if the cluster
+    /// has voters.
     pub name: NodeName,
-    /// The country that it stands in; must be the one that the cluster says.
+    /// The country that it stands in; must be the one that the list or the certificate says.
     pub region: Region,
     /// Where it listens, `host:port`; port 0 picks a free one.
     pub listen: String,
@@ -30,11 +43,40 @@ pub struct Config {
     /// Threads for arithmetic; all cores when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// Bytes that expert weights may take here; not limited when absent. Like all that follows but
+    /// `tls`, it matters in a cluster with voters only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// The data centre within the region, such as `fr-par-1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<String>,
+    /// Where coordinators reach the node, `host:port`; `listen` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// How long a node that was told to stop waits until its experts are elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_deadline_ms: Option<u64>,
     /// Certificate, key and CAs; without them the node listens on loopback only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<entente_tls::Files>,
-    /// All expert nodes.
+    /// How the node speaks to the voters.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub membership: MembershipConfig,
+    /// The voters, or all expert nodes if there are none.
     pub cluster: Roster,
+}
+
+/// The section `[membership]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MembershipConfig {
+    /// How often the node tells that it lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeat_ms: Option<u64>,
+}
+
+fn is_default(config: &MembershipConfig) -> bool {
+    *config == MembershipConfig::default()
 }
 
 /// Why a configuration is not usable.
@@ -67,6 +109,24 @@ pub enum ConfigError {
     /// No or absurdly many threads.
     #[error("threads: is {0}, allowed is 1 to {THREADS_MAX}")]
     Threads(usize),
+    /// A control plane is spoken to over TLS or not at all.
+    #[error("tls: the section is needed in a cluster with cluster.voters")]
+    TlsNeeded,
+    /// A time or a text out of its bounds.
+    #[error("{key}: is {have}, allowed is {min} to {max}")]
+    Bounds {
+        /// The key.
+        key: &'static str,
+        /// Its value, or its length in bytes.
+        have: u64,
+        /// The least that is allowed.
+        min: u64,
+        /// The most that is allowed.
+        max: u64,
+    },
+    /// Nobody can dial that.
+    #[error("advertise: is needed, since coordinators cannot dial {0}")]
+    Advertise(String),
 }
 
 impl Config {
@@ -84,8 +144,73 @@ impl Config {
         Ok(config)
     }
 
+    /// A node with everything optional absent.
+    pub fn new(
+        name: NodeName,
+        region: Region,
+        listen: String,
+        model: PathBuf,
+        weights: WeightFormat,
+        cluster: Roster,
+    ) -> Self {
+        Self {
+            name,
+            region,
+            listen,
+            model,
+            weights,
+            threads: None,
+            memory_bytes: None,
+            site: None,
+            advertise: None,
+            drain_deadline_ms: None,
+            tls: None,
+            membership: MembershipConfig::default(),
+            cluster,
+        }
+    }
+
+    /// Whether raft carries what the cluster agrees on. Otherwise the list is all there is.
+    pub fn is_live(&self) -> bool {
+        !self.cluster.voters().is_empty()
+    }
+
     /// Checks what the parts cannot know of each other.
     pub fn check(&self) -> Result<(), ConfigError> {
+        match self.threads {
+            Some(threads) if !(1..=THREADS_MAX).contains(&threads) => {
+                return Err(ConfigError::Threads(threads));
+            }
+            _ => {}
+        }
+        if self.is_live() { self.check_live() } else { self.check_listed() }
+    }
+
+    /// The certificate says who the node is; the list only helps to found the cluster.
+    fn check_live(&self) -> Result<(), ConfigError> {
+        if self.tls.is_none() {
+            return Err(ConfigError::TlsNeeded);
+        }
+        let len = |text: &Option<String>| text.as_ref().map_or(0, |text| text.len() as u64);
+        let bounds = [
+            ("membership.heartbeat_ms", self.heartbeat_ms(), HEARTBEAT_MS_MIN, HEARTBEAT_MS_MAX),
+            ("drain_deadline_ms", self.drain_deadline_ms(), 0, DRAIN_DEADLINE_MS_MAX),
+            ("site", len(&self.site), 0, TEXT_LEN_MAX as u64),
+            ("advertise", len(&self.advertise), 0, TEXT_LEN_MAX as u64),
+        ];
+        if let Some((key, have, min, max)) =
+            bounds.into_iter().find(|(_, have, min, max)| !(min..=max).contains(&have))
+        {
+            return Err(ConfigError::Bounds { key, have, min, max });
+        }
+        let anywhere = self.listen.parse().is_ok_and(|a: SocketAddr| a.ip().is_unspecified());
+        if anywhere && self.advertise.is_none() {
+            return Err(ConfigError::Advertise(self.listen.clone()));
+        }
+        Ok(())
+    }
+
+    fn check_listed(&self) -> Result<(), ConfigError> {
         let Some((_, node)) = self.cluster.node(&self.name) else {
             return Err(ConfigError::NotInRoster(self.name.clone()));
         };
@@ -93,12 +218,23 @@ impl Config {
             let (name, have, want) = (self.name.clone(), self.region, node.region);
             return Err(ConfigError::Region { name, have, want });
         }
-        match self.threads {
-            Some(threads) if !(1..=THREADS_MAX).contains(&threads) => {
-                Err(ConfigError::Threads(threads))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
+    }
+
+    /// How often the node tells that it lives.
+    pub(crate) fn heartbeat_ms(&self) -> u64 {
+        self.membership.heartbeat_ms.unwrap_or(HEARTBEAT_MS)
+    }
+
+    /// How long leaving may take.
+    pub(crate) fn drain_deadline_ms(&self) -> u64 {
+        self.drain_deadline_ms.unwrap_or(DRAIN_DEADLINE_MS)
+    }
+
+    /// Where coordinators reach the node, which listens at `address`.
+    pub(crate) fn reached_at(&self, address: SocketAddr) -> String {
+        let listen = if self.listen.ends_with(":0") { &address.to_string() } else { &self.listen };
+        self.advertise.as_ref().unwrap_or(listen).clone()
     }
 
     /// Reads what `[tls]` names, and checks that it was issued to this node.
@@ -148,6 +284,20 @@ mod tests {
         assert_eq!(again, config);
     }
 
+    fn refused_as(text: &str, cases: &[(&str, &str, &str)]) {
+        for (good, bad, cause) in cases {
+            let spoilt = text.replacen(good, bad, 1);
+            assert_ne!(spoilt, text, "{good} is not in the text");
+            match Config::parse(&spoilt) {
+                Ok(_) => assert_eq!(*cause, "", "{spoilt} was accepted"),
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(!cause.is_empty() && error.contains(cause), "{error}: {cause}?");
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_is_wrong_in_a_configuration_is_named() {
         let cases = [
@@ -162,16 +312,39 @@ mod tests {
             ("region = \"fr\"\n        listen", "region = \"se\"\n        listen", "says fr"),
             ("name = \"fr-expert-1\"\n", "name = \"fr-expert-2\"\n", "fr-expert-2 is not one of"),
         ];
-        for (text, spoilt, cause) in cases {
-            let spoilt = GOOD.replacen(text, spoilt, 1);
-            assert_ne!(spoilt, GOOD, "{text} is not in the text");
-            match Config::parse(&spoilt) {
-                Ok(_) => assert_eq!(cause, "", "{spoilt} was accepted"),
-                Err(error) => {
-                    let error = error.to_string();
-                    assert!(!cause.is_empty() && error.contains(cause), "{error}: {cause}?");
-                }
-            }
-        }
+        refused_as(GOOD, &cases);
+    }
+
+    /// A node that the list does not name, in a cluster with a voter.
+    fn live() -> String {
+        let voter = r#"voters = [
+            { name = "fr-coordinator", region = "fr", role = "coordinator", address = "h:1" },
+        ]
+        nodes = ["#;
+        let more = "threads = 2\nmemory_bytes = 1000\nsite = \"fr-par-1\"\nadvertise = \"a:1\"\n\
+                    drain_deadline_ms = 5";
+        GOOD.replacen("nodes = [", voter, 1)
+            .replacen("threads = 2", more, 1)
+            .replacen("name = \"fr-expert-1\"", "name = \"fr-expert-9\"", 1)
+            .replacen("[cluster]", "[membership]\nheartbeat_ms = 50\n[cluster]", 1)
+    }
+
+    #[test]
+    fn a_node_of_a_live_cluster_need_not_be_listed_but_must_be_certified_and_reachable() {
+        let config = Config::parse(&live()).unwrap();
+        let again = Config::parse(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+        let tls = &live()[live().find("[tls]").unwrap()..live().find("[membership]").unwrap()];
+        let cases = [
+            (tls, "", "tls: the section is needed"),
+            ("heartbeat_ms = 50", "heartbeat_ms = 9", "membership.heartbeat_ms: is 9"),
+            ("heartbeat_ms = 50", "heartbeat = 9", "unknown field `heartbeat`"),
+            ("_ms = 5\n", "_ms = 90000000\n", "drain_deadline_ms: is 90000000"),
+            ("advertise = \"a:1\"", "", ""),
+            ("listen = \"127.0.0.1", "listen = \"0.0.0.0", ""),
+        ];
+        refused_as(&live(), &cases);
+        let anywhere = live().replacen("listen = \"127.0.0.1", "listen = \"0.0.0.0", 1);
+        refused_as(&anywhere, &[("advertise = \"a:1\"", "", "advertise: is needed")]);
     }
 }

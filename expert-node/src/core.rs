@@ -5,39 +5,67 @@
 //! another membership, placement, start or model means something else than it seems to. Refusals
 //! never say which experts were chosen, since choices reveal text.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use entente_proto::frame::{Dispatch, Dtype, Refusal};
-use entente_proto::ids::{Fence, LayerId, Region};
-use entente_proto::placement::ExpertKey;
+use entente_proto::ids::{ExpertId, Fence, LayerId, Region};
 
-/// What a frame is held against.
+/// How many commits a frame may be behind. Commits reach processes at different moments, so one
+/// that its sender has not heard of yet is no fault; and a row computed under the placement before
+/// the last is the same row.
+const EPOCHS_BEHIND_MAX: u64 = 1;
+
+/// What a frame is held against and never changes while the process lives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeFacts {
     /// The country that the node stands in.
     pub region: Region,
-    /// The only fence that is accepted. Lower epochs are stale; higher ones mean that the node has
-    /// missed a commit, and it must not compute on what it no longer knows.
-    pub fence: Fence,
     /// Values of a row of the model.
     pub hidden: usize,
     /// How rows of the node's kernel class are written.
     pub dtype: Dtype,
     /// The model's MoE layers and how many experts each has.
     pub layers: BTreeMap<LayerId, u16>,
-    /// The experts that are loaded.
-    pub held: BTreeSet<ExpertKey>,
 }
 
-/// Decides whether the frame may be computed, and says why not.
-pub fn admit(frame: &Dispatch, facts: &NodeFacts, draining: bool) -> Result<(), Refusal> {
+/// What a frame is held against and changes: as it is at the moment when the frame comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// The node's start, its model, and the highest epochs that it has seen.
+    pub fence: Fence,
+    /// The node is about to end.
+    pub draining: bool,
+}
+
+impl Standing {
+    /// A frame for another start or another model is always stale; one that was sent on older
+    /// epochs is, if they are more than [`EPOCHS_BEHIND_MAX`] behind. One that is ahead shows that
+    /// the cluster has moved on, and is taken.
+    fn is_stale(&self, sent: &Fence) -> bool {
+        let own = &self.fence;
+        let behind = |own: u64, sent: u64| own.saturating_sub(sent) > EPOCHS_BEHIND_MAX;
+        sent.incarnation != own.incarnation
+            || sent.model_digest != own.model_digest
+            || behind(own.membership_epoch.0, sent.membership_epoch.0)
+            || behind(own.placement_epoch.0, sent.placement_epoch.0)
+    }
+}
+
+/// Decides whether the frame may be computed, and says why not. `holds` says which experts of the
+/// frame's layer are loaded.
+pub fn admit(
+    frame: &Dispatch,
+    facts: &NodeFacts,
+    standing: &Standing,
+    holds: impl Fn(ExpertId) -> bool,
+) -> Result<(), Refusal> {
     if !frame.allowed_regions.contains(&facts.region) {
         return Err(Refusal::RegionRefused(format!("this node is in {}", facts.region)));
     }
-    if frame.fence != facts.fence {
-        return Err(Refusal::StaleFence(Box::new(facts.fence)));
+    if standing.is_stale(&frame.fence) {
+        return Err(Refusal::StaleFence(Box::new(standing.fence)));
     }
-    if draining {
+    if standing.draining {
         return Err(Refusal::Draining);
     }
     if frame.hidden != facts.hidden {
@@ -55,8 +83,7 @@ pub fn admit(frame: &Dispatch, facts: &NodeFacts, draining: bool) -> Result<(), 
     if frame.assignments.iter().any(|a| a.expert.0 >= *experts) {
         return Err(Refusal::Invalid(format!("layer {layer} has only {experts} experts")));
     }
-    let lacking =
-        frame.assignments.iter().filter(|a| !facts.held.contains(&(layer, a.expert))).count();
+    let lacking = frame.assignments.iter().filter(|a| !holds(a.expert)).count();
     if lacking > 0 {
         let of = frame.assignments.len();
         return Err(Refusal::NotHeld(format!("{lacking} of {of} assignments of layer {layer}")));
@@ -75,23 +102,26 @@ mod tests {
     fn facts() -> NodeFacts {
         NodeFacts {
             region: "fr".parse().unwrap(),
-            fence: Fence {
-                membership_epoch: MembershipEpoch(5),
-                placement_epoch: PlacementEpoch(5),
-                incarnation: Incarnation(5),
-                model_digest: ModelDigest([5; 32]),
-            },
             hidden: 2,
             dtype: Dtype::F32,
             layers: [(LayerId(1), 4)].into(),
-            held: [(LayerId(1), ExpertId(3))].into(),
         }
+    }
+
+    fn standing() -> Standing {
+        let fence = Fence {
+            membership_epoch: MembershipEpoch(5),
+            placement_epoch: PlacementEpoch(5),
+            incarnation: Incarnation(5),
+            model_digest: ModelDigest([5; 32]),
+        };
+        Standing { fence, draining: false }
     }
 
     fn frame() -> Dispatch {
         Dispatch {
             exchange: ExchangeId(1),
-            fence: facts().fence,
+            fence: standing().fence,
             layer: LayerId(1),
             allowed_regions: ["fr".parse().unwrap(), "se".parse().unwrap()].into(),
             deadline_ms: 1,
@@ -102,27 +132,47 @@ mod tests {
         }
     }
 
+    /// A node that holds expert 3 alone.
+    fn admitted(frame: &Dispatch, standing: &Standing) -> Result<(), Refusal> {
+        admit(frame, &facts(), standing, |expert| expert == ExpertId(3))
+    }
+
+    type Spoil = fn(&mut Fence);
+
     #[test]
-    fn a_frame_that_fits_is_admitted() {
-        assert_eq!(admit(&frame(), &facts(), false), Ok(()));
+    fn a_frame_of_these_epochs_the_ones_before_or_any_later_is_admitted() {
+        let cases: [Spoil; 6] = [
+            |_| {},
+            |f| f.membership_epoch.0 -= 1,
+            |f| f.placement_epoch.0 -= 1,
+            |f| (f.membership_epoch.0, f.placement_epoch.0) = (4, 4),
+            |f| f.membership_epoch.0 = u64::MAX,
+            |f| (f.membership_epoch.0, f.placement_epoch.0) = (6, 100),
+        ];
+        for (case, change) in cases.iter().enumerate() {
+            let mut frame = frame();
+            change(&mut frame.fence);
+            assert_eq!(admitted(&frame, &standing()), Ok(()), "case {case}");
+        }
     }
 
     #[test]
-    fn a_fence_that_differs_in_anything_is_refused_with_the_nodes_own() {
-        type Spoil = fn(&mut Fence);
-        let cases: [Spoil; 6] = [
-            |f| f.membership_epoch.0 -= 1,
-            |f| f.membership_epoch.0 += 1,
-            |f| f.placement_epoch.0 -= 1,
-            |f| f.placement_epoch.0 += 1,
+    fn a_fence_of_another_start_another_model_or_older_epochs_is_refused_with_the_nodes_own() {
+        let cases: [Spoil; 7] = [
+            |f| f.membership_epoch.0 -= 2,
+            |f| f.placement_epoch.0 -= 2,
+            |f| (f.membership_epoch.0, f.placement_epoch.0) = (0, 9),
+            |f| (f.membership_epoch.0, f.placement_epoch.0) = (9, 0),
             |f| f.incarnation.0 -= 1,
+            |f| f.incarnation.0 += 1,
             |f| f.model_digest.0[31] ^= 1,
         ];
-        for spoil in cases {
+        for (case, spoil) in cases.iter().enumerate() {
             let mut frame = frame();
             spoil(&mut frame.fence);
-            let refusal = admit(&frame, &facts(), false);
-            assert_eq!(refusal, Err(Refusal::StaleFence(Box::new(facts().fence))));
+            let refusal = admitted(&frame, &standing());
+            let own = Refusal::StaleFence(Box::new(standing().fence));
+            assert_eq!(refusal, Err(own), "case {case}");
         }
     }
 
@@ -146,10 +196,11 @@ mod tests {
         for (reason, spoil) in cases {
             let mut frame = frame();
             spoil(&mut frame);
-            let refusal = admit(&frame, &facts(), false).unwrap_err().to_string();
+            let refusal = admitted(&frame, &standing()).unwrap_err().to_string();
             assert!(refusal.starts_with(reason), "{refusal} does not say {reason}");
         }
-        assert_eq!(admit(&frame(), &facts(), true), Err(Refusal::Draining));
+        let draining = Standing { draining: true, ..standing() };
+        assert_eq!(admitted(&frame(), &draining), Err(Refusal::Draining));
     }
 
     #[test]
@@ -158,6 +209,7 @@ mod tests {
         frame.allowed_regions.clear();
         frame.fence.incarnation.0 = 0;
         frame.hidden = 9;
-        assert!(matches!(admit(&frame, &facts(), true), Err(Refusal::RegionRefused(_))));
+        let draining = Standing { draining: true, ..standing() };
+        assert!(matches!(admitted(&frame, &draining), Err(Refusal::RegionRefused(_))));
     }
 }

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use entente_proto::identity::{Expected, Role};
+use entente_proto::ids::Incarnation;
 use entente_proto::stream::PREFACE;
 use entente_tls::{ALPN_GRPC, ALPN_STREAM, Channel, Credentials, Incoming};
 use rustls::ServerConfig;
@@ -61,7 +62,7 @@ impl Tls {
 /// A connection that has said who it is and what it speaks.
 enum Guest {
     Stream(TcpStream, Box<Channel>, Incoming),
-    Grpc(GrpcIo),
+    Grpc(Pin<Box<dyn Duplex>>),
 }
 
 impl Door {
@@ -114,7 +115,7 @@ impl Door {
                 let (read, write) = socket.into_split();
                 let read = Cursor::new(incoming.unopened().to_vec()).chain(read);
                 let secured = TlsAcceptor::from(tls.grpc.clone()).accept(join(read, write)).await?;
-                Ok(Guest::Grpc(GrpcIo(Box::pin(secured))))
+                Ok(Guest::Grpc(Box::pin(secured)))
             }
         }
     }
@@ -127,7 +128,8 @@ impl Door {
             }
             // Fails only when the server has ended.
             Guest::Grpc(io) => {
-                let sent = self.grpc.send(Ok(io)).await;
+                let greeted = *self.node.incarnation().borrow();
+                let sent = self.grpc.send(Ok(GrpcIo { io, greeted })).await;
                 sent.map_err(|_| io::Error::other("the gRPC server has ended"))
             }
         }
@@ -149,7 +151,7 @@ async fn greet_plain(mut socket: TcpStream) -> io::Result<Guest> {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     if first[0] != PREFACE[0] {
-        return Ok(Guest::Grpc(GrpcIo(Box::pin(socket))));
+        return Ok(Guest::Grpc(Box::pin(socket)));
     }
     let mut preface = [0; PREFACE.len()];
     socket.read_exact(&mut preface).await?;
@@ -217,16 +219,23 @@ async fn shake(
 }
 
 /// What the gRPC server talks through.
-pub(crate) struct GrpcIo(Pin<Box<dyn Duplex>>);
+pub(crate) struct GrpcIo {
+    io: Pin<Box<dyn Duplex>>,
+    greeted: Incarnation,
+}
 
 pub(crate) trait Duplex: AsyncRead + AsyncWrite + Send {}
 
 impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
 
 impl Connected for GrpcIo {
-    type ConnectInfo = ();
+    /// The start of the node when the connection was shown in. What the peer learnt over it may
+    /// be of a later start, never of an earlier one.
+    type ConnectInfo = Incarnation;
 
-    fn connect_info(&self) {}
+    fn connect_info(&self) -> Incarnation {
+        self.greeted
+    }
 }
 
 impl AsyncRead for GrpcIo {
@@ -235,7 +244,7 @@ impl AsyncRead for GrpcIo {
         context: &mut Context<'_>,
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.0.as_mut().poll_read(context, into)
+        self.io.as_mut().poll_read(context, into)
     }
 }
 
@@ -245,7 +254,7 @@ impl AsyncWrite for GrpcIo {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.0.as_mut().poll_write(context, bytes)
+        self.io.as_mut().poll_write(context, bytes)
     }
 
     fn poll_write_vectored(
@@ -253,18 +262,18 @@ impl AsyncWrite for GrpcIo {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.0.as_mut().poll_write_vectored(context, slices)
+        self.io.as_mut().poll_write_vectored(context, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.io.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.as_mut().poll_flush(context)
+        self.io.as_mut().poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.as_mut().poll_shutdown(context)
+        self.io.as_mut().poll_shutdown(context)
     }
 }

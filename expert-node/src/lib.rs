@@ -33,6 +33,7 @@ pub mod core;
 mod door;
 pub mod inproc;
 mod limits;
+mod member;
 mod node;
 mod run;
 mod service;
@@ -44,6 +45,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use entente_membership::client::ClientError;
 use entente_membership::state::Refused;
 use entente_model::ModelError;
 use entente_model::kernels::UnsupportedCpu;
@@ -97,6 +99,9 @@ pub enum Error {
     /// Rows would travel where anybody can read them.
     #[error("listen: {0} is not a loopback address, so the section [tls] is needed")]
     PlainText(SocketAddr),
+    /// The cluster does not take the node in.
+    #[error("the cluster does not take this node in: {0}")]
+    Membership(#[from] ClientError),
     /// Loading was cut short.
     #[error("loading {} stopped: {reason}", model.display())]
     Loading {

@@ -1,17 +1,22 @@
 //! A running expert node, and the handle through which both doors reach it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use entente_membership::state::State;
-use entente_model::kernels::{self, Kernels};
-use entente_model::{Checkpoint, Progress};
+use entente_model::kernels::{self, GatedFfn, Kernels};
+use entente_model::{Checkpoint, Progress, load_experts};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
-use entente_proto::ids::{Fence, Incarnation, NodeName};
+use entente_proto::ids::{
+    Fence, Incarnation, KernelClass, MembershipEpoch, ModelDigest, NodeName, PlacementEpoch, Region,
+};
 use entente_proto::link::NodeInfo;
+use entente_proto::placement::ExpertKey;
+use tokio::sync::watch;
 
-use crate::core::{NodeFacts, admit};
+use crate::core::{NodeFacts, Standing, admit};
 use crate::store::ExpertStore;
 use crate::worker::{Queue, Work};
 use crate::{Config, Error, cluster};
@@ -42,46 +47,62 @@ impl ExpertNode {
         kernels: Arc<dyn Kernels>,
         progress: &dyn Progress,
     ) -> Result<NodeHandle, Error> {
-        let node = state.node(name).ok_or_else(|| Error::NotAMember(name.clone()))?;
-        let placed = state.placement().experts_of(node.id);
-        let store = ExpertStore::load(checkpoint, kernels.as_ref(), &placed, progress)?;
+        let member = state.node(name).ok_or_else(|| Error::NotAMember(name.clone()))?;
+        let placed = state.placement().experts_of(member.id);
+        let experts = load_experts(checkpoint, kernels.as_ref(), &placed, progress)?;
+        let node = Self::empty(name, member.spec.region, checkpoint, kernels)?;
+        node.hold(experts);
+        node.saw(state.membership_epoch(), state.placement_epoch());
+        node.adopt(mint_incarnation());
+        Ok(node)
+    }
+
+    /// A node that holds nothing and has no incarnation yet.
+    pub(crate) fn empty(
+        name: &NodeName,
+        region: Region,
+        checkpoint: &Checkpoint,
+        kernels: Arc<dyn Kernels>,
+    ) -> Result<NodeHandle, Error> {
         let facts = NodeFacts {
-            region: node.spec.region,
-            fence: Fence {
-                membership_epoch: state.membership_epoch(),
-                placement_epoch: state.placement_epoch(),
-                incarnation: mint_incarnation(),
-                model_digest: checkpoint.digest(),
-            },
+            region,
             hidden: checkpoint.architecture().hidden,
             dtype: kernels.row_dtype(),
             layers: checkpoint.architecture().moe_layers().collect(),
-            held: store.keys(),
         };
-        let info = NodeInfo {
+        Ok(NodeHandle(Arc::new(Node {
             name: name.clone(),
-            region: facts.region,
-            fence: facts.fence,
             kernel_class: kernels.class().clone(),
-            experts: facts.held.clone(),
-            weights_bytes: store.bytes(),
-        };
-        let queue = Queue::start(kernels, store).map_err(Error::Thread)?;
-        let draining = AtomicBool::new(false);
-        Ok(NodeHandle(Arc::new(Node { info, facts, queue, draining })))
+            model_digest: checkpoint.digest(),
+            facts,
+            store: ExpertStore::default(),
+            queue: Queue::start(kernels).map_err(Error::Thread)?,
+            incarnation: watch::Sender::new(Incarnation::default()),
+            membership_epoch: AtomicU64::new(0),
+            placement_epoch: AtomicU64::new(0),
+            draining: AtomicBool::new(false),
+        })))
     }
 }
 
-/// Tells one start from the next: nanoseconds since 1970, until raft mints the number.
+/// Tells one start from the next where no raft group mints the number: nanoseconds since 1970.
 fn mint_incarnation() -> Incarnation {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Incarnation(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }
 
 struct Node {
-    info: NodeInfo,
+    name: NodeName,
+    kernel_class: KernelClass,
+    model_digest: ModelDigest,
     facts: NodeFacts,
+    store: ExpertStore,
     queue: Queue,
+    /// Whoever was greeted under an earlier one must be greeted again, so doors watch it.
+    incarnation: watch::Sender<Incarnation>,
+    /// The highest epochs seen. They count up on their own: nothing else is read by them.
+    membership_epoch: AtomicU64,
+    placement_epoch: AtomicU64,
     draining: AtomicBool,
 }
 
@@ -92,7 +113,26 @@ pub struct NodeHandle(Arc<Node>);
 impl NodeHandle {
     /// What the node says of itself.
     pub fn info(&self) -> NodeInfo {
-        self.0.info.clone()
+        let node = &self.0;
+        NodeInfo {
+            name: node.name.clone(),
+            region: node.facts.region,
+            fence: self.standing().fence,
+            kernel_class: node.kernel_class.clone(),
+            experts: node.store.keys(),
+            weights_bytes: node.store.bytes(),
+        }
+    }
+
+    fn standing(&self) -> Standing {
+        let node = &self.0;
+        let fence = Fence {
+            membership_epoch: MembershipEpoch(node.membership_epoch.load(Ordering::Relaxed)),
+            placement_epoch: PlacementEpoch(node.placement_epoch.load(Ordering::Relaxed)),
+            incarnation: *node.incarnation.borrow(),
+            model_digest: node.model_digest,
+        };
+        Standing { fence, draining: node.draining.load(Ordering::Relaxed) }
     }
 
     /// Takes a frame, without ever waiting: `reply` gets the rows or the reason why there are none.
@@ -112,18 +152,59 @@ impl NodeHandle {
         reply: Reply,
         push: impl FnOnce(&Queue, Work) -> Result<(), Reply>,
     ) {
-        let draining = self.0.draining.load(Ordering::Relaxed);
-        let (exchange, fence) = (frame.exchange, Some(self.0.facts.fence));
+        let node = &self.0;
+        let (standing, experts) = (self.standing(), node.store.layer(frame.layer));
+        let (exchange, sent) = (frame.exchange, frame.fence);
         let refuse = |reply: Reply, refusal| {
+            let fence = Some(standing.fence);
             reply(Answer { exchange, fence, result: Err(refusal) });
         };
-        if let Err(refusal) = admit(&frame, &self.0.facts, draining) {
+        let holds = |expert| experts.contains_key(&expert);
+        if let Err(refusal) = admit(&frame, &node.facts, &standing, holds) {
             return refuse(reply, refusal);
         }
+        self.saw(sent.membership_epoch, sent.placement_epoch);
         let due = Instant::now() + Duration::from_millis(frame.deadline_ms.into());
-        if let Err(reply) = push(&self.0.queue, Work { frame, due, reply }) {
+        if let Err(reply) = push(&node.queue, Work { frame, experts, due, reply }) {
             refuse(reply, Refusal::Busy);
         }
+    }
+
+    /// Keeps the highest epochs that anybody has told.
+    pub(crate) fn saw(&self, membership: MembershipEpoch, placement: PlacementEpoch) {
+        raise(&self.0.membership_epoch, membership.0);
+        raise(&self.0.placement_epoch, placement.0);
+    }
+
+    /// The node is another start from here on: frames for the one before are refused, and the
+    /// connections over which it was greeted end.
+    pub fn adopt(&self, incarnation: Incarnation) {
+        self.0.incarnation.send_replace(incarnation);
+    }
+
+    /// The start that the node is, for whoever greets peers.
+    pub(crate) fn incarnation(&self) -> watch::Receiver<Incarnation> {
+        self.0.incarnation.subscribe()
+    }
+
+    /// Takes further experts in; frames for them are admitted from here on.
+    pub(crate) fn hold(&self, experts: BTreeMap<ExpertKey, GatedFfn>) {
+        self.0.store.hold(experts);
+    }
+
+    /// Lets experts go. Frames that were admitted before are still computed.
+    pub(crate) fn release(&self, experts: &BTreeSet<ExpertKey>) {
+        self.0.store.release(experts);
+    }
+
+    /// Rows computed by each expert since the last call.
+    pub(crate) fn take_rows(&self) -> Vec<(ExpertKey, u64)> {
+        self.0.store.take_rows()
+    }
+
+    /// Which model it is, and with which kernels.
+    pub(crate) fn model(&self) -> (ModelDigest, &KernelClass) {
+        (self.0.model_digest, &self.0.kernel_class)
     }
 
     /// Refuses new frames from now on; what is queued is still computed.
@@ -134,5 +215,12 @@ impl NodeHandle {
     /// Resolves once nothing is queued or computed.
     pub async fn idle(&self) {
         self.0.queue.idle().await;
+    }
+}
+
+/// Almost always it is there already, and a plain read costs frames on other threads nothing.
+fn raise(epoch: &AtomicU64, seen: u64) {
+    if epoch.load(Ordering::Relaxed) < seen {
+        epoch.fetch_max(seen, Ordering::Relaxed);
     }
 }

@@ -1,11 +1,21 @@
-//! A whole expert-node process but for its command line: bind, load, serve, drain.
+//! A whole expert-node process but for its command line: bind, load, serve, leave, drain.
 
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::Arc;
 
-use entente_model::Progress;
+use bytes::Bytes;
+use entente_membership::client::Client;
+use entente_model::kernels;
+use entente_model::{Checkpoint, Progress};
+use entente_proto::wire;
+use entente_tls::Credentials;
+use tokio::sync::oneshot;
 
-use crate::{Config, Error, ExpertNode, serve};
+use crate::member::{Loader, Member, Settings, Told};
+use crate::node::NodeHandle;
+use crate::{Config, ConfigError, Error, ExpertNode, serve};
 
 /// What a node can say once it is about to take frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,15 +30,20 @@ pub struct Ready {
 
 /// Runs a node from start to end.
 ///
-/// Binds `listen` unless a listener is given, loads while telling `progress` (experts done, experts
-/// in all), calls `on_ready`, and serves until `shutdown` resolves.
+/// Binds `listen` unless a listener is given, and serves. In a cluster without voters it loads what
+/// the list places on it first, calls `on_ready`, and ends when `leave` or `stop` resolves. In a
+/// live one it registers, loads what is wanted of it, calls `on_ready` once it takes traffic, and
+/// ends when `stop` resolves or when the cluster has let it go after `leave`. `progress` is told how
+/// many experts are held and how many there should be.
 pub async fn run(
     config: Config,
     listener: Option<TcpListener>,
     progress: impl Fn(u64, u64) + Send + 'static,
     on_ready: impl FnOnce(Ready),
-    shutdown: impl Future<Output = ()>,
+    leave: impl Future<Output = ()>,
+    stop: impl Future<Output = ()>,
 ) -> Result<(), Error> {
+    config.check()?;
     let unusable = |source| Error::Listen { address: config.listen.clone(), source };
     let listener = match listener {
         Some(listener) => listener,
@@ -41,26 +56,122 @@ pub async fn run(
     if credentials.is_none() && !address.ip().is_loopback() {
         return Err(Error::PlainText(address));
     }
-
-    let model = config.model.clone();
-    let loading = tokio::task::spawn_blocking(move || ExpertNode::load(&config, &Told(progress)));
-    let mut shutdown = std::pin::pin!(shutdown);
-    let node = tokio::select! {
-        loaded = loading => loaded
-            .map_err(|error| Error::Loading { model, reason: error.to_string() })??,
-        // Loading ends with the process; there is nothing to drain yet.
-        () = &mut shutdown => return Ok(()),
+    let on_ready = |node: &NodeHandle| {
+        let info = node.info();
+        let (experts, weights_bytes) = (info.experts.len(), info.weights_bytes);
+        on_ready(Ready { address, experts, weights_bytes });
     };
-    let info = node.info();
-    let (experts, weights_bytes) = (info.experts.len(), info.weights_bytes);
-    on_ready(Ready { address, experts, weights_bytes });
+    if config.is_live() {
+        let credentials = credentials.ok_or(ConfigError::TlsNeeded)?;
+        let live = Live { config, credentials, listener, address };
+        return live.run(progress, on_ready, leave, stop).await;
+    }
+    let mut shutdown = std::pin::pin!(either(leave, stop));
+    let model = config.model.clone();
+    let load = move || ExpertNode::load(&config, &Telling(progress));
+    let Some(node) = unless(shutdown.as_mut(), &model, load).await? else { return Ok(()) };
+    on_ready(&node);
     serve(node, listener, credentials.as_ref(), shutdown).await
 }
 
-/// A function that wants to know how far loading is.
-struct Told<F>(F);
+/// A node of a cluster with voters.
+struct Live {
+    config: Config,
+    credentials: Credentials,
+    listener: tokio::net::TcpListener,
+    address: SocketAddr,
+}
 
-impl<F: Fn(u64, u64)> Progress for Told<F> {
+impl Live {
+    async fn run(
+        self,
+        progress: impl Fn(u64, u64),
+        on_ready: impl FnOnce(&NodeHandle),
+        leave: impl Future<Output = ()>,
+        stop: impl Future<Output = ()>,
+    ) -> Result<(), Error> {
+        let Self { config, credentials, listener, address } = self;
+        let mut stop = std::pin::pin!(stop);
+        let voters = config.cluster.voters().iter().map(|voter| voter.address.clone()).collect();
+        let client = Client::new(&credentials, voters)?;
+        let model = config.model.clone();
+        let opening = unless(stop.as_mut(), &model, move || open(&config, client, address));
+        let Some(member) = opening.await? else { return Ok(()) };
+        let node = member.node.clone();
+        let (registered, may_greet) = oneshot::channel();
+        let (end, ended) = oneshot::channel::<()>();
+        let told = Told { progress, ready: || on_ready(&node), registered };
+        let membership = async {
+            let lived = member.run(told, leave, stop).await;
+            drop(end);
+            lived
+        };
+        // A coordinator that is greeted learns the incarnation, so there has to be one first. Until
+        // then connections wait in the listener's queue.
+        let service = async {
+            match may_greet.await {
+                Ok(()) => {
+                    let ended = async { drop(ended.await) };
+                    serve(node.clone(), listener, Some(&credentials), ended).await
+                }
+                Err(_) => Ok(()),
+            }
+        };
+        tokio::try_join!(membership, service).map(|_| ())
+    }
+}
+
+/// Opens the model for a node that holds nothing yet. Blocks.
+fn open(config: &Config, client: Client, address: SocketAddr) -> Result<Member, Error> {
+    let checkpoint = Checkpoint::open(&config.model)?;
+    let kernels = kernels::select(config.weights, config.thread_count())?;
+    let node = ExpertNode::empty(&config.name, config.region, &checkpoint, kernels.clone())?;
+    let (model_digest, kernel_class) = node.model();
+    let registration = wire::RegisterRequest {
+        address: config.reached_at(address),
+        site: config.site.clone().unwrap_or_default(),
+        memory_bytes: config.memory_bytes,
+        kernel_class: kernel_class.to_string(),
+        model_digest: Bytes::copy_from_slice(&model_digest.0),
+    };
+    let settings = Settings {
+        heartbeat_ms: config.heartbeat_ms(),
+        drain_deadline_ms: config.drain_deadline_ms(),
+    };
+    let loader = Arc::new(Loader::new(checkpoint, config.weights, kernels)?);
+    Ok(Member { name: config.name.clone(), node, client, registration, loader, settings })
+}
+
+/// Does something that blocks, unless it is not wanted any more: what is not done then ends with the
+/// process.
+async fn unless<T: Send + 'static>(
+    stop: impl Future<Output = ()>,
+    model: &Path,
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<Option<T>, Error> {
+    tokio::select! {
+        done = tokio::task::spawn_blocking(work) => {
+            let stopped = |error: tokio::task::JoinError| Error::Loading {
+                model: model.to_owned(),
+                reason: error.to_string(),
+            };
+            done.map_err(stopped)?.map(Some)
+        }
+        () = stop => Ok(None),
+    }
+}
+
+async fn either(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
+    tokio::select! {
+        () = one => {}
+        () = other => {}
+    }
+}
+
+/// A function that wants to know how far loading is.
+struct Telling<F>(F);
+
+impl<F: Fn(u64, u64)> Progress for Telling<F> {
     fn advance(&self, done: u64, total: u64) {
         (self.0)(done, total);
     }

@@ -9,7 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
-use entente_proto::ids::ExchangeId;
+use entente_proto::ids::{ExchangeId, Incarnation};
 use entente_proto::wire;
 use entente_proto::wire::exchange_server::{Exchange, ExchangeServer};
 use entente_tls::Credentials;
@@ -53,12 +53,18 @@ impl Exchange for Service {
         &self,
         request: Request<Streaming<wire::Dispatch>>,
     ) -> Result<Response<Self::StreamStream>, Status> {
+        let mut incarnation = self.node.incarnation();
+        let greeted = request.extensions().get::<Incarnation>().copied();
+        if Some(*incarnation.borrow_and_update()) != greeted {
+            return Err(Status::unavailable("the node has another incarnation now; dial again"));
+        }
         let (answers, outgoing) = mpsc::channel(STREAM_FRAMES_MAX);
         let node = self.node.clone();
         let mut closing = self.closing.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = read_frames(node, request.into_inner(), answers) => {}
+                _ = incarnation.changed() => {}
                 _ = closing.wait_for(|closing| *closing) => {}
             }
         });
@@ -95,6 +101,14 @@ async fn read_frames(
     }
 }
 
+/// Ends the byte streams over which peers were greeted under an earlier incarnation, each time that
+/// there is another. One that was just greeted anew may be among them; its peer dials once more.
+async fn greet_again(mut incarnation: watch::Receiver<Incarnation>, streams: Arc<Connections>) {
+    while incarnation.changed().await.is_ok() {
+        streams.close();
+    }
+}
+
 /// Ends its task when it is dropped, also when whoever held it was.
 struct AbortOnDrop(JoinHandle<()>);
 
@@ -120,6 +134,7 @@ pub async fn serve(
     let connections = Arc::new(Connections::default());
     let (grpc, incoming) = mpsc::channel(ACCEPT_LEN_MAX);
     let door = Door { node: node.clone(), connections: connections.clone(), grpc, tls };
+    let _greeting = AbortOnDrop(tokio::spawn(greet_again(node.incarnation(), connections.clone())));
     let accepting = AbortOnDrop(tokio::spawn(door.open(listener)));
     let service = ExchangeServer::new(Service { node: node.clone(), closing })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)

@@ -1,45 +1,97 @@
-//! The experts that are placed on this node, loaded and packed, and not a byte of any other.
+//! The experts that this node holds, loaded and packed, and not a byte of any other.
+//!
+//! They come and go while frames are computed. Readers take a layer as it is at that moment and
+//! keep it for as long as their frame lives: what is released meanwhile stays in memory until the
+//! last frame that was admitted with it is answered. A change copies the pointers of one layer and
+//! swaps one pointer; readers never wait for it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use entente_model::kernels::{GatedFfn, Kernels};
-use entente_model::{Checkpoint, ModelError, Progress, load_experts};
+use arc_swap::ArcSwap;
+use entente_model::kernels::GatedFfn;
+use entente_proto::ids::{ExpertId, LayerId};
 use entente_proto::placement::ExpertKey;
 
-/// The loaded experts. Does not change once loaded.
-pub(crate) struct ExpertStore {
-    experts: BTreeMap<ExpertKey, GatedFfn>,
+/// An expert in memory.
+pub(crate) struct Expert {
+    /// Its weights.
+    pub(crate) ffn: GatedFfn,
+    /// Rows that went through it since they were last taken.
+    rows: AtomicU64,
 }
 
+impl Expert {
+    /// Counts rows that went through it.
+    pub(crate) fn count(&self, rows: usize) {
+        self.rows.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+}
+
+/// What is held of one layer.
+pub(crate) type Layer = BTreeMap<ExpertId, Arc<Expert>>;
+
+type Layers = BTreeMap<LayerId, Arc<Layer>>;
+
+/// The experts that are held now.
+#[derive(Default)]
+pub(crate) struct ExpertStore(ArcSwap<Layers>);
+
 impl ExpertStore {
-    /// Loads the placed experts, telling `progress` after each.
-    pub(crate) fn load(
-        checkpoint: &Checkpoint,
-        kernels: &dyn Kernels,
-        placed: &BTreeSet<ExpertKey>,
-        progress: &dyn Progress,
-    ) -> Result<Self, ModelError> {
-        Ok(Self { experts: load_experts(checkpoint, kernels, placed, progress)? })
+    /// What is held of a layer, which may be nothing.
+    pub(crate) fn layer(&self, layer: LayerId) -> Arc<Layer> {
+        self.0.load().get(&layer).cloned().unwrap_or_default()
     }
 
-    /// A store of experts that come from no checkpoint.
-    #[cfg(test)]
-    pub(crate) fn of(experts: BTreeMap<ExpertKey, GatedFfn>) -> Self {
-        Self { experts }
+    /// Takes further experts in.
+    pub(crate) fn hold(&self, experts: BTreeMap<ExpertKey, GatedFfn>) {
+        let in_memory = |ffn| Arc::new(Expert { ffn, rows: AtomicU64::new(0) });
+        let experts: Vec<_> = experts.into_iter().map(|(key, ffn)| (key, in_memory(ffn))).collect();
+        self.change(|layers| {
+            for ((layer, id), expert) in &experts {
+                Arc::make_mut(layers.entry(*layer).or_default()).insert(*id, expert.clone());
+            }
+        });
     }
 
-    /// The expert, if it is held.
-    pub(crate) fn get(&self, expert: ExpertKey) -> Option<&GatedFfn> {
-        self.experts.get(&expert)
+    /// Lets experts go; those that are not held are no matter.
+    pub(crate) fn release(&self, experts: &BTreeSet<ExpertKey>) {
+        self.change(|layers| {
+            for (layer, id) in experts {
+                if let Some(held) = layers.get_mut(layer) {
+                    Arc::make_mut(held).remove(id);
+                }
+            }
+        });
+    }
+
+    fn change(&self, change: impl Fn(&mut Layers)) {
+        self.0.rcu(|layers| {
+            let mut changed = Layers::clone(layers);
+            change(&mut changed);
+            changed
+        });
     }
 
     /// The experts held.
     pub(crate) fn keys(&self) -> BTreeSet<ExpertKey> {
-        self.experts.keys().copied().collect()
+        let layers = self.0.load();
+        layers.iter().flat_map(|(layer, held)| held.keys().map(|id| (*layer, *id))).collect()
     }
 
     /// Bytes of memory that they take.
     pub(crate) fn bytes(&self) -> u64 {
-        self.experts.values().map(|ffn| ffn.bytes() as u64).sum()
+        let layers = self.0.load();
+        layers.values().flat_map(|held| held.values()).map(|e| e.ffn.bytes() as u64).sum()
+    }
+
+    /// Rows that went through each held expert since the last call, where there were any.
+    pub(crate) fn take_rows(&self) -> Vec<(ExpertKey, u64)> {
+        let layers = self.0.load();
+        let all = layers.iter().flat_map(|(layer, held)| {
+            held.iter().map(|(id, expert)| ((*layer, *id), expert.rows.swap(0, Ordering::Relaxed)))
+        });
+        all.filter(|(_, rows)| *rows > 0).collect()
     }
 }

@@ -30,11 +30,13 @@ use tokio::sync::watch;
 
 use crate::limits::{BATCH_BYTES_MAX, QUEUE_BYTES_MAX, QUEUE_LEN_MAX};
 use crate::node::Reply;
-use crate::store::ExpertStore;
+use crate::store::{Expert, Layer};
 
 /// An admitted frame, and whom to tell.
 pub(crate) struct Work {
     pub(crate) frame: Dispatch,
+    /// What was held of the frame's layer when it was admitted.
+    pub(crate) experts: Arc<Layer>,
     pub(crate) due: Instant,
     pub(crate) reply: Reply,
 }
@@ -83,17 +85,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Queue {
     /// Starts the compute thread.
-    pub(crate) fn start(kernels: Arc<dyn Kernels>, store: ExpertStore) -> io::Result<Self> {
+    pub(crate) fn start(kernels: Arc<dyn Kernels>) -> io::Result<Self> {
         let load = watch::Sender::new(Load::default());
         let shared = Arc::new(Shared {
             waiting: Mutex::default(),
             changed: Condvar::new(),
-            worker: Mutex::new(Worker {
-                kernels,
-                store,
-                load: load.clone(),
-                answers: Bytes::new(),
-            }),
+            worker: Mutex::new(Worker { kernels, load: load.clone(), answers: Bytes::new() }),
             load,
         });
         let of_thread = shared.clone();
@@ -194,7 +191,6 @@ fn release(load: &watch::Sender<Load>, bytes: usize) {
 
 struct Worker {
     kernels: Arc<dyn Kernels>,
-    store: ExpertStore,
     load: watch::Sender<Load>,
     /// What the answers of the last batch are part of. It is used again once all of them have left:
     /// to get megabytes from the system, or to fill them with zeros, costs more than to fill them
@@ -222,8 +218,7 @@ impl Worker {
     /// Computes frames of one layer and answers them. If the kernels panic, each frame is tried
     /// alone, so that only the one to blame is refused.
     fn compute(&mut self, batch: Vec<Work>) {
-        let frames: Vec<&Dispatch> = batch.iter().map(|work| &work.frame).collect();
-        let computed = catch_unwind(AssertUnwindSafe(|| self.run_experts(&frames)));
+        let computed = catch_unwind(AssertUnwindSafe(|| self.run_experts(&batch)));
         match computed {
             Ok(rows) => {
                 for (work, rows) in batch.into_iter().zip(rows) {
@@ -250,41 +245,43 @@ impl Worker {
 
     /// Runs all rows of frames of one layer through their experts in one call. Returns the rows of
     /// each frame's answer, one for each assignment, in order.
-    fn run_experts(&mut self, frames: &[&Dispatch]) -> Vec<Bytes> {
-        let Some(first) = frames.first() else { return Vec::new() };
-        let (layer, row_len) = (first.layer, first.hidden * first.dtype.size());
-        let mut x: Vec<&[u8]> = Vec::with_capacity(frames.iter().map(|f| f.row_count()).sum());
-        let mut rows_of: BTreeMap<ExpertId, Vec<(u32, u32)>> = BTreeMap::new();
+    fn run_experts(&mut self, batch: &[Work]) -> Vec<Bytes> {
+        let Some(first) = batch.first() else { return Vec::new() };
+        let row_len = first.frame.hidden * first.frame.dtype.size();
+        let mut x: Vec<&[u8]> = Vec::with_capacity(batch.iter().map(|w| w.frame.row_count()).sum());
+        let mut rows_of: BTreeMap<ExpertId, (&Expert, Vec<(u32, u32)>)> = BTreeMap::new();
         let mut outputs = 0;
-        for frame in frames {
+        for Work { frame, experts, .. } in batch {
             for assignment in &frame.assignments {
                 let source = (x.len() + usize::from(assignment.row)) as u32;
-                rows_of.entry(assignment.expert).or_default().push((source, outputs));
+                // Frames that were admitted before and after a reload hold two copies of the same
+                // weights; either will do.
+                let (_, rows) = rows_of.entry(assignment.expert).or_insert_with(|| {
+                    let expert = experts.get(&assignment.expert);
+                    (expert.expect("only held experts are admitted"), Vec::new())
+                });
+                rows.push((source, outputs));
                 outputs += 1;
             }
             x.extend(frame.rows.chunks_exact(row_len));
         }
-        let groups: Vec<FfnGroup<'_>> = rows_of
-            .iter()
-            .map(|(expert, rows)| FfnGroup {
-                ffn: self.store.get((layer, *expert)).expect("only held experts are admitted"),
-                rows,
-            })
-            .collect();
+        let groups: Vec<FfnGroup<'_>> =
+            rows_of.values().map(|(expert, rows)| FfnGroup { ffn: &expert.ffn, rows }).collect();
         let answers_bytes = outputs as usize * row_len;
         let mut answers = std::mem::take(&mut self.answers).try_into_mut().unwrap_or_default();
         if answers.len() < answers_bytes {
             answers.resize(answers_bytes, 0);
         }
         self.kernels.gated_ffn_encoded(&x, &groups, &mut answers[..answers_bytes]);
+        rows_of.values().for_each(|(expert, rows)| expert.count(rows.len()));
         self.answers = answers.freeze();
         let mut end = 0;
-        let answer = |frame: &&Dispatch| {
+        let answer = |work: &Work| {
             let start = end;
-            end += frame.answer_len();
+            end += work.frame.answer_len();
             self.answers.slice(start..end)
         };
-        frames.iter().map(answer).collect()
+        batch.iter().map(answer).collect()
     }
 }
 

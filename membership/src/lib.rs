@@ -32,6 +32,8 @@ pub mod net;
 pub mod raft;
 pub mod roster;
 pub mod served;
+pub mod service;
 pub mod state;
+pub mod steward;
 pub mod store;
 pub mod voter;

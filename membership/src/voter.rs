@@ -325,6 +325,14 @@ impl Voter {
         Ok(())
     }
 
+    /// Takes a snapshot now, which goes to the disk with the next batch. Returns its index.
+    pub fn take_snapshot(&mut self) -> Result<u64, VoterError> {
+        let applied = self.state.applied_index();
+        self.replica.compact(applied, self.state.seal(), self.settings.snapshot_keep)?;
+        self.log_len = 0;
+        Ok(applied)
+    }
+
     fn compact_if_long(&mut self) -> Result<(), VoterError> {
         let applied = self.state.applied_index();
         let many = applied >= self.replica.log().snapshot.index + self.settings.snapshot_entries;

@@ -20,7 +20,7 @@ use entente_router::exchange::{Command, Job};
 use entente_router::exchanges::Exchanges;
 use entente_router::gate::{self, Choice, GateSpec};
 use entente_router::placement;
-use entente_router::view::{ClusterView, NodeView};
+use entente_router::view::{ClusterView, Member, Model, NodeView};
 
 const HIDDEN: usize = 1_024;
 const NODES: u32 = 4;
@@ -38,14 +38,18 @@ fn view() -> ClusterView {
     let placement = placement::plan(&nodes, &shape, 1).expect("room for all");
     let live = |node: &PlacementNode| {
         let name = format!("fr-expert-{}", node.id).parse().expect("a name");
-        (node.id, NodeView { name, region: home, live: Some(Incarnation(1)) })
+        let member = Member { name, region: home, serves: true, incarnation: None };
+        (node.id, NodeView { member, linked: Some(Incarnation(1)) })
     };
     ClusterView {
         home,
+        model: Model {
+            digest: ModelDigest([1; 32]),
+            kernel_class: KernelClass("bf16/test/1".to_owned()),
+            layers: [(LAYER, GATE.experts as u16)].into(),
+        },
         membership_epoch: MembershipEpoch(1),
         placement_epoch: PlacementEpoch(1),
-        model_digest: ModelDigest([1; 32]),
-        kernel_class: KernelClass("bf16/test/1".to_owned()),
         nodes: nodes.iter().map(live).collect(),
         placement: Arc::new(placement),
     }
@@ -93,6 +97,7 @@ fn exchange(c: &mut Criterion) {
                     top_k: GATE.top_k,
                     policies: vec![[view.home].into()],
                     policy_of_row: vec![0; rows],
+                    stranded_max_us: 1_000_000,
                     deadline_us: 1_000_000,
                 };
                 let (ticket, commands) = exchanges.start(job, &view, 0);

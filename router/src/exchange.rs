@@ -19,10 +19,16 @@
 //! id. A node falls out of favour in two ways:
 //! - it *rests* for a while after something that may pass (busy, not sent, link broken);
 //! - it is *excluded under its fence* after something that will not (draining, stale fence, expert
-//!   not held, nonsense). A restarted node has another fence and is asked again.
+//!   not held, nonsense). A restarted node has another fence, and so has every node once the view
+//!   has moved on to another epoch: then it is asked again.
 //!
-//! When nobody is left, the exchange waits until its deadline for a node to come up, then fails.
-//! It never makes do with less than every slot.
+//! Epochs may move while frames are out, here and at the nodes. That changes no row: an answer
+//! counts if it comes from the start of the node that was asked, with the model that was asked for.
+//! What a start owes that is not live any more is asked of others at once.
+//!
+//! Rows that nobody is left for make the exchange *stranded*. It waits a little for a node to come
+//! up and then fails with [`Failure::NoReplica`], so that its owner may do something better than
+//! wait. It never makes do with less than every slot.
 
 mod frames;
 mod standing;
@@ -59,7 +65,9 @@ pub struct Job {
     pub policies: Vec<RegionSet>,
     /// Which of `policies` holds for each row.
     pub policy_of_row: Vec<u16>,
-    /// When the exchange fails, in microseconds on the caller's clock.
+    /// How long nobody may be left for some row before the exchange fails, in microseconds.
+    pub stranded_max_us: u64,
+    /// When the exchange fails in any case, in microseconds on the caller's clock.
     pub deadline_us: u64,
 }
 
@@ -132,6 +140,14 @@ pub enum Failure {
     /// Nobody is left who may and can compute some of the rows.
     #[error("layer {layer}: no permitted replica is left for some rows (last: {last})")]
     NoReplica {
+        /// The layer.
+        layer: LayerId,
+        /// What happened to the last frame that came to nothing.
+        last: &'static str,
+    },
+    /// Replicas are there, and none has taken some of the rows in time.
+    #[error("layer {layer}: deadline passed before a replica took some rows (last: {last})")]
+    NotTaken {
         /// The layer.
         layer: LayerId,
         /// What happened to the last frame that came to nothing.
@@ -213,6 +229,8 @@ pub struct Exchange {
     standing: Standing,
     /// When a resting node may be asked for what is missing, or a frame is late.
     wake_us: Option<u64>,
+    /// Since when nobody is left for some rows.
+    stranded_since_us: Option<u64>,
     /// What happened to the last frame that came to nothing.
     last_trouble: &'static str,
     failure: Option<Failure>,
@@ -245,6 +263,7 @@ impl Exchange {
             answers: Vec::new(),
             standing: Standing::default(),
             wake_us: None,
+            stranded_since_us: None,
             last_trouble: "none is live",
             failure,
             job,
@@ -273,11 +292,13 @@ impl Exchange {
             return Status::Done;
         }
         let wake_us = self.wake_us.unwrap_or(u64::MAX);
-        Status::Waiting { until_us: wake_us.min(self.job.deadline_us) }
+        let stranded_us = self.stranded_until_us().unwrap_or(u64::MAX);
+        Status::Waiting { until_us: wake_us.min(stranded_us).min(self.job.deadline_us) }
     }
 
-    /// Takes an answer of `node`. What was not asked for (an unknown name, another node, another
-    /// fence) is dropped; what is refused or malformed makes its slots missing again.
+    /// Takes an answer of `node`. What was not asked for (an unknown name, another node) is dropped,
+    /// and so are rows of another start of the node or of another model; its epochs may be ahead of
+    /// the frame's. What is refused or malformed makes its slots missing again.
     pub fn on_answer(
         &mut self,
         view: &ClusterView,
@@ -289,11 +310,17 @@ impl Exchange {
         pace.on_answer(node, &answer, now_us);
         let Some(sent) = self.in_flight.get(&answer.exchange) else { return Vec::new() };
         let fence = sent.fence;
-        if sent.node != node || answer.fence.is_some_and(|theirs| theirs != fence) {
+        let ours = |theirs: Fence| is_same_start(&theirs, &fence);
+        let counts = match &answer.result {
+            Ok(_) => answer.fence.is_some_and(ours),
+            // A node that has been started anew says so.
+            Err(Refusal::StaleFence(_)) => true,
+            Err(_) => answer.fence.is_none_or(ours),
+        };
+        if sent.node != node || !counts {
             return Vec::new();
         }
         match answer.result {
-            Ok(_) if answer.fence.is_none() => return Vec::new(),
             Ok(rows) if rows.len() == sent.answer_len => {
                 self.keep(answer.exchange, rows);
                 return Vec::new();
@@ -359,13 +386,22 @@ impl Exchange {
         self.plan(view, pace, now_us)
     }
 
-    /// Takes note that nodes came up or that epochs moved.
+    /// Takes note that nodes came up, that the cluster counts on others now, or that epochs moved.
     pub fn on_view_changed(
         &mut self,
         view: &ClusterView,
         pace: &mut Pace,
         now_us: u64,
     ) -> Vec<Command> {
+        let is_over = |sent: &InFlight| {
+            view.fence(sent.node).is_none_or(|fence| !is_same_start(&fence, &sent.fence))
+        };
+        let lost: Vec<ExchangeId> =
+            self.in_flight.iter().filter(|(_, sent)| is_over(sent)).map(|(id, _)| *id).collect();
+        if !lost.is_empty() {
+            self.last_trouble = "the cluster counts on a node no more";
+        }
+        lost.into_iter().for_each(|id| self.give_up(pace, id));
         self.plan(view, pace, now_us)
     }
 
@@ -437,26 +473,46 @@ impl Exchange {
         if self.unanswered == 0 || self.failure.is_some() {
             return Vec::new();
         }
-        let any_missing = self.slots.contains(&Slot::Missing);
-        let out_of_frames = any_missing && self.frames_sent >= FRAMES_MAX / 2;
-        if now_us >= self.job.deadline_us || out_of_frames {
-            let layer = self.job.layer;
-            let owing = self.in_flight.values().next().map(|sent| sent.node);
-            self.fail(match owing {
-                Some(node) if !any_missing => Failure::Deadline { layer, node },
-                _ => Failure::NoReplica { layer, last: self.last_trouble },
-            });
+        pace.blame_overdue(now_us);
+        let (groups, left) = self.assign(view, pace, now_us);
+        self.stranded_since_us = match self.stranded_since_us {
+            _ if !left.iter().any(|slot| self.is_stranded(view, *slot)) => None,
+            since => since.or(Some(now_us)),
+        };
+        if let Some(failure) = self.hopeless(now_us) {
+            self.fail(failure);
             return Vec::new();
         }
-        pace.blame_overdue(now_us);
-        let groups = self.assign(view, pace, now_us);
         let mut commands = self.frames(view, pace, groups, now_us);
         let groups = self.hedge(view, pace, now_us);
         commands.extend(self.frames(view, pace, groups, now_us));
-        let still_missing = any_missing && self.slots.contains(&Slot::Missing);
-        let rested_us = still_missing.then(|| self.standing.next_return_us(now_us)).flatten();
+        let rested_us = (!left.is_empty()).then(|| self.standing.next_return_us(now_us)).flatten();
         self.wake_us = rested_us.into_iter().chain(self.next_late_us(now_us)).min();
         commands
+    }
+
+    /// When to stop waiting for a replica that is not there.
+    fn stranded_until_us(&self) -> Option<u64> {
+        Some(self.stranded_since_us?.saturating_add(self.job.stranded_max_us))
+    }
+
+    /// Why nothing can come of the exchange any more, if so.
+    fn hopeless(&self, now_us: u64) -> Option<Failure> {
+        let (layer, last) = (self.job.layer, self.last_trouble);
+        if self.stranded_until_us().is_some_and(|until_us| now_us >= until_us) {
+            return Some(Failure::NoReplica { layer, last });
+        }
+        let any_missing = self.slots.contains(&Slot::Missing);
+        let out_of_frames = any_missing && self.frames_sent >= FRAMES_MAX / 2;
+        if now_us < self.job.deadline_us && !out_of_frames {
+            return None;
+        }
+        let owing = self.in_flight.values().next().map(|sent| sent.node);
+        Some(match owing {
+            Some(node) if !any_missing => Failure::Deadline { layer, node },
+            _ if self.stranded_since_us.is_some() => Failure::NoReplica { layer, last },
+            _ => Failure::NotTaken { layer, last },
+        })
     }
 
     /// When the next frame will be late, or overdue.
@@ -464,6 +520,12 @@ impl Exchange {
         let times = |sent: &InFlight| [sent.patience.hedge_at_us, sent.patience.overdue_at_us];
         self.in_flight.values().flat_map(times).filter(|at| *at > now_us).min()
     }
+}
+
+/// Whether two fences name the same start of a node with the same model: epochs do not change what
+/// it computes.
+fn is_same_start(a: &Fence, b: &Fence) -> bool {
+    (a.incarnation, a.model_digest) == (b.incarnation, b.model_digest)
 }
 
 /// A refusal in words that are ours: a node's own text may say anything.

@@ -1,9 +1,15 @@
 //! What one coordinator knows of the cluster: who should be there, and who is.
 //!
-//! The membership and the placement come from what the cluster has committed; whether a node is
-//! live comes from the link to it. A node counts as live only after it has said the same about
-//! itself as the view does ([`ClusterView::node_up`]), so that no row leaves for a node of another
-//! model, kernel class, region or epoch.
+//! Two things change it. What the cluster has committed comes in by [`ClusterView::follow`]: who
+//! takes traffic, as which start, and where experts are placed. What a link sees comes in by
+//! [`ClusterView::node_up`] and [`ClusterView::node_down`]. They come in any order, so the view
+//! keeps both and a node is **live** only where they agree:
+//!
+//! > the link is up ∧ the committed state takes traffic ∧ both speak of the same incarnation
+//!
+//! A node is taken up only after it has said the same about itself as the view does, so that no row
+//! leaves for a node of another model, kernel class or region. Its epochs need not be the view's:
+//! commits reach processes at different moments, and the node itself refuses a frame that is too old.
 //!
 //! The view permits only nodes of the **home** region: a border is never crossed by default.
 
@@ -11,21 +17,64 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use entente_proto::ids::{
-    Fence, Incarnation, KernelClass, MembershipEpoch, ModelDigest, NodeId, NodeName,
-    PlacementEpoch, Region, RegionSet,
+    ExpertId, Fence, Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest, NodeId,
+    NodeName, PlacementEpoch, Region, RegionSet,
 };
 use entente_proto::link::NodeInfo;
 use entente_proto::placement::{ExpertKey, Placement};
 
-/// An expert node as the view knows it.
+/// What the cluster has agreed on, as far as a coordinator needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeView {
+pub struct Committed {
+    /// Epoch of `members`.
+    pub membership_epoch: MembershipEpoch,
+    /// Epoch of `placement`.
+    pub placement_epoch: PlacementEpoch,
+    /// The expert nodes of the cluster.
+    pub members: BTreeMap<NodeId, Member>,
+    /// Which node holds which expert.
+    pub placement: Arc<Placement>,
+}
+
+/// An expert node as the cluster has agreed on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
     /// The node's name.
     pub name: NodeName,
     /// The country that it stands in.
     pub region: Region,
-    /// Which start of the node is reachable now; absent while the link is down.
-    pub live: Option<Incarnation>,
+    /// Whether it takes traffic.
+    pub serves: bool,
+    /// Which start of the node takes it. Absent where the cluster mints none: then any does.
+    pub incarnation: Option<Incarnation>,
+}
+
+/// An expert node as the view knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeView {
+    /// What the cluster has agreed on.
+    pub member: Member,
+    /// The start of the node that the link leads to; absent while the link is down.
+    pub linked: Option<Incarnation>,
+}
+
+impl NodeView {
+    /// Which start of the node may be sent rows now.
+    pub fn live(&self) -> Option<Incarnation> {
+        let agreed = |linked: &Incarnation| self.member.incarnation.is_none_or(|i| i == *linked);
+        self.linked.filter(|linked| self.member.serves && agreed(linked))
+    }
+}
+
+/// What all must be alike in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Model {
+    /// The model that all must hold.
+    pub digest: ModelDigest,
+    /// The kernels that all must compute with: replicas of another class give other bits.
+    pub kernel_class: KernelClass,
+    /// The layers that have experts, with their number.
+    pub layers: BTreeMap<LayerId, u16>,
 }
 
 /// The cluster, seen from one coordinator.
@@ -33,14 +82,12 @@ pub struct NodeView {
 pub struct ClusterView {
     /// The coordinator's own region, the only one whose nodes it uses.
     pub home: Region,
+    /// The model that the coordinator serves.
+    pub model: Model,
     /// Epoch of the membership that `nodes` reflects.
     pub membership_epoch: MembershipEpoch,
     /// Epoch of `placement`.
     pub placement_epoch: PlacementEpoch,
-    /// The model that all must hold.
-    pub model_digest: ModelDigest,
-    /// The kernels that all must compute with: replicas of another class give other bits.
-    pub kernel_class: KernelClass,
     /// The expert nodes of the cluster.
     pub nodes: BTreeMap<NodeId, NodeView>,
     /// Which node holds which expert.
@@ -78,51 +125,85 @@ pub enum Mismatch {
 }
 
 impl ClusterView {
-    /// Takes note that a node is reachable and is what it should be. It stays as it was otherwise.
+    /// What is known before any link is up.
+    pub fn new(home: Region, model: Model, committed: Committed) -> Self {
+        let mut view = Self {
+            home,
+            model,
+            membership_epoch: MembershipEpoch::default(),
+            placement_epoch: PlacementEpoch::default(),
+            nodes: BTreeMap::new(),
+            placement: Arc::default(),
+        };
+        view.follow(committed);
+        view
+    }
+
+    /// Takes what the cluster has committed. What links have seen stays as it is, so a node comes
+    /// to life by the commit alone if its link was there first. Returns whether anything changed;
+    /// epochs never fall, so what has a lower one is old and changes nothing.
+    pub fn follow(&mut self, committed: Committed) -> bool {
+        let Committed { membership_epoch, placement_epoch, members, placement } = committed;
+        let (ours, theirs) =
+            ((self.membership_epoch, self.placement_epoch), (membership_epoch, placement_epoch));
+        if ours == theirs || theirs.0 < ours.0 || theirs.1 < ours.1 {
+            return false;
+        }
+        let mut before = std::mem::take(&mut self.nodes);
+        let known = |(id, member)| {
+            let linked = before.remove(&id).and_then(|node: NodeView| node.linked);
+            (id, NodeView { member, linked })
+        };
+        self.nodes = members.into_iter().map(known).collect();
+        (self.membership_epoch, self.placement_epoch) = theirs;
+        self.placement = placement;
+        true
+    }
+
+    /// Takes note that a link leads to the node and that it is what it should be. The view stays as
+    /// it was otherwise. Whether the node is used is another question: see [`NodeView::live`].
     pub fn node_up(&mut self, id: NodeId, info: &NodeInfo) -> Result<(), Mismatch> {
-        let node = self.nodes.get(&id).ok_or(Mismatch::NotAMember(id))?;
+        let member = &self.nodes.get(&id).ok_or(Mismatch::NotAMember(id))?.member;
         let same = |what, have: String, want: String| {
             if have == want {
                 return Ok(());
             }
-            Err(Mismatch::Differs { name: node.name.clone(), what, have, want })
+            Err(Mismatch::Differs { name: member.name.clone(), what, have, want })
         };
         let fence = &info.fence;
-        same("name", info.name.to_string(), node.name.to_string())?;
-        same("region", info.region.to_string(), node.region.to_string())?;
-        same("model digest", fence.model_digest.to_string(), self.model_digest.to_string())?;
-        same("kernel class", info.kernel_class.to_string(), self.kernel_class.to_string())?;
-        let (have, want) = (fence.membership_epoch, self.membership_epoch);
-        same("membership epoch", have.to_string(), want.to_string())?;
-        let (have, want) = (fence.placement_epoch, self.placement_epoch);
-        same("placement epoch", have.to_string(), want.to_string())?;
-
+        same("name", info.name.to_string(), member.name.to_string())?;
+        same("region", info.region.to_string(), member.region.to_string())?;
+        same("model digest", fence.model_digest.to_string(), self.model.digest.to_string())?;
+        same("kernel class", info.kernel_class.to_string(), self.model.kernel_class.to_string())?;
+        // Where starts are minted, whoever minted this one has seen to what the node holds, and
+        // what is placed on it may have changed since. Elsewhere nobody else looks.
         let lacking = self.placement.experts_of(id).difference(&info.experts).count();
-        if lacking > 0 {
-            let (name, held) = (node.name.clone(), info.experts.len());
+        if member.incarnation.is_none() && lacking > 0 {
+            let (name, held) = (member.name.clone(), info.experts.len());
             return Err(Mismatch::Lacks { name, held, lacking });
         }
         if let Some(node) = self.nodes.get_mut(&id) {
-            node.live = Some(info.fence.incarnation);
+            node.linked = Some(info.fence.incarnation);
         }
         Ok(())
     }
 
-    /// Takes note that a node cannot be reached.
+    /// Takes note that no link leads to the node.
     pub fn node_down(&mut self, id: NodeId) {
         if let Some(node) = self.nodes.get_mut(&id) {
-            node.live = None;
+            node.linked = None;
         }
     }
 
-    /// What a frame to the node must carry; absent while the node is not live.
+    /// What a frame to the node must carry, with the view's own epochs; absent while the node is
+    /// not live.
     pub fn fence(&self, id: NodeId) -> Option<Fence> {
-        let incarnation = self.nodes.get(&id)?.live?;
+        let incarnation = self.nodes.get(&id)?.live()?;
         Some(Fence {
             membership_epoch: self.membership_epoch,
             placement_epoch: self.placement_epoch,
             incarnation,
-            model_digest: self.model_digest,
+            model_digest: self.model.digest,
         })
     }
 
@@ -134,102 +215,21 @@ impl ClusterView {
     ) -> impl Iterator<Item = NodeId> + 'a {
         self.placement.replicas(expert).filter(|id| {
             self.nodes.get(id).is_some_and(|node| {
-                node.live.is_some() && node.region == self.home && policy.contains(&node.region)
+                let region = node.member.region;
+                node.live().is_some() && region == self.home && policy.contains(&region)
             })
         })
     }
 
-    /// The first expert that no live node holds which may see rows of this policy. While there is
-    /// none, every exchange under the policy can be served.
+    /// The first expert of the model that no live node holds which may see rows of this policy: it
+    /// is not placed yet, or nobody is there who has it. While there is none, every exchange under the policy can be served.
     pub fn missing(&self, policy: &RegionSet) -> Option<ExpertKey> {
-        self.placement
-            .iter()
-            .map(|(expert, _)| expert)
-            .find(|expert| self.replicas(*expert, policy).next().is_none())
+        let layers = self.model.layers.iter();
+        let mut experts = layers
+            .flat_map(|(layer, experts)| (0..*experts).map(|expert| (*layer, ExpertId(expert))));
+        experts.find(|expert| self.replicas(*expert, policy).next().is_none())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use entente_proto::ids::{ExpertId, LayerId};
-
-    const EXPERT: ExpertKey = (LayerId(0), ExpertId(0));
-
-    fn region(code: &str) -> Region {
-        code.parse().unwrap()
-    }
-
-    /// One expert with a replica on node 0 in fr and one on node 1 in se, seen from fr.
-    fn view() -> ClusterView {
-        let mut placement = Placement::new();
-        let mut nodes = BTreeMap::new();
-        for (id, code) in [(0, "fr"), (1, "se")] {
-            placement.add(EXPERT, NodeId(id));
-            let name = format!("{code}-expert-1").parse().unwrap();
-            nodes.insert(NodeId(id), NodeView { name, region: region(code), live: None });
-        }
-        ClusterView {
-            home: region("fr"),
-            membership_epoch: MembershipEpoch(1),
-            placement_epoch: PlacementEpoch(1),
-            model_digest: ModelDigest([1; 32]),
-            kernel_class: KernelClass("f32/test/1".to_owned()),
-            nodes,
-            placement: Arc::new(placement),
-        }
-    }
-
-    fn info(view: &ClusterView, id: NodeId) -> NodeInfo {
-        NodeInfo {
-            name: view.nodes[&id].name.clone(),
-            region: view.nodes[&id].region,
-            fence: Fence {
-                membership_epoch: view.membership_epoch,
-                placement_epoch: view.placement_epoch,
-                incarnation: Incarnation(5),
-                model_digest: view.model_digest,
-            },
-            kernel_class: view.kernel_class.clone(),
-            experts: view.placement.experts_of(id),
-            weights_bytes: 0,
-        }
-    }
-
-    #[test]
-    fn a_node_is_live_only_if_it_is_what_the_view_expects() {
-        type Spoil = fn(&mut NodeInfo);
-        let cases: [(&str, Spoil); 7] = [
-            ("name", |i| i.name = "se-expert-1".parse().unwrap()),
-            ("region", |i| i.region = "se".parse().unwrap()),
-            ("model digest", |i| i.fence.model_digest = ModelDigest([2; 32])),
-            ("kernel class", |i| i.kernel_class = KernelClass("bf16/test/1".to_owned())),
-            ("membership epoch", |i| i.fence.membership_epoch = MembershipEpoch(2)),
-            ("placement epoch", |i| i.fence.placement_epoch = PlacementEpoch(0)),
-            ("lacks", |i| i.experts.clear()),
-        ];
-        for (what, spoil) in cases {
-            let mut view = view();
-            let mut info = info(&view, NodeId(0));
-            spoil(&mut info);
-            let error = view.node_up(NodeId(0), &info).unwrap_err().to_string();
-            assert!(error.contains(what), "{error} does not name {what}");
-            assert_eq!(view.fence(NodeId(0)), None);
-        }
-    }
-
-    #[test]
-    fn only_live_nodes_of_the_home_region_serve_and_only_where_the_policy_allows_it() {
-        let mut view = view();
-        let both: RegionSet = [region("fr"), region("se")].into();
-        let abroad: RegionSet = [region("se")].into();
-        for id in [NodeId(0), NodeId(1)] {
-            let info = info(&view, id);
-            view.node_up(id, &info).unwrap();
-        }
-        assert_eq!(view.replicas(EXPERT, &both).collect::<Vec<_>>(), [NodeId(0)]);
-        assert_eq!((view.missing(&both), view.missing(&abroad)), (None, Some(EXPERT)));
-        view.node_down(NodeId(0));
-        assert_eq!(view.missing(&both), Some(EXPERT));
-    }
-}
+mod tests;

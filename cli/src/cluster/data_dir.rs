@@ -64,6 +64,11 @@ impl ClusterFile {
     }
 }
 
+/// Where certificates and keys are kept in the data directory `root`.
+pub fn tls_in(root: &Path) -> PathBuf {
+    root.join("tls")
+}
+
 /// A data directory that this process owns until the value is dropped.
 #[derive(Debug)]
 pub struct DataDir {
@@ -104,7 +109,7 @@ impl DataDir {
 
     /// Where certificates and keys are kept.
     pub fn tls(&self) -> PathBuf {
-        self.root.join("tls")
+        tls_in(&self.root)
     }
 
     /// Where voters keep their logs, each in a folder of its name: empty at first. A cluster on one

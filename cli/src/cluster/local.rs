@@ -26,9 +26,6 @@ use crate::status::Status;
 /// How long all processes together may be silent while they load and find each other.
 const STALL_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Whether processes of their own agree by raft; else the roster is all that there is.
-const LIVE: bool = false;
-
 /// What the cluster should be.
 #[derive(Debug, Clone)]
 pub struct Wanted {
@@ -85,11 +82,10 @@ pub struct Cluster {
 impl Cluster {
     /// Binds all ports first, so that nothing is started when one is taken.
     pub fn start(wanted: Wanted, data: DataDir, logging: &LogArgs) -> anyhow::Result<Self> {
-        let has_processes = wanted.transport != Transport::Inproc;
-        let is_live = has_processes && LIVE;
+        let is_live = wanted.transport != Transport::Inproc;
         let everyone = everyone(&wanted, is_live);
         // Expert nodes inside their coordinator are no processes and have no address.
-        let is_process = |m: &&Member| m.role == Role::Coordinator || has_processes;
+        let is_process = |m: &&Member| m.role == Role::Coordinator || is_live;
         let members: Vec<Member> = everyone.iter().filter(is_process).cloned().collect();
         let bound = bind_all(&members, wanted.http, is_live)?;
         let common = common(wanted.clone(), everyone, &members, &bound, &data)?;

@@ -15,6 +15,7 @@ pub mod data_dir;
 pub mod local;
 pub mod pki;
 pub mod plan;
+pub mod relay;
 pub mod report;
 pub mod restart;
 pub mod supervisor;

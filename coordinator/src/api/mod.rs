@@ -25,7 +25,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 pub use self::error::ApiError;
-use crate::engine::{EngineHandle, Readiness};
+use crate::engine::EngineHandle;
 use crate::metrics::Metrics;
 
 /// Bytes of a request body at most.
@@ -121,18 +121,12 @@ fn unreadable(error: TokenizerError) -> String {
 }
 
 impl Api {
-    /// Refuses requests for other models and requests that cannot be served now.
+    /// Refuses requests for other models. Whether experts are there is not asked: a request waits
+    /// for those that it needs.
     fn admit(&self, model: Option<&String>) -> Result<(), ApiError> {
-        if let Some(model) = model.filter(|model| **model != self.model_name) {
-            return Err(ApiError::unknown_model(model));
-        }
-        match &*self.engine.readiness().borrow() {
-            Readiness::Ready => Ok(()),
-            Readiness::Waiting(missing) => {
-                let message = format!("the model is not ready: {missing}");
-                let status = StatusCode::SERVICE_UNAVAILABLE;
-                Err(ApiError::new(status, "service_unavailable", message, None))
-            }
+        match model.filter(|model| **model != self.model_name) {
+            Some(model) => Err(ApiError::unknown_model(model)),
+            None => Ok(()),
         }
     }
 

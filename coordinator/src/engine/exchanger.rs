@@ -1,9 +1,8 @@
 //! Drives exchanges through the links: the shell around [`entente_router::exchanges`].
 //!
-//! It owns the engine's view of the cluster, since the same events that answer an exchange also
-//! tell which nodes are up, and it publishes whether all experts can be reached the moment that
-//! changes, also while an exchange waits. All decisions are the router's; this file only has the
-//! clock and the links.
+//! It owns the [`Cluster`], since the same events that answer an exchange also tell which nodes are
+//! up, and takes what was committed the moment that it is rung for, also while an exchange waits.
+//! All decisions are the router's; this file only has the clock.
 //!
 //! Invariant: between two steps nothing is in flight. A step finishes what it starts, and where one
 //! exchange fails the others of its step are given up with it.
@@ -14,39 +13,31 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use entente_model::kernels::Kernels;
-use entente_proto::ids::{LayerId, NodeId, RegionSet};
+use entente_proto::ids::{LayerId, NodeId};
 use entente_proto::link::LinkEvent;
 use entente_router::exchange::{Command, Failure, Job, Status};
 use entente_router::exchanges::{Exchanges, Ticket};
 use entente_router::gate::Choice;
-use entente_router::view::ClusterView;
 use tokio::sync::watch;
 
-use crate::link::{Bell, Links};
+use super::cluster::{Cluster, Readiness};
+use crate::link::Bell;
 use crate::metrics::Metrics;
+
+/// How long nobody may be left for some rows before their step is given up. A link that flickers is
+/// back before that; while the engine waits for longer it should hear of its clients.
+const STRANDED_MAX: Duration = Duration::from_millis(50);
 
 /// See the module.
 pub struct Exchanger {
-    links: Links,
-    view: ClusterView,
+    cluster: Cluster,
     exchanges: Exchanges,
     started: Instant,
     deadline_us: u64,
-    allowed_regions: RegionSet,
     kernels: Arc<dyn Kernels>,
     /// Memory for the rows of exchanges, used again for the next; as many as were in flight.
     spare: Vec<BytesMut>,
     metrics: Arc<Metrics>,
-    readiness: watch::Sender<Readiness>,
-}
-
-/// Whether requests could be served now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Readiness {
-    /// Every expert has a live replica.
-    Ready,
-    /// Something is missing; the text says what.
-    Waiting(String),
 }
 
 /// Rows of one MoE layer with the experts that the gate chose for them.
@@ -72,29 +63,22 @@ pub struct InFlight {
 }
 
 impl Exchanger {
-    /// An exchanger over these links.
+    /// Exchanges with the nodes of this cluster.
     pub fn new(
-        links: Links,
-        view: ClusterView,
+        cluster: Cluster,
         kernels: Arc<dyn Kernels>,
         deadline: Duration,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let waiting = Readiness::Waiting("expert nodes are being connected".into());
-        let exchanger = Self {
-            readiness: watch::Sender::new(waiting),
-            allowed_regions: [view.home].into(),
-            links,
-            view,
+        Self {
+            cluster,
             exchanges: Exchanges::new(),
             started: Instant::now(),
             deadline_us: deadline.as_micros() as u64,
             kernels,
             spare: Vec::new(),
             metrics,
-        };
-        exchanger.publish();
-        exchanger
+        }
     }
 
     fn now_us(&self) -> u64 {
@@ -103,91 +87,71 @@ impl Exchanger {
 
     /// What ends [`Exchanger::idle`].
     pub fn bell(&self) -> Arc<Bell> {
-        self.links.bell()
+        self.cluster.bell()
     }
 
     /// Whether every expert has a live replica that this coordinator may use.
     pub fn readiness(&self) -> watch::Receiver<Readiness> {
-        self.readiness.subscribe()
+        self.cluster.readiness()
     }
 
-    fn publish(&self) {
-        let now = match self.view.missing(&self.allowed_regions) {
-            None => Readiness::Ready,
-            Some((layer, _)) => {
-                Readiness::Waiting(format!("an expert of layer {layer} has no live replica"))
-            }
-        };
-        self.readiness.send_if_modified(|shown| {
-            let changed = *shown != now;
-            *shown = now;
-            changed
-        });
+    /// Counts the times that something became possible which was not; see [`Cluster::changes`].
+    pub fn changes(&self) -> u64 {
+        self.cluster.changes()
     }
 
-    /// Takes what links have reported, without waiting.
+    /// Takes what links have reported and what was committed, without waiting.
     pub fn absorb(&mut self) {
-        while let Some((node, event)) = self.links.next(Duration::ZERO) {
+        self.follow();
+        while let Some((node, event)) = self.cluster.next_at_once() {
             self.take(node, event);
         }
     }
 
-    /// Waits until a link has something to report, and takes it, or until the bell is rung.
-    pub fn idle(&mut self) {
-        if let Some((node, event)) = self.links.next_unless_rung() {
+    /// Waits for something to take: a link has something to report, something was committed. Ends
+    /// without it when the time is over or the bell was rung.
+    pub fn idle(&mut self, timeout: Option<Duration>) {
+        if let Some((node, event)) = self.cluster.next(timeout) {
             self.take(node, event);
         }
+        self.follow();
+    }
+
+    /// Takes what was committed, if that is news, and tells the exchanges.
+    fn follow(&mut self) {
+        let Some(given_up) = self.cluster.follow() else { return };
+        let (now_us, view) = (self.now_us(), self.cluster.view());
+        let mut commands = Vec::new();
+        for node in given_up {
+            commands.extend(self.exchanges.on_link_down(view, node, now_us));
+        }
+        commands.extend(self.exchanges.on_view_changed(view, now_us));
+        self.perform(commands);
     }
 
     /// Takes one event: keeps the view up to date, and tells the exchanges that it concerns.
     fn take(&mut self, node: NodeId, event: LinkEvent) {
         let now_us = self.now_us();
+        let Self { cluster, exchanges, .. } = self;
         let commands = match event {
-            LinkEvent::Answer(answer) => self.exchanges.on_answer(&self.view, node, answer, now_us),
-            event => match self.note(node, event) {
-                None => Vec::new(),
-                Some(true) => self.exchanges.on_view_changed(&self.view, now_us),
-                Some(false) => {
-                    self.metrics.link_breaks.inc_by(u64::from(!self.exchanges.is_empty()));
-                    self.exchanges.on_link_down(&self.view, node, now_us)
-                }
-            },
+            LinkEvent::Answer(answer) => exchanges.on_answer(cluster.view(), node, answer, now_us),
+            LinkEvent::Up(info) if cluster.node_up(node, &info) => {
+                exchanges.on_view_changed(cluster.view(), now_us)
+            }
+            LinkEvent::Up(_) => Vec::new(),
+            LinkEvent::Down(reason) => {
+                self.metrics.link_breaks.inc_by(u64::from(!exchanges.is_empty()));
+                cluster.node_down(node, &reason);
+                exchanges.on_link_down(cluster.view(), node, now_us)
+            }
         };
         self.perform(commands);
-    }
-
-    /// Keeps the view up to date. `Some` when the node came (true) or went (false).
-    fn note(&mut self, node: NodeId, event: LinkEvent) -> Option<bool> {
-        let change = self.change(node, event)?;
-        self.publish();
-        Some(change)
-    }
-
-    fn change(&mut self, node: NodeId, event: LinkEvent) -> Option<bool> {
-        match event {
-            LinkEvent::Answer(_) => None,
-            LinkEvent::Up(info) => match self.view.node_up(node, &info) {
-                Ok(()) => {
-                    tracing::info!(node = %info.name, "expert node is up");
-                    Some(true)
-                }
-                Err(mismatch) => {
-                    tracing::error!(node = %info.name, %mismatch, "expert node is not usable");
-                    None
-                }
-            },
-            LinkEvent::Down(reason) => {
-                tracing::warn!(node = node.0, reason, "expert node is down");
-                self.view.node_down(node);
-                Some(false)
-            }
-        }
     }
 
     /// Whether nodes compute while this thread does something else: then it pays to have several
     /// exchanges in flight.
     pub fn overlaps(&self) -> bool {
-        self.links.are_asynchronous()
+        self.cluster.overlaps()
     }
 
     /// Sends `rows` to their experts, without waiting for them.
@@ -211,11 +175,12 @@ impl Exchanger {
             rows: buffer.slice(..rows_bytes),
             choices: rows.choices,
             top_k: rows.top_k,
-            policies: vec![self.allowed_regions.clone()],
+            policies: vec![self.cluster.allowed_regions().clone()],
             policy_of_row: vec![0; count],
+            stranded_max_us: STRANDED_MAX.as_micros() as u64,
             deadline_us: now_us + self.deadline_us,
         };
-        let (ticket, commands) = self.exchanges.start(job, &self.view, now_us);
+        let (ticket, commands) = self.exchanges.start(job, self.cluster.view(), now_us);
         self.perform(commands);
         InFlight { ticket, buffer }
     }
@@ -246,17 +211,18 @@ impl Exchanger {
         outcome
     }
 
-    /// Waits for one event, or for the time at which an exchange wants to be woken.
+    /// Waits for one event, for a commit, or for the time at which an exchange wants to be woken.
     fn wait(&mut self) {
         let until_us = self.exchanges.wake_us().unwrap_or(0);
         let timeout = Duration::from_micros(until_us.saturating_sub(self.now_us()));
-        match self.links.next(timeout) {
+        match self.cluster.next(Some(timeout)) {
             Some((node, event)) => self.take(node, event),
             None => {
-                let commands = self.exchanges.on_tick(&self.view, self.now_us());
+                let commands = self.exchanges.on_tick(self.cluster.view(), self.now_us());
                 self.perform(commands);
             }
         }
+        self.follow();
     }
 
     /// Sends what the machines want sent. A link that does not take its frame is one more event.
@@ -265,9 +231,9 @@ impl Exchanger {
         while let Some(Command::Send { node, frame }) = commands.pop_front() {
             let id = frame.exchange;
             self.metrics.frames_sent.inc();
-            if self.links.send(node, frame).is_err() {
+            if self.cluster.send(node, frame).is_err() {
                 let now_us = self.now_us();
-                commands.extend(self.exchanges.on_not_sent(&self.view, id, now_us));
+                commands.extend(self.exchanges.on_not_sent(self.cluster.view(), id, now_us));
             }
         }
         let work = self.exchanges.take_work();

@@ -1,17 +1,22 @@
 //! The engine: one thread that owns the scheduler, the KV cache and the links, and runs one step
 //! after the other.
 //!
-//! A step is: take new requests, forget those whose client left, plan, compute, sample, tell the
-//! clients. [`EngineHandle`] is the cloneable outside; nothing else reaches in. Requests tell the
+//! A step is: forget requests whose client left, take new ones, plan, compute, sample, tell the
+//! clients. A step whose experts are not there is *held*: nothing of it is kept, its requests keep
+//! their place, and it is planned anew when the cluster has changed. A request that has waited for
+//! as long as it may is told what is missing. [`EngineHandle`] is the cloneable outside; nothing else reaches in. Requests tell the
 //! engine that they are gone by closing their event channel, so a client that disconnects frees
 //! its slot and its cache before the next step.
 //!
-//! The pure parts are [`scheduler`], [`speculation`], [`sampler`] and [`output`]; [`forward`] and [`exchanger`] do
-//! the arithmetic and the talking.
+//! The pure parts are [`scheduler`], [`speculation`], [`sampler`], [`output`] and `hold`; [`forward`],
+//! [`exchanger`] and [`cluster`] do the arithmetic and the talking.
 
 pub mod blocks;
+pub mod cluster;
 pub mod exchanger;
 pub mod forward;
+mod generation;
+mod hold;
 pub mod logits;
 pub mod output;
 pub mod sampler;
@@ -20,19 +25,22 @@ pub mod speculation;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
 use entente_model::{Detokenizer, Tokenizer};
+use entente_router::exchange::Failure;
 use tokio::sync::{mpsc, watch};
 
+pub use self::cluster::Readiness;
 use self::exchanger::Exchanger;
-pub use self::exchanger::Readiness;
 use self::forward::{Forward, StepRows};
+use self::generation::Generation;
+use self::hold::Hold;
 use self::output::{Finish, StopConditions, TextStream};
 use self::sampler::{Sampling, ScoredToken};
 use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
-use self::speculation::{Candidate, HitRate, Speculator};
+use self::speculation::{Candidate, Speculator};
 use crate::link::Bell;
 use crate::metrics::Metrics;
 
@@ -149,23 +157,6 @@ impl EngineHandle {
     }
 }
 
-/// What the engine knows of a request beyond its rows.
-struct Generation {
-    request: Request,
-    events: mpsc::Sender<Event>,
-    text: TextStream,
-    arrived: Instant,
-    /// Tokens known: the prompt and what was generated.
-    position: usize,
-    generated: usize,
-    /// Scores of prompt tokens so far; `None` when not wanted or already sent.
-    prompt_scores: Option<Vec<Option<ScoredToken>>>,
-    /// How often the lookup was right about this one.
-    hit_rate: HitRate,
-    /// What the lookup says comes next in this step, drafted or not.
-    guesses: Vec<u32>,
-}
-
 /// The owner of everything; runs on its own thread.
 pub struct Engine {
     scheduler: Scheduler,
@@ -176,6 +167,9 @@ pub struct Engine {
     generations: BTreeMap<SequenceId, Generation>,
     next_id: u64,
     vocab: usize,
+    request_wait_max: Duration,
+    /// Why the last step came to nothing; absent once one was computed.
+    hold: Option<Hold>,
     submissions: Receiver<Submission>,
     metrics: Arc<Metrics>,
 }
@@ -194,6 +188,8 @@ pub struct Parts {
     pub tokenizer: Arc<Tokenizer>,
     /// Length of a row of logits.
     pub vocab: usize,
+    /// How long a request may wait for experts that are missing.
+    pub request_wait_max: Duration,
     /// What is measured.
     pub metrics: Arc<Metrics>,
 }
@@ -214,6 +210,8 @@ impl Engine {
             generations: BTreeMap::new(),
             next_id: 0,
             vocab: parts.vocab,
+            request_wait_max: parts.request_wait_max,
+            hold: None,
             submissions,
             metrics: parts.metrics,
         };
@@ -222,10 +220,17 @@ impl Engine {
     }
 
     fn run(&mut self) {
-        while self.take_input() {
+        loop {
             self.forget_gone();
-            self.step();
+            self.give_up_late();
             self.publish_gauges();
+            if !self.take_input() {
+                return;
+            }
+            match &self.hold {
+                Some(hold) if !hold.is_over(self.exchanger.changes()) => self.wait(),
+                _ => self.step(),
+            }
         }
     }
 
@@ -238,7 +243,7 @@ impl Engine {
                 Err(TryRecvError::Disconnected) if self.generations.is_empty() => return false,
                 Err(_) if !self.generations.is_empty() => return true,
                 // Whoever submits, or drops the last handle, rings after that.
-                Err(_) => self.exchanger.idle(),
+                Err(_) => self.exchanger.idle(None),
             }
         }
     }
@@ -297,6 +302,38 @@ impl Engine {
         }
     }
 
+    /// Tells the requests that have waited for experts as long as they may.
+    fn give_up_late(&mut self) {
+        let Some(hold) = &self.hold else { return };
+        let (now, wait_max) = (Instant::now(), self.request_wait_max);
+        let is_late =
+            |generation: &Generation| hold.gives_up_at(generation.arrived, wait_max) <= now;
+        let error = hold.error(wait_max);
+        let late: Vec<SequenceId> =
+            self.generations.iter().filter(|(_, g)| is_late(g)).map(|(id, _)| *id).collect();
+        for id in late {
+            self.fail(id, error.clone());
+        }
+        if self.generations.is_empty() {
+            self.hold = None;
+        }
+    }
+
+    /// Waits for what may end a hold, or for the moment at which a request has waited for too long.
+    fn wait(&mut self) {
+        let Some(hold) = &self.hold else { return };
+        let gives_up_at = |g: &Generation| hold.gives_up_at(g.arrived, self.request_wait_max);
+        let first = self.generations.values().map(gives_up_at).min();
+        self.exchanger.idle(first.map(|at| at.saturating_duration_since(Instant::now())));
+    }
+
+    fn fail(&mut self, id: SequenceId, error: EngineError) {
+        if let Some(generation) = self.remove(id, "unavailable") {
+            // A client that is gone already has nobody to tell.
+            let _ = generation.events.try_send(Event::Failed(error));
+        }
+    }
+
     fn remove(&mut self, id: SequenceId, reason: &str) -> Option<Generation> {
         self.scheduler.remove(id);
         self.metrics.finished.with_label_values(&[reason]).inc();
@@ -308,7 +345,7 @@ impl Engine {
         if chunks.is_empty() {
             return;
         }
-        let timer = self.metrics.step_seconds.start_timer();
+        let began = Instant::now();
         // A step that computes prompts is not made longer, since somebody waits for its end.
         let decodes = chunks.iter().all(Chunk::decodes);
         if decodes && self.speculator.draft_tokens_max() > 0 {
@@ -321,19 +358,32 @@ impl Engine {
                 self.deliver(&chunks, &logit_rows, &logits);
                 self.forward.reuse(logits);
             }
-            Err(failure) => {
-                tracing::error!(%failure, requests = chunks.len(), "a step failed");
-                for chunk in &chunks {
-                    let error = EngineError::Unavailable(failure.to_string());
-                    if let Some(generation) = self.remove(chunk.id, "unavailable") {
-                        let _ = generation.events.try_send(Event::Failed(error));
-                    }
-                }
-            }
+            Err(failure) => return self.hold(failure, &chunks, began),
         }
-        let seconds = timer.stop_and_record();
+        if let Some(hold) = self.hold.take() {
+            tracing::info!(waited = ?hold.since().elapsed(), "steps are computed again");
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        self.metrics.step_seconds.observe(seconds);
         if decodes {
             self.speculator.observe_step(chunks.iter().map(|c| c.tokens.len()).sum(), seconds);
+        }
+    }
+
+    /// Holds a step that failed, or fails its requests if waiting cannot mend it.
+    fn hold(&mut self, failure: Failure, chunks: &[Chunk], began: Instant) {
+        let since = self.hold.as_ref().map_or(began, Hold::since);
+        if self.hold.is_none() {
+            tracing::warn!(%failure, requests = chunks.len(), "a step has to wait");
+        }
+        self.metrics.steps_held.inc();
+        match Hold::of(failure, since, self.exchanger.changes()) {
+            Ok(hold) => self.hold = Some(hold),
+            Err(failure) => {
+                for chunk in chunks {
+                    self.fail(chunk.id, EngineError::Unavailable(failure.to_string()));
+                }
+            }
         }
     }
 
@@ -463,6 +513,7 @@ impl Engine {
     }
 
     fn publish_gauges(&self) {
+        self.metrics.step_waiting.set(self.hold.is_some().into());
         self.metrics.requests_running.set(self.scheduler.running_len() as i64);
         self.metrics.requests_waiting.set(self.scheduler.waiting_len() as i64);
         self.metrics.kv_blocks_used.set(self.scheduler.blocks_used() as i64);
@@ -470,48 +521,5 @@ impl Engine {
         self.metrics.preemptions.inc_by(preempted);
         let reused = self.scheduler.rows_reused() - self.metrics.prefix_rows_reused.get();
         self.metrics.prefix_rows_reused.inc_by(reused);
-    }
-}
-
-impl Generation {
-    /// Whether the row at `position` predicts something that is asked for; every guess's does.
-    fn wants_logits(&self, chunk: &Chunk, position: usize) -> bool {
-        let samples = self.request.stop.max_tokens > 0
-            && chunk.reaches_end
-            && position + 1 >= chunk.start + chunk.known_len();
-        samples || self.wants_prompt_score(position)
-    }
-
-    /// Whether the row at `position` scores the prompt token after it, for the first time: a
-    /// preempted request computes rows again whose scores it has already.
-    fn wants_prompt_score(&self, position: usize) -> bool {
-        let predicted = position + 1;
-        predicted < self.request.prompt.len()
-            && self.prompt_scores.as_ref().is_some_and(|scores| scores.len() <= predicted)
-    }
-
-    /// Draws the token that follows the known ones, with its score if that is asked for.
-    fn draw(&self, logits: &[f32]) -> (u32, Option<ScoredToken>) {
-        let Request { sampling, logprobs, .. } = &self.request;
-        let token = sampler::sample(logits, sampling, self.position);
-        (token, logprobs.map(|top_len| sampler::score(logits, token, top_len)))
-    }
-
-    fn score_prompt(&mut self, position: usize, logits: &[f32]) {
-        if !self.wants_prompt_score(position) {
-            return;
-        }
-        let top_len = self.request.prompt_logprobs.unwrap_or(0);
-        let token = self.request.prompt[position + 1];
-        let score = sampler::score(logits, token, top_len);
-        if let Some(scores) = &mut self.prompt_scores {
-            scores.push(Some(score));
-        }
-    }
-
-    fn send_prompt_scores(&mut self) {
-        if let Some(scores) = self.prompt_scores.take() {
-            let _ = self.events.try_send(Event::Prompt(scores));
-        }
     }
 }

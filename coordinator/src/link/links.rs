@@ -16,7 +16,9 @@
 //! - no node holds the engine up: what a node does not take waits, up to a bound, and goes out while
 //!   the engine waits;
 //! - a frame is never carried over to the next connection, which may lead to another incarnation
-//!   of the node: when a connection breaks, the engine hears [`LinkEvent::Down`] and decides.
+//!   of the node: when a connection breaks, the engine hears [`LinkEvent::Down`] and decides;
+//! - of a link that was removed or replaced nothing is heard any more, not even what it had reported
+//!   before.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -48,16 +50,20 @@ pub(crate) enum Arrival {
     Connected(Box<Connection>, NodeInfo),
 }
 
-/// The sink that links are opened with.
+/// Tells the links to one node, which follow one another, apart.
+type LinkNumber = u64;
+
+/// The sink that one link is opened with.
 pub struct Mailbox {
-    arrivals: Sender<(NodeId, Arrival)>,
+    arrivals: Sender<(NodeId, LinkNumber, Arrival)>,
     bell: Arc<Bell>,
+    link: LinkNumber,
 }
 
 impl Mailbox {
     /// False when there is no room, or nobody who reads.
     pub(crate) fn put(&self, node: NodeId, arrival: Arrival) -> bool {
-        let sent = self.arrivals.try_send((node, arrival));
+        let sent = self.arrivals.try_send((node, self.link, arrival));
         if let Err(TrySendError::Full(_)) = &sent {
             tracing::error!(node = node.0, "the engine's inbox is full; an event was dropped");
         }
@@ -72,7 +78,12 @@ impl LinkEvents for Mailbox {
     }
 }
 
-/// How a node is reached.
+/// How a node is reached, and by which of its links.
+struct Reached {
+    link: LinkNumber,
+    way: Way,
+}
+
 enum Way {
     /// By a link that runs by itself and reports to the mailbox.
     Link(Box<dyn Link>),
@@ -91,9 +102,10 @@ pub struct Links {
     poll: Poll,
     polled: Events,
     bell: Arc<Bell>,
-    mailbox: Arc<Mailbox>,
-    arrivals: Receiver<(NodeId, Arrival)>,
-    ways: BTreeMap<NodeId, Way>,
+    sender: Sender<(NodeId, LinkNumber, Arrival)>,
+    arrivals: Receiver<(NodeId, LinkNumber, Arrival)>,
+    links_opened: LinkNumber,
+    nodes: BTreeMap<NodeId, Reached>,
     ready: VecDeque<(NodeId, LinkEvent)>,
 }
 
@@ -109,17 +121,13 @@ impl Links {
         Ok(Self {
             poll,
             polled: Events::with_capacity(POLLED_LEN_MAX),
-            mailbox: Arc::new(Mailbox { arrivals: sender, bell: bell.clone() }),
             bell,
+            sender,
             arrivals,
-            ways: BTreeMap::new(),
+            links_opened: 0,
+            nodes: BTreeMap::new(),
             ready: VecDeque::new(),
         })
-    }
-
-    /// Where links that run by themselves report.
-    pub fn mailbox(&self) -> Arc<Mailbox> {
-        self.mailbox.clone()
     }
 
     /// What ends [`Links::next_unless_rung`] although no link has anything to say.
@@ -127,12 +135,29 @@ impl Links {
         self.bell.clone()
     }
 
-    /// Adds a link that was opened with [`Links::mailbox`].
-    pub fn add(&mut self, node: NodeId, link: Box<dyn Link>) {
-        self.ways.insert(node, Way::Link(link));
+    /// Adds a link that runs by itself and reports to the mailbox that it is opened with. It takes
+    /// the place of the one that there was.
+    pub fn add(&mut self, node: NodeId, open: impl FnOnce(Arc<Mailbox>) -> Box<dyn Link>) {
+        let mailbox = self.mailbox();
+        let link = mailbox.link;
+        self.remove(node);
+        self.nodes.insert(node, Reached { link, way: Way::Link(open(mailbox)) });
     }
 
-    /// Adds a byte stream to `peer`, which a thread of its own starts to dial.
+    fn mailbox(&mut self) -> Arc<Mailbox> {
+        self.links_opened += 1;
+        let (arrivals, bell) = (self.sender.clone(), self.bell.clone());
+        Arc::new(Mailbox { arrivals, bell, link: self.links_opened })
+    }
+
+    /// Gives the link to a node up. Nothing is heard of it any more; that it is gone is no event.
+    pub fn remove(&mut self, node: NodeId) {
+        self.nodes.remove(&node);
+        self.ready.retain(|(of, _)| *of != node);
+    }
+
+    /// Adds a byte stream to `peer`, which a thread of its own starts to dial. It takes the place of
+    /// the link that there was.
     ///
     /// # Errors
     /// When the system refuses a thread.
@@ -140,14 +165,18 @@ impl Links {
         let node = peer.node;
         // One order to dial at a time: the thread takes the next when it has given a connection.
         let (redial, orders) = bounded(1);
-        Dialler::start(peer, self.mailbox.clone(), orders)?;
-        self.ways.insert(node, Way::Stream(Stream { connection: None, redial }));
+        let mailbox = self.mailbox();
+        let link = mailbox.link;
+        Dialler::start(peer, mailbox, orders)?;
+        self.remove(node);
+        let way = Way::Stream(Stream { connection: None, redial });
+        self.nodes.insert(node, Reached { link, way });
         Ok(())
     }
 
     /// Whether any node computes while this thread does something else.
     pub fn are_asynchronous(&self) -> bool {
-        self.ways.values().any(|way| match way {
+        self.nodes.values().any(|reached| match &reached.way {
             Way::Link(link) => link.is_asynchronous(),
             Way::Stream(_) => true,
         })
@@ -159,7 +188,7 @@ impl Links {
     /// # Errors
     /// When the link is down, breaks, or has too much to write already.
     pub fn send(&mut self, node: NodeId, frame: Dispatch) -> Result<(), NotSent> {
-        let stream = match self.ways.get_mut(&node).ok_or(NotSent)? {
+        let stream = match &mut self.nodes.get_mut(&node).ok_or(NotSent)?.way {
             Way::Link(link) => return link.send(frame),
             Way::Stream(stream) => stream,
         };
@@ -194,19 +223,22 @@ impl Links {
         }
     }
 
-    /// The next event, or none when there is something to do besides: it may be that the bell was
-    /// rung.
-    pub fn next_unless_rung(&mut self) -> Option<(NodeId, LinkEvent)> {
+    /// The next event, or none when there may be something to do besides: the bell was rung, or the
+    /// time is over, if there is a limit to it.
+    pub fn next_unless_rung(&mut self, timeout: Option<Duration>) -> Option<(NodeId, LinkEvent)> {
         self.look().or_else(|| {
-            self.wait(None);
+            self.wait(timeout);
             self.look()
         })
     }
 
     fn look(&mut self) -> Option<(NodeId, LinkEvent)> {
         while self.ready.is_empty()
-            && let Ok((node, arrival)) = self.arrivals.try_recv()
+            && let Ok((node, link, arrival)) = self.arrivals.try_recv()
         {
+            if self.nodes.get(&node).is_none_or(|reached| reached.link != link) {
+                continue;
+            }
             match arrival {
                 Arrival::Event(event) => self.ready.push_back((node, event)),
                 Arrival::Connected(connection, info) => self.connected(node, connection, info),
@@ -215,8 +247,15 @@ impl Links {
         self.ready.pop_front()
     }
 
+    fn stream(nodes: &mut BTreeMap<NodeId, Reached>, node: NodeId) -> Option<&mut Stream> {
+        match &mut nodes.get_mut(&node)?.way {
+            Way::Link(_) => None,
+            Way::Stream(stream) => Some(stream),
+        }
+    }
+
     fn connected(&mut self, node: NodeId, mut connection: Box<Connection>, info: NodeInfo) {
-        let Some(Way::Stream(stream)) = self.ways.get_mut(&node) else { return };
+        let Some(stream) = Self::stream(&mut self.nodes, node) else { return };
         let token = Token(node.0 as usize);
         let registry = self.poll.registry();
         // Edges: a socket that takes more is told only after it took nothing.
@@ -245,7 +284,7 @@ impl Links {
         }
         for event in self.polled.iter().filter(|event| event.token() != BELL) {
             let node = NodeId(event.token().0 as u32);
-            let Some(Way::Stream(stream)) = self.ways.get_mut(&node) else { continue };
+            let Some(stream) = Self::stream(&mut self.nodes, node) else { continue };
             let Some(connection) = &mut stream.connection else { continue };
             let ready = &mut self.ready;
             let received = connection.receive(event.is_read_closed(), |answer| {

@@ -10,6 +10,7 @@ mod bell;
 mod connection;
 pub mod grpc;
 mod links;
+mod opener;
 mod stream;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use rustls::ClientConfig;
 
 pub use self::bell::Bell;
 pub use self::links::{Links, Mailbox};
+pub use self::opener::Opener;
 
 /// The node at the other end of a link.
 #[derive(Clone)]

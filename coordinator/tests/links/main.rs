@@ -10,7 +10,9 @@ mod strangers;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
+use entente_coordinator::link::Links;
 use entente_expert_node::NodeHandle;
+use entente_expert_node::inproc::InprocLink;
 use entente_model::kernels::WeightFormat;
 use entente_proto::frame::{Answer, Assignment, Dispatch, Refusal};
 use entente_proto::ids::{ExchangeId, ExpertId, LayerId};
@@ -115,7 +117,7 @@ fn what_must_not_be_computed_is_refused(open: fn(NodeHandle) -> Open) {
     type Spoil = fn(&mut Dispatch);
     let cases: [(&str, Spoil); 7] = [
         ("stale fence", |f| f.fence.incarnation.0 -= 1),
-        ("stale fence", |f| f.fence.placement_epoch.0 += 1),
+        ("stale fence", |f| f.fence.model_digest.0[0] ^= 1),
         ("region refused", |f| f.allowed_regions = ["se".parse().unwrap()].into()),
         ("invalid frame: layer 3", |f| f.layer = LayerId(3)),
         ("invalid frame: layer 1 has only 8", |f| f.assignments[0].expert = ExpertId(8)),
@@ -209,6 +211,23 @@ fn a_node_that_says_nothing_is_given_up(network: Network) {
     let began = Instant::now();
     let reason = down(&mut network.dial(&name(), &address, &client));
     assert!(began.elapsed() < Duration::from_secs(8), "{reason} after {:?}", began.elapsed());
+}
+
+#[test]
+fn of_a_link_that_was_given_up_or_replaced_nothing_is_heard() {
+    let node = load(WeightFormat::F32);
+    let mut links = Links::new().unwrap();
+    let add = |links: &mut Links| {
+        let node = node.clone();
+        links.add(NODE, |mailbox| Box::new(InprocLink::open(NODE, node, mailbox)));
+    };
+    add(&mut links);
+    links.remove(NODE);
+    assert!(links.next(Duration::ZERO).is_none(), "it had reported that it was up");
+    add(&mut links);
+    add(&mut links);
+    up(&mut links);
+    assert!(links.next(Duration::ZERO).is_none(), "only the link that is there is up");
 }
 
 #[test]

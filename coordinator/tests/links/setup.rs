@@ -34,16 +34,15 @@ pub fn load(weights: WeightFormat) -> NodeHandle {
         region: "fr".parse().unwrap(),
         address: format!("127.0.0.1:{number}"),
     };
-    let config = Config {
-        name: name(),
-        region: "fr".parse().unwrap(),
-        listen: "127.0.0.1:0".to_owned(),
-        model: CHECKPOINT.into(),
+    let mut config = Config::new(
+        name(),
+        "fr".parse().unwrap(),
+        "127.0.0.1:0".to_owned(),
+        CHECKPOINT.into(),
         weights,
-        threads: Some(1),
-        tls: None,
-        cluster: Roster::new("test".to_owned(), 1, vec![node(1), node(2)]).unwrap(),
-    };
+        Roster::new("test".to_owned(), 1, vec![node(1), node(2)]).unwrap(),
+    );
+    config.threads = Some(1);
     ExpertNode::load(&config, &()).unwrap()
 }
 
@@ -96,8 +95,7 @@ impl Network {
         let peer = Peer { node: NODE, name: name.clone(), address: address.to_owned(), tls };
         let mut links = Links::new().unwrap();
         if self.grpc {
-            let link = GrpcLink::open(peer, links.mailbox(), on.handle());
-            links.add(NODE, Box::new(link));
+            links.add(NODE, |mailbox| Box::new(GrpcLink::open(peer, mailbox, on.handle())));
         } else {
             links.dial(peer).unwrap();
         }
@@ -158,8 +156,7 @@ pub fn down(links: &mut Links) -> String {
 
 pub fn open_inproc(node: NodeHandle) -> Open {
     let mut links = Links::new().unwrap();
-    let link = InprocLink::open(NODE, node, links.mailbox());
-    links.add(NODE, Box::new(link));
+    links.add(NODE, |mailbox| Box::new(InprocLink::open(NODE, node, mailbox)));
     Open { info: up(&mut links), links: links.into(), _server: None }
 }
 

@@ -1,8 +1,8 @@
 //! The queue and the thread behind it, with kernels that can be told to wait, count and panic.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 use entente_model::kernels::{
@@ -16,6 +16,7 @@ use entente_proto::ids::{
 };
 
 use super::*;
+use crate::store::ExpertStore;
 
 const HIDDEN: usize = 4;
 /// A row that starts with this makes the kernels panic.
@@ -89,7 +90,7 @@ impl Kernels for Fragile {
 }
 
 /// Two experts in each of two layers, with weights that differ.
-fn start() -> (Queue, Arc<Fragile>) {
+static STORE: LazyLock<ExpertStore> = LazyLock::new(|| {
     let real = select(WeightFormat::F32, 1).unwrap();
     let matrix = |seed: usize| {
         let weight = |i| ((i * 7 + seed * 13) % 11) as f32 / 11.0 - 0.4;
@@ -105,14 +106,20 @@ fn start() -> (Queue, Arc<Fragile>) {
         activation: Activation::SwiGlu,
     };
     let keys = [(0, 0), (0, 1), (1, 0), (1, 1)];
-    let store = ExpertStore::of(
+    let store = ExpertStore::default();
+    store.hold(
         keys.iter()
             .enumerate()
             .map(|(seed, (layer, id))| ((LayerId(*layer), ExpertId(*id)), expert(seed)))
             .collect(),
     );
+    store
+});
+
+fn start() -> (Queue, Arc<Fragile>) {
+    let real = select(WeightFormat::F32, 1).unwrap();
     let fragile = Arc::new(Fragile { real, calls: AtomicUsize::new(0), held_up: Mutex::new(()) });
-    (Queue::start(fragile.clone(), store).unwrap(), fragile)
+    (Queue::start(fragile.clone()).unwrap(), fragile)
 }
 
 /// A frame of two rows, both through both experts of the layer.
@@ -142,7 +149,8 @@ fn frame(exchange: u64, layer: u16, first_value: f32) -> Dispatch {
 fn work(frame: Dispatch, answers: &Sender<Answer>) -> Work {
     let answers = answers.clone();
     let reply = Box::new(move |answer| answers.send(answer).unwrap());
-    Work { frame, due: Instant::now() + Duration::from_secs(60), reply }
+    let experts = STORE.layer(frame.layer);
+    Work { frame, experts, due: Instant::now() + Duration::from_secs(60), reply }
 }
 
 /// The answer to a frame that is computed on its own.
@@ -257,7 +265,7 @@ fn a_frame_counts_as_unfinished_until_it_is_answered() {
     let (seen, loads) = channel();
     let load = queue.0.load.clone();
     let reply = Box::new(move |_| seen.send(load.borrow().frames).unwrap());
-    let due = Instant::now() + Duration::from_secs(60);
-    assert!(queue.push(Work { frame: frame(1, 0, 0.5), due, reply }).is_ok());
+    let (answers, _) = channel();
+    assert!(queue.push(Work { reply, ..work(frame(1, 0, 0.5), &answers) }).is_ok());
     assert_eq!(loads.recv_timeout(Duration::from_secs(10)), Ok(1));
 }

@@ -19,10 +19,16 @@ type Replicas = BTreeMap<(u16, ExpertId), Vec<NodeId>>;
 
 impl Exchange {
     /// Gives each missing slot to a replica that is not suspect, of those to the one with the fewest
-    /// slots, of equals to the lowest node. Slots that nobody may compute now stay missing.
-    pub(super) fn assign(&mut self, view: &ClusterView, pace: &Pace, now_us: u64) -> Groups {
+    /// slots, of equals to the lowest node. Slots that nobody may compute now stay missing; they are
+    /// the second value.
+    pub(super) fn assign(
+        &mut self,
+        view: &ClusterView,
+        pace: &Pace,
+        now_us: u64,
+    ) -> (Groups, Vec<u32>) {
         let mut known = Replicas::new();
-        let mut groups = Groups::new();
+        let (mut groups, mut left) = (Groups::new(), Vec::new());
         for i in 0..self.slots.len() {
             if self.slots[i] != Slot::Missing {
                 continue;
@@ -32,12 +38,26 @@ impl Exchange {
             let key = |node: &NodeId| {
                 (pace.is_suspect(*node, now_us), self.standing.assigned(*node), *node)
             };
-            if let Some(node) = replicas.iter().copied().min_by_key(key) {
-                self.standing.assign(node);
-                groups.entry((node, policy)).or_default().push(i as u32);
+            match replicas.iter().copied().min_by_key(key) {
+                Some(node) => {
+                    self.standing.assign(node);
+                    groups.entry((node, policy)).or_default().push(i as u32);
+                }
+                None => left.push(i as u32),
             }
         }
-        groups
+        (groups, left)
+    }
+
+    /// Whether no replica may compute the slot, now or once it has rested.
+    pub(super) fn is_stranded(&self, view: &ClusterView, slot: u32) -> bool {
+        let slot = slot as usize;
+        let policy = usize::from(self.job.policy_of_row[slot / self.job.top_k]);
+        let expert = (self.job.layer, self.job.choices[slot].expert);
+        let excluded = |node: NodeId| {
+            view.fence(node).is_none_or(|fence| self.standing.is_excluded(node, &fence))
+        };
+        view.replicas(expert, &self.job.policies[policy]).all(excluded)
     }
 
     /// Gives slots that are late in every frame that carries them to one more replica: one that

@@ -28,9 +28,14 @@ pub(super) struct Standing {
 impl Standing {
     /// Whether the node, whose fence is `fence` now, may be asked.
     pub(super) fn in_favour(&self, node: NodeId, fence: &Fence, now_us: u64) -> bool {
-        self.nodes.get(&node).is_none_or(|record| {
-            now_us >= record.rest_until_us && record.excluded_under.as_ref() != Some(fence)
-        })
+        let rests = self.nodes.get(&node).is_some_and(|record| now_us < record.rest_until_us);
+        !rests && !self.is_excluded(node, fence)
+    }
+
+    /// Whether the node is not asked again while it has this fence.
+    pub(super) fn is_excluded(&self, node: NodeId, fence: &Fence) -> bool {
+        let record = self.nodes.get(&node);
+        record.is_some_and(|record| record.excluded_under.as_ref() == Some(fence))
     }
 
     /// Slots given to the node so far, failed ones included: a retry prefers who has done least.

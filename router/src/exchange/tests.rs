@@ -1,5 +1,6 @@
 //! The exchange against simulated nodes that are slow, busy, broken, restarted and lying.
 
+mod epochs;
 mod hedging;
 
 use std::collections::BTreeSet;
@@ -13,10 +14,11 @@ use entente_proto::placement::{ModelShape, Placement, PlacementNode};
 use super::*;
 use crate::placement;
 use crate::testing::Random;
-use crate::view::NodeView;
+use crate::view::{Member, Model, NodeView};
 
 pub(crate) const LAYER: LayerId = LayerId(2);
 pub(crate) const DEADLINE_US: u64 = 1_000_000;
+pub(crate) const STRANDED_MAX_US: u64 = 200_000;
 
 pub(crate) fn region(code: &str) -> Region {
     code.parse().unwrap()
@@ -37,14 +39,18 @@ pub(crate) fn view(fr: u32, se: u32, experts: u16, replicas: u16) -> ClusterView
     let placement = placement::plan(&nodes, &shape, replicas).unwrap();
     let live = |node: &PlacementNode| {
         let name = format!("{}-expert-{}", node.region, node.id).parse().unwrap();
-        (node.id, NodeView { name, region: node.region, live: Some(Incarnation(1)) })
+        let member = Member { name, region: node.region, serves: true, incarnation: None };
+        (node.id, NodeView { member, linked: Some(Incarnation(1)) })
     };
     ClusterView {
         home: region("fr"),
+        model: Model {
+            digest: ModelDigest([1; 32]),
+            kernel_class: KernelClass("f32/test/1".to_owned()),
+            layers: [(LAYER, experts)].into(),
+        },
         membership_epoch: MembershipEpoch(1),
         placement_epoch: PlacementEpoch(1),
-        model_digest: ModelDigest([1; 32]),
-        kernel_class: KernelClass("f32/test/1".to_owned()),
         nodes: nodes.iter().map(live).collect(),
         placement: Arc::new(placement),
     }
@@ -83,6 +89,7 @@ pub(crate) fn job(
         top_k,
         policies: vec![[region("fr")].into(), [region("fr"), region("se")].into()],
         policy_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
+        stranded_max_us: STRANDED_MAX_US,
         deadline_us: DEADLINE_US,
     }
 }
@@ -203,10 +210,10 @@ impl Storm {
         }
         let at = self.random.below(self.travelling.len());
         let (node, frame) = self.travelling.swap_remove(at);
-        if self.view.fence(node) != Some(frame.fence) {
+        if !self.leads_to(node, &frame.fence) {
             return; // The link that carried it is gone.
         }
-        let kind = self.random.below(12);
+        let kind = self.random.below(15);
         let commands = match kind {
             0 => return self.restart(node),
             1 => self.exchange.on_not_sent(&self.view, &mut self.pace, frame.exchange, self.now_us),
@@ -230,9 +237,24 @@ impl Storm {
                 self.travelling.push((node, frame));
                 return;
             }
+            9 => {
+                self.travelling.push((node, frame));
+                return self.commit();
+            }
+            10 => self.answer(node, refuse(&frame, Refusal::NotHeld("1 of 1".to_owned()))),
+            11 => {
+                let mut answer = compute(&frame);
+                answer.fence = Some(epochs::ahead(frame.fence, 1 + self.random.below(3) as u64));
+                self.answer(node, answer)
+            }
             _ => self.answer(node, compute(&frame)),
         };
         self.send(commands);
+    }
+
+    /// Whether a frame with this fence can still reach the node.
+    fn leads_to(&self, node: NodeId, fence: &Fence) -> bool {
+        self.view.nodes[&node].linked == Some(fence.incarnation)
     }
 
     fn answer(&mut self, node: NodeId, answer: Answer) -> Vec<Command> {
@@ -246,11 +268,15 @@ impl Storm {
             Answer { result: Ok(Bytes::from(vec![0x40; frame.answer_len()])), ..compute(frame) };
         let mut older = frame.fence;
         older.incarnation.0 -= 1;
+        let mut other = frame.fence;
+        other.model_digest = ModelDigest([9; 32]);
         let lies = [
             (NodeId(node.0 + 1), lie.clone()),
             (node, Answer { exchange: ExchangeId(lie.exchange.0 - FRAMES_MAX), ..lie.clone() }),
             (node, Answer { exchange: ExchangeId(lie.exchange.0 + 1000), ..lie.clone() }),
             (node, Answer { fence: Some(older), ..lie.clone() }),
+            (node, Answer { fence: Some(older), ..refuse(frame, Refusal::Busy) }),
+            (node, Answer { fence: Some(other), ..lie.clone() }),
             (node, Answer { fence: None, ..lie }),
         ];
         for (node, lie) in lies {
@@ -261,11 +287,11 @@ impl Storm {
 
     /// The node dies and comes back as another incarnation.
     fn restart(&mut self, node: NodeId) {
-        let was = self.view.fence(node).unwrap().incarnation;
+        let was = self.view.nodes[&node].linked.unwrap();
         self.view.node_down(node);
         let commands = self.exchange.on_link_down(&self.view, &mut self.pace, node, self.now_us);
         self.send(commands);
-        self.view.nodes.get_mut(&node).unwrap().live = Some(Incarnation(was.0 + 1));
+        self.view.nodes.get_mut(&node).unwrap().linked = Some(Incarnation(was.0 + 1));
         let commands = self.exchange.on_view_changed(&self.view, &mut self.pace, self.now_us);
         self.send(commands);
     }
@@ -276,8 +302,9 @@ impl Storm {
         self.send(commands);
     }
 
-    /// Everybody restarts and is healthy from here on.
+    /// Everybody restarts, serves and is healthy from here on.
     fn calm(&mut self) {
+        self.serve_all();
         let nodes: Vec<NodeId> = self.view.nodes.keys().copied().collect();
         nodes.into_iter().for_each(|node| self.restart(node));
         for _ in 0..1_000 {
@@ -289,7 +316,7 @@ impl Storm {
                 self.send(commands);
             }
             for (node, frame) in frames {
-                if self.view.fence(node) == Some(frame.fence) {
+                if self.leads_to(node, &frame.fence) {
                     let commands = self.answer(node, compute(&frame));
                     self.send(commands);
                 }
@@ -302,6 +329,8 @@ impl Storm {
         let mut in_flight = vec![0; self.exchange.slots.len()];
         for sent in self.exchange.in_flight.values() {
             sent.slots.iter().for_each(|slot| in_flight[*slot as usize] += 1);
+            let now = self.view.fence(sent.node).map(|fence| fence.incarnation);
+            assert_eq!(now, Some(sent.fence.incarnation), "seed {seed}: owed by nobody");
         }
         for (slot, frames) in self.exchange.slots.iter().zip(&in_flight) {
             let carried = match slot {
@@ -313,7 +342,7 @@ impl Storm {
             assert!(*slot == Slot::Missing || carried > 0, "seed {seed}: in flight in no frame");
         }
         for (node, frame) in &self.travelling {
-            let here = self.view.nodes[node].region;
+            let here = self.view.nodes[node].member.region;
             assert_eq!(here, self.view.home, "seed {seed}: rows left the home region");
             assert!(frame.allowed_regions.contains(&here), "seed {seed}: forbidden rows");
             let wire = entente_proto::wire::Dispatch::from(frame.clone());
@@ -414,12 +443,14 @@ fn without_a_replica_the_exchange_waits_for_one_and_then_fails_without_naming_ex
     let (mut exchange, commands) =
         Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     assert_eq!(commands, [], "the nodes of the other region are not asked");
-    assert_eq!(exchange.status(), Status::Waiting { until_us: DEADLINE_US });
-    view.nodes.get_mut(&NodeId(0)).unwrap().live = Some(Incarnation(1));
+    assert_eq!(exchange.status(), Status::Waiting { until_us: STRANDED_MAX_US });
+    view.nodes.get_mut(&NodeId(0)).unwrap().linked = Some(Incarnation(1));
     assert_ne!(exchange.on_view_changed(&view, &mut Pace::new(), 10), []);
     view.node_down(NodeId(0));
     exchange.on_link_down(&view, &mut Pace::new(), NodeId(0), 20);
-    exchange.on_tick(&view, &mut Pace::new(), DEADLINE_US);
+    exchange.on_tick(&view, &mut Pace::new(), 19 + STRANDED_MAX_US);
+    assert_eq!(exchange.status(), Status::Waiting { until_us: 20 + STRANDED_MAX_US });
+    exchange.on_tick(&view, &mut Pace::new(), 20 + STRANDED_MAX_US);
     let Status::Failed(failure) = exchange.status() else { panic!("must fail") };
     assert_eq!(
         failure.to_string(),

@@ -83,7 +83,7 @@ impl Two {
         self.view.node_down(node);
         let commands = self.exchanges.on_link_down(&self.view, node, self.now_us);
         self.travelling.extend(sends(commands));
-        self.view.nodes.get_mut(&node).unwrap().live = Some(Incarnation(was.0 + 1));
+        self.view.nodes.get_mut(&node).unwrap().linked = Some(Incarnation(was.0 + 1));
         let commands = self.exchanges.on_view_changed(&self.view, self.now_us);
         self.travelling.extend(sends(commands));
     }

@@ -3,7 +3,6 @@
 use super::*;
 use crate::placement::{self, ModelShape, PlacementNode};
 use crate::testing::Random;
-use entente_proto::ids::{ExpertId, LayerId};
 
 const LOADS_MAX: usize = 2;
 
@@ -12,7 +11,17 @@ fn fr() -> Region {
 }
 
 fn node(room: Option<usize>, ready: BTreeSet<ExpertKey>) -> MoveNode {
-    MoveNode { region: fr(), room, ready, up: true }
+    let (loading, releasing) = Default::default();
+    MoveNode {
+        region: fr(),
+        room,
+        ready,
+        loading,
+        releasing,
+        up: true,
+        serves: true,
+        takes_new: true,
+    }
 }
 
 /// A random move, and the steps that wait to be carried out.
@@ -63,7 +72,7 @@ impl Run {
             .map(|id| (id, node(Some(most(id) + usize::from(id.0 == 0)), committed.experts_of(id))))
             .collect();
         let floor = committed.iter().map(|(e, on)| (e, on.len())).collect();
-        let (moves, steps) = Moves::start(nodes, committed, target, LOADS_MAX, 10);
+        let (moves, steps) = Moves::start(nodes, committed, target, true, LOADS_MAX, 10);
         Self { random, moves, steps, floor, seed }
     }
 
@@ -184,7 +193,7 @@ fn full_nodes_that_swap_are_refused_with_the_arithmetic() {
     let nodes = |room| -> BTreeMap<NodeId, MoveNode> {
         [0, 1].map(|n| (NodeId(n), node(Some(room), now.experts_of(NodeId(n))))).into()
     };
-    let (moves, steps) = Moves::start(nodes(1), now.clone(), target.clone(), 1, 700);
+    let (moves, steps) = Moves::start(nodes(1), now.clone(), target.clone(), true, 1, 700);
     assert_eq!(steps, []);
     let Progress::Stuck(stuck) = moves.progress() else { panic!("must be stuck") };
     assert_eq!(
@@ -192,7 +201,7 @@ fn full_nodes_that_swap_are_refused_with_the_arithmetic() {
         "2 replicas are left to load, and no node has room for one more: node 1 holds 1 experts of \
          the 1 that fit; moving needs 700 bytes more"
     );
-    let (_, steps) = Moves::start(nodes(2), now, target, 1, 700);
+    let (_, steps) = Moves::start(nodes(2), now, target, true, 1, 700);
     assert_eq!(steps.len(), 2, "with room for one more each, both load");
 }
 
@@ -207,7 +216,7 @@ fn an_expert_keeps_its_name_while_the_nodes_of_its_target_are_missing_or_fail() 
     target.add(fails, NodeId(1));
     let nodes = [(0, [unknown, fails].into()), (1, BTreeSet::new())];
     let nodes = nodes.map(|(id, ready)| (NodeId(id), node(None, ready))).into();
-    let (mut moves, mut steps) = Moves::start(nodes, now.clone(), target, 1, 700);
+    let (mut moves, mut steps) = Moves::start(nodes, now.clone(), target, true, 1, 700);
     while let Some(step) = steps.pop() {
         assert_eq!(step, Step::Load { node: NodeId(1), expert: fails });
         steps.extend(moves.on_load_failed(NodeId(1), fails));
@@ -227,10 +236,65 @@ fn a_node_may_stop_if_every_expert_is_ready_elsewhere_in_its_region() {
         placement.add(shared, NodeId(id));
         nodes.insert(NodeId(id), node(None, [shared].into()));
     }
-    assert_eq!(lost_without(NodeId(0), &nodes, &placement), []);
+    let lost = |nodes: &_, placement: &_| -> Vec<ExpertKey> {
+        lost_without(&[NodeId(0)].into(), nodes, placement).into_iter().map(|(_, e)| e).collect()
+    };
+    assert_eq!(lost(&nodes, &placement), []);
+    assert_eq!(lost_without(&[NodeId(0), NodeId(1)].into(), &nodes, &placement).len(), 1);
     placement.add(alone, NodeId(0));
     nodes.get_mut(&NodeId(0)).unwrap().ready.insert(alone);
-    assert_eq!(lost_without(NodeId(0), &nodes, &placement), [alone]);
+    assert_eq!(lost(&nodes, &placement), [alone]);
     nodes.get_mut(&NodeId(1)).unwrap().region = "se".parse().unwrap();
-    assert_eq!(lost_without(NodeId(0), &nodes, &placement), [shared, alone]);
+    assert_eq!(lost(&nodes, &placement), [shared, alone]);
+}
+
+#[test]
+fn a_placement_that_somebody_else_made_is_committed_again_before_anything_is_released() {
+    let (kept, surplus) = ((LayerId(0), ExpertId(0)), (LayerId(0), ExpertId(1)));
+    let mut placement = Placement::new();
+    placement.add(kept, NodeId(0));
+    let nodes: BTreeMap<_, _> = [(NodeId(0), node(None, [kept, surplus].into()))].into();
+    let start =
+        |sealed| Moves::start(nodes.clone(), placement.clone(), placement.clone(), sealed, 1, 10);
+    let release = [Step::Release { node: NodeId(0), expert: surplus }];
+    assert_eq!(start(true).1, release);
+    let (mut moves, steps) = start(false);
+    assert_eq!(steps, [Step::Commit { placement: placement.clone() }]);
+    assert_eq!(moves.on_committed(), release);
+}
+
+#[test]
+fn an_expert_that_nobody_serves_is_committed_without_waiting_for_other_loads() {
+    let (lost, slow) = ((LayerId(0), ExpertId(0)), (LayerId(0), ExpertId(1)));
+    let (mut now, mut target) = (Placement::new(), Placement::new());
+    now.add(lost, NodeId(0));
+    now.add(slow, NodeId(1));
+    for expert in [lost, slow] {
+        target.add(expert, NodeId(1));
+        target.add(expert, NodeId(2));
+    }
+    let nodes = [(1, [slow].into()), (2, BTreeSet::new())];
+    let mut nodes: BTreeMap<_, _> = nodes.map(|(id, ready)| (NodeId(id), node(None, ready))).into();
+    // What a node holds before coordinators use it saves nobody.
+    let joining = MoveNode { serves: false, ..node(None, [lost].into()) };
+    nodes.insert(NodeId(2), joining);
+    let (mut moves, steps) = Moves::start(nodes, now, target, true, 9, 10);
+    assert_eq!(steps.len(), 2, "{steps:?}");
+    let steps = moves.on_loaded(NodeId(1), lost);
+    let [Step::Commit { placement }] = &steps[..] else { panic!("{steps:?}") };
+    let named: Vec<NodeId> = placement.replicas(lost).collect();
+    assert_eq!(named, [NodeId(0), NodeId(1)], "the lost one may come back, the joining one waits");
+}
+
+#[test]
+fn what_was_on_its_way_before_takes_memory_and_is_waited_for() {
+    let [old, new] = [0, 1].map(|n| (LayerId(0), ExpertId(n)));
+    let mut target = Placement::new();
+    target.add(new, NodeId(0));
+    let busy = MoveNode { loading: [old].into(), ..node(Some(1), BTreeSet::new()) };
+    let (mut moves, steps) =
+        Moves::start([(NodeId(0), busy)].into(), Placement::new(), target, true, 9, 10);
+    assert_eq!(steps, [], "there is room for one");
+    assert_eq!(moves.on_loaded(NodeId(0), old), [Step::Release { node: NodeId(0), expert: old }]);
+    assert_eq!(moves.on_released(NodeId(0), old), [Step::Load { node: NodeId(0), expert: new }]);
 }

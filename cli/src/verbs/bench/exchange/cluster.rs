@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use entente_coordinator::engine::cluster::committed;
 use entente_coordinator::link::grpc::GrpcLink;
 use entente_coordinator::link::{Links, Peer};
 use entente_expert_node::inproc::InprocLink;
@@ -16,7 +17,7 @@ use entente_model::kernels::{self, Kernels, WeightFormat};
 use entente_model::synth::{self, Shape};
 use entente_proto::frame::Dtype;
 use entente_proto::ids::{NodeId, NodeName};
-use entente_router::view::{ClusterView, NodeView};
+use entente_router::view::{ClusterView, Model};
 use entente_tls::{ALPN_GRPC, ALPN_STREAM};
 use tokio::runtime::Runtime;
 
@@ -66,8 +67,8 @@ impl Cluster {
             let kernels = Arc::new(Copying(kernels::select(format, 1)?));
             let handle = ExpertNode::start(&node.spec.name, &state, &checkpoint, kernels, &())?;
             if transport == Transport::Inproc {
-                let link = InprocLink::open(node.id, handle, links.mailbox());
-                links.add(node.id, Box::new(link));
+                let id = node.id;
+                links.add(id, |mailbox| Box::new(InprocLink::open(id, handle, mailbox)));
                 continue;
             }
             let far = runtime()?;
@@ -87,19 +88,12 @@ fn view(
     checkpoint: &Checkpoint,
     kernels: &dyn Kernels,
 ) -> anyhow::Result<ClusterView> {
-    let node = |node: &Node| {
-        let (name, region) = (node.spec.name.clone(), node.spec.region);
-        (node.id, NodeView { name, region, live: None })
-    };
-    Ok(ClusterView {
-        home: "fr".parse()?,
-        membership_epoch: state.membership_epoch(),
-        placement_epoch: state.placement_epoch(),
-        model_digest: checkpoint.digest(),
+    let model = Model {
+        digest: checkpoint.digest(),
         kernel_class: kernels.class().clone(),
-        nodes: state.nodes().map(node).collect(),
-        placement: state.placement().clone(),
-    })
+        layers: checkpoint.architecture().moe_layers().collect(),
+    };
+    Ok(ClusterView::new("fr".parse()?, model, committed(state)))
 }
 
 fn runtime() -> anyhow::Result<Runtime> {
@@ -146,8 +140,7 @@ fn open_link(
     let id: NodeId = node.id;
     let peer = Peer { node: id, name: node.spec.name.clone(), address, tls };
     if transport == Transport::Grpc {
-        let link = GrpcLink::open(peer, links.mailbox(), runtime.handle());
-        links.add(id, Box::new(link));
+        links.add(id, |mailbox| Box::new(GrpcLink::open(peer, mailbox, runtime.handle())));
     } else {
         links.dial(peer)?;
     }

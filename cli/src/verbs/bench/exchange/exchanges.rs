@@ -1,7 +1,10 @@
 //! Whole exchanges, as the engine makes them: rows are rounded, planned, sent, and what comes back
 //! is weighted and added up.
 
+use std::sync::Arc;
+
 use entente_coordinator::engine::Readiness;
+use entente_coordinator::engine::cluster::Cluster as Nodes;
 use entente_coordinator::engine::exchanger::{Exchanger, Rows};
 use entente_coordinator::metrics::Metrics;
 use entente_proto::ids::{ExpertId, LayerId};
@@ -28,10 +31,12 @@ impl Exchanges {
         let first = |node| view.placement.experts_of(node).first().map(|(_, expert)| *expert);
         let mut experts: Vec<_> = view.nodes.keys().filter_map(|node| first(*node)).collect();
         experts.sort_unstable();
-        let mut exchanger = Exchanger::new(links, view, kernels, PATIENCE, Metrics::new().into());
+        let metrics = Arc::new(Metrics::new());
+        let nodes = Nodes::fixed(links, view, metrics.clone());
+        let mut exchanger = Exchanger::new(nodes, kernels, PATIENCE, metrics);
         let readiness = exchanger.readiness();
         while *readiness.borrow() != Readiness::Ready {
-            exchanger.idle();
+            exchanger.idle(None);
         }
         let (values, sums) = (Vec::new(), Vec::new());
         Ok(Self { exchanger, experts, values, sums, _runtimes: runtimes })

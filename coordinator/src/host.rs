@@ -1,0 +1,190 @@
+//! The coordinator's own voter: hosts it beside the engine, and sees to it that the cluster has
+//! agreed on what it serves.
+//!
+//! Whoever leads plans placements by the record of the model, also a witness, which has none. The
+//! first coordinator that finds no record writes it, with the replicas that the roster wants of each
+//! region that has a coordinator. What is there already is never written again: an operator may have
+//! changed it since.
+
+use std::collections::BTreeSet;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use entente_membership::raft;
+use entente_membership::roster::{Roster, VoterRole};
+use entente_membership::served::{SERVED_MODEL_KEY, ServedModel};
+use entente_membership::service::{self, Membership, Service};
+use entente_membership::state::{Command, Expect, RecordKind, State};
+use entente_proto::ids::Region;
+use tokio::sync::watch;
+
+use crate::metrics::Metrics;
+use crate::start::credentials;
+use crate::{Config, Error};
+
+/// How long one attempt to read or to propose may take before the state is looked at anew.
+const ATTEMPT_MAX: Duration = Duration::from_secs(5);
+/// How long the service may take to stop.
+const STOP_MAX: Duration = Duration::from_secs(2);
+
+/// Starts the voter that the configuration describes, on `listener` if one is given.
+///
+/// # Errors
+/// What is wrong with the configuration, the credentials, the disk or the port.
+pub(crate) async fn start(
+    config: &Config,
+    listener: Option<TcpListener>,
+) -> Result<Service, Error> {
+    let needed =
+        |section| Error::Config(format!("[{section}] is needed where cluster.voters is not empty"));
+    let membership = config.membership.clone().ok_or_else(|| needed("membership"))?;
+    let credentials = credentials(config)?.ok_or_else(|| needed("tls"))?;
+    Ok(service::start(membership, &config.cluster, &config.name, credentials, listener).await?)
+}
+
+/// Stops the voter; what it had not finished it takes up at its next start.
+pub(crate) async fn stop(Service { handle, ended }: Service) {
+    handle.shutdown().await;
+    if tokio::time::timeout(STOP_MAX, ended).await.is_err() {
+        tracing::warn!("the membership service did not stop in time");
+    }
+}
+
+/// Resolves once the service has ended, which it must not do on its own.
+pub(crate) async fn ended(service: &mut Service) -> Error {
+    match (&mut service.ended).await {
+        Ok(Err(error)) => error.into(),
+        Ok(Ok(())) => Error::Start("the membership service has ended".to_owned()),
+        Err(error) => Error::Start(format!("the membership service: {error}")),
+    }
+}
+
+/// Resolves once the cluster has agreed to serve this model. Without a quorum that may take long;
+/// what was agreed before is served meanwhile.
+///
+/// # Errors
+/// When the cluster has agreed on another model.
+pub(crate) async fn agree(
+    membership: &Membership,
+    model: &ServedModel,
+    roster: &Roster,
+) -> Result<(), Error> {
+    check(&membership.state().borrow(), model)?;
+    loop {
+        let Some(state) = membership.read(ATTEMPT_MAX).await else {
+            tracing::debug!("waiting for a quorum to agree on the model");
+            continue;
+        };
+        check(&state, model)?;
+        let Some(command) = lacking(&state, model, roster) else { return Ok(()) };
+        // Another coordinator may have been faster; the next look at the state tells.
+        if let Err(error) = membership.propose(ATTEMPT_MAX, Expect::default(), command).await {
+            tracing::debug!(%error, "a proposal came to nothing");
+        }
+    }
+}
+
+/// Refuses a cluster that serves another model.
+fn check(state: &State, model: &ServedModel) -> Result<(), Error> {
+    match ServedModel::of(state) {
+        None => Ok(()),
+        Some(Ok(agreed)) if agreed.digest == model.digest => Ok(()),
+        Some(Ok(agreed)) => Err(Error::OtherModel { agreed: agreed.digest, ours: model.digest }),
+        Some(Err(error)) => {
+            Err(Error::Config(format!("the cluster's record of its model: {error}")))
+        }
+    }
+}
+
+/// The first thing that the cluster has not agreed on yet.
+fn lacking(state: &State, model: &ServedModel, roster: &Roster) -> Option<Command> {
+    if ServedModel::of(state).is_none() {
+        let (key, value) = (SERVED_MODEL_KEY.to_owned(), model.encode());
+        return Some(Command::PutRecord { kind: RecordKind::Model, key, value, revision: Some(0) });
+    }
+    let coordinators = roster.voters().iter().filter(|v| v.role == VoterRole::Coordinator);
+    let regions: BTreeSet<Region> = coordinators.map(|voter| voter.region).collect();
+    let region = regions.into_iter().find(|region| !state.replicas().contains_key(region))?;
+    Some(Command::SetReplicas(region, roster.replicas()))
+}
+
+/// Shows where raft stands, for as long as the service runs.
+pub(crate) async fn show(mut status: watch::Receiver<raft::Status>, metrics: Arc<Metrics>) {
+    loop {
+        {
+            let now = status.borrow_and_update();
+            metrics.raft_leader.set(now.is_leader.into());
+            metrics.raft_term.set(i64::try_from(now.term).unwrap_or(i64::MAX));
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use entente_membership::roster::{RosterNode, RosterVoter};
+    use entente_proto::ids::{LayerId, ModelDigest};
+    use entente_proto::placement::ModelShape;
+
+    fn model(digest: u8) -> ServedModel {
+        let shape = ModelShape { layers: vec![(LayerId(0), 8)], expert_bytes: 10 };
+        ServedModel { digest: ModelDigest([digest; 32]), shape }
+    }
+
+    /// Coordinators in fr and se, a witness in de.
+    fn roster() -> Roster {
+        let voter = |(name, code, role): (&str, &str, VoterRole)| RosterVoter {
+            name: name.parse().unwrap(),
+            region: code.parse().unwrap(),
+            role,
+            address: format!("{name}.example:7200"),
+        };
+        let voters = [
+            ("fr-coordinator", "fr", VoterRole::Coordinator),
+            ("se-coordinator", "se", VoterRole::Coordinator),
+            ("de-witness", "de", VoterRole::Witness),
+        ];
+        let node = |number: u16| RosterNode {
+            name: format!("fr-expert-{number}").parse().unwrap(),
+            region: "fr".parse().unwrap(),
+            address: format!("127.0.0.1:{number}"),
+        };
+        let roster = Roster::new("test".to_owned(), 2, vec![node(1), node(2)]).unwrap();
+        roster.with_voters(voters.map(voter).into()).unwrap()
+    }
+
+    #[test]
+    fn what_a_new_cluster_lacks_is_proposed_once_and_for_regions_with_a_coordinator_only() {
+        let (roster, model) = (roster(), model(1));
+        let mut state = State::genesis(roster.specs()).unwrap();
+        let mut proposed = Vec::new();
+        while let Some(command) = lacking(&state, &model, &roster) {
+            proposed.push(command.clone());
+            state.apply(command).unwrap();
+        }
+        let region = |code: &str| code.parse().unwrap();
+        assert!(matches!(proposed[0], Command::PutRecord { revision: Some(0), .. }));
+        let wanted = [region("fr"), region("se")].map(|region| Command::SetReplicas(region, 2));
+        assert_eq!(proposed[1..], wanted);
+        assert_eq!(ServedModel::of(&state), Some(Ok(model)));
+    }
+
+    #[test]
+    fn what_an_operator_has_changed_stays_and_another_model_is_refused() {
+        let (roster, ours) = (roster(), model(1));
+        let mut state = State::genesis(roster.specs()).unwrap();
+        assert!(check(&state, &ours).is_ok(), "nothing is agreed yet");
+        while let Some(command) = lacking(&state, &ours, &roster) {
+            state.apply(command).unwrap();
+        }
+        state.apply(Command::SetReplicas("fr".parse().unwrap(), 1)).unwrap();
+        assert_eq!(lacking(&state, &ours, &roster), None);
+        assert!(check(&state, &ours).is_ok());
+        let refused = check(&state, &model(2)).unwrap_err().to_string();
+        assert!(refused.starts_with("the cluster serves the model 0101"), "{refused}");
+    }
+}

@@ -1,0 +1,75 @@
+//! Opens the link to one node: which transport carries it, where it is dialled, and whose
+//! certificate is expected there. What is known of the node comes from the committed state.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use entente_expert_node::NodeHandle;
+use entente_expert_node::inproc::InprocLink;
+use entente_membership::roster::Roster;
+use entente_membership::state::Node;
+use entente_proto::identity::Role;
+use entente_proto::ids::NodeId;
+use entente_tls::{ALPN_GRPC, ALPN_STREAM, Credentials};
+use tokio::runtime::Handle;
+
+use super::grpc::GrpcLink;
+use super::{Links, Peer};
+use crate::Error;
+use crate::config::Transport;
+
+/// See the module.
+pub struct Opener {
+    /// How nodes of other processes are reached.
+    pub transport: Transport,
+    /// Whose certificates are expected.
+    pub roster: Roster,
+    /// What this process shows; without it nothing but loopback is dialled.
+    pub credentials: Option<Credentials>,
+    /// The nodes of this process.
+    pub local: BTreeMap<NodeId, NodeHandle>,
+    /// Where links over gRPC run.
+    pub runtime: Handle,
+}
+
+impl Opener {
+    /// Opens a link to the node, in place of the one that there was.
+    ///
+    /// # Errors
+    /// When the node may not be reached in plain text, or the system refuses a thread.
+    pub fn open(&self, node: &Node, links: &mut Links) -> Result<(), Error> {
+        let id = node.id;
+        if let Some(local) = self.local.get(&id).cloned() {
+            links.add(id, |mailbox| Box::new(InprocLink::open(id, local, mailbox)));
+        } else if self.transport == Transport::Grpc {
+            let peer = self.peer(node, ALPN_GRPC)?;
+            links.add(id, |mailbox| Box::new(GrpcLink::open(peer, mailbox, &self.runtime)));
+        } else {
+            let peer = self.peer(node, ALPN_STREAM)?;
+            links.dial(peer).map_err(|error| Error::Start(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Whom to dial, and whose certificate to expect there.
+    fn peer(&self, node: &Node, alpn: &[u8]) -> Result<Peer, Error> {
+        let spec = &node.spec;
+        let member = Some((spec.region, spec.name.clone()));
+        let tls = match &self.credentials {
+            Some(own) => Some(own.client(self.roster.expect(Role::Expert, member), &[alpn])?),
+            None if is_loopback(&spec.address) => None,
+            None => {
+                return Err(Error::Config(format!(
+                    "cluster.nodes: {} of {} is not a loopback address, so the section [tls] is \
+                     needed",
+                    spec.address, spec.name
+                )));
+            }
+        };
+        Ok(Peer { node: node.id, name: spec.name.clone(), address: spec.address.clone(), tls })
+    }
+}
+
+fn is_loopback(address: &str) -> bool {
+    address.parse().is_ok_and(|address: SocketAddr| address.ip().is_loopback())
+}

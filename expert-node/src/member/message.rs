@@ -1,0 +1,75 @@
+//! Between the session's words and the wire's.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use entente_membership::state::{NodeState, State};
+use entente_proto::ids::{ExpertId, LayerId, NodeName, PlacementEpoch};
+use entente_proto::placement::ExpertKey;
+use entente_proto::wire;
+
+use super::session::{Committed, Orders, Report};
+
+/// Orders that make no sense.
+#[derive(Debug, thiserror::Error)]
+#[error("the orders' experts have {0} bytes, which is no whole number of pairs")]
+pub(super) struct Malformed(usize);
+
+pub(super) fn report(report: &Report, rows: &[(ExpertKey, u64)]) -> wire::HeartbeatReport {
+    let failure = |((layer, expert), reason): (&ExpertKey, &String)| wire::LoadFailure {
+        layer: layer.0.into(),
+        expert: expert.0.into(),
+        reason: reason.clone(),
+    };
+    let rows_of = |((layer, expert), rows): &(ExpertKey, u64)| wire::ExpertRows {
+        layer: layer.0.into(),
+        expert: expert.0.into(),
+        rows: *rows,
+    };
+    wire::HeartbeatReport {
+        node: report.node.0,
+        incarnation: report.incarnation.0,
+        sequence: report.sequence,
+        held: report.held.as_ref().map(pack),
+        failed: report.failed.iter().map(failure).collect(),
+        leaving: report.leaving,
+        rows: rows.iter().map(rows_of).collect(),
+    }
+}
+
+pub(super) fn orders(orders: wire::HeartbeatOrders) -> Result<Orders, Malformed> {
+    Ok(Orders {
+        sequence: orders.sequence,
+        placement_epoch: PlacementEpoch(orders.placement_epoch),
+        wanted: orders.wanted.map(|wanted| unpack(&wanted)).transpose()?,
+        dismissed: orders.dismissed,
+    })
+}
+
+/// What a state says about the node of this name.
+pub(super) fn committed(state: &State, name: &NodeName) -> Committed {
+    let node = state.node(name);
+    Committed {
+        placement_epoch: state.placement_epoch(),
+        placed: node.map(|node| state.placement().experts_of(node.id)).unwrap_or_default(),
+        active: node
+            .filter(|node| node.state == NodeState::Active)
+            .and_then(|node| node.incarnation),
+    }
+}
+
+fn pack(experts: &BTreeSet<ExpertKey>) -> Bytes {
+    let pair = |(layer, expert): &ExpertKey| [layer.0.to_le_bytes(), expert.0.to_le_bytes()];
+    experts.iter().flat_map(pair).flatten().collect()
+}
+
+fn unpack(bytes: &[u8]) -> Result<BTreeSet<ExpertKey>, Malformed> {
+    let (pairs, rest) = bytes.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(Malformed(bytes.len()));
+    }
+    let pair = |[l0, l1, e0, e1]: &[u8; 4]| {
+        (LayerId(u16::from_le_bytes([*l0, *l1])), ExpertId(u16::from_le_bytes([*e0, *e1])))
+    };
+    Ok(pairs.iter().map(pair).collect())
+}

@@ -1,0 +1,269 @@
+//! The service around the pure [`crate::voter::Voter`]: a thread with a disk, and sockets.
+//!
+//! ```text
+//!   control port ──► guard (who may call what) ──► raft | members | admin
+//!                                                    │  bounded commands
+//!                                                    ▼
+//!                        owner: ONE thread, Voter + Store ──► peers: a task for each voter
+//!                                    │
+//!                                    └──► state, status: the latest of each, for whoever looks
+//!   steward: ONE task, acts while this voter leads; its decisions are proposals like any other
+//! ```
+//!
+//! Invariants:
+//! - nothing touches the voter or its disk but the owner's thread, as `fsync` blocks;
+//! - an error of the disk or of the log ends the service, and with it the process;
+//! - a state is published before anybody is answered from it;
+//! - every queue is bounded: raft messages that do not fit are dropped, as raft sends them again,
+//!   and a proposal that does not fit is refused as busy.
+//!
+//! What it does not know: models, experts' weights, the exchange.
+
+mod admin;
+mod config;
+mod disk;
+mod guard;
+mod heartbeat;
+mod members;
+mod owner;
+mod peers;
+mod raft_rpc;
+mod registration;
+mod server;
+mod shared;
+mod steward_shell;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use entente_proto::ids::NodeName;
+use entente_tls::Credentials;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+pub use config::{Config, InvalidConfig};
+pub use guard::{ALLOWED, allowed};
+pub use heartbeat::{pack_experts, unpack_experts};
+
+use crate::client::{Client, ClientError};
+use crate::net::Dialler;
+use crate::raft::Status;
+use crate::roster::Roster;
+use crate::state::{Applied, Command, Expect, Refused, State};
+use crate::steward;
+use crate::store::StoreError;
+use crate::voter::{Voter, VoterError};
+use shared::Shared;
+
+/// How long what is being answered may take when the service stops.
+const STOP_MAX: Duration = Duration::from_millis(500);
+
+/// Why the service does not start, or has ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// A setting is of no use.
+    #[error(transparent)]
+    Config(#[from] InvalidConfig),
+    /// The roster's founders and nodes cannot be a cluster.
+    #[error("the cluster cannot be founded: {0}")]
+    Genesis(Refused),
+    /// The disk is of another process, or of none.
+    #[error("membership.data_dir: {0}")]
+    Disk(String),
+    /// The durable log cannot be used, or not any longer.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The voter cannot go on.
+    #[error(transparent)]
+    Voter(#[from] VoterError),
+    /// The credentials are of no use, or of somebody else.
+    #[error(transparent)]
+    Tls(#[from] entente_tls::Error),
+    /// Nothing can listen there.
+    #[error("membership.listen {address}: {reason}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// The cluster does not take it in.
+    #[error("the cluster does not take this voter in: {0}")]
+    Refused(ClientError),
+    /// A part of it ended on its own, which is a bug.
+    #[error("the membership service: its {0} has ended")]
+    Ended(&'static str),
+}
+
+/// A proposal came to nothing.
+pub type ProposeError = ClientError;
+
+/// A service that runs.
+pub struct Service {
+    /// Its door, for this process.
+    pub handle: Membership,
+    /// Ends with the service. An error must end the process.
+    pub ended: JoinHandle<Result<(), ServiceError>>,
+}
+
+/// What this process asks of its own voter. Cheap to clone.
+#[derive(Clone)]
+pub struct Membership {
+    shared: Shared,
+    stop: Arc<watch::Sender<bool>>,
+}
+
+impl Membership {
+    /// The committed state as far as this voter knows it.
+    pub fn state(&self) -> watch::Receiver<Arc<State>> {
+        self.shared.state.clone()
+    }
+
+    /// Where raft stands.
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.shared.status.clone()
+    }
+
+    /// Proposes at whoever leads, exactly once.
+    ///
+    /// # Errors
+    /// As [`Client::propose`].
+    pub async fn propose(
+        &self,
+        deadline: Duration,
+        expect: Expect,
+        command: Command,
+    ) -> Result<Applied, ProposeError> {
+        self.shared.client.propose(deadline, expect, command).await
+    }
+
+    /// A state in which everything is that was committed before this call; not only the leader can
+    /// tell. `None`: nobody could confirm it in time.
+    pub async fn read(&self, deadline: Duration) -> Option<Arc<State>> {
+        let confirmed = async {
+            while !self.shared.owner.read().await {
+                sleep(self.shared.tick).await;
+            }
+        };
+        timeout(deadline, confirmed).await.ok()?;
+        Some(self.shared.state())
+    }
+
+    /// The library with which this process speaks to all voters.
+    pub fn client(&self) -> &Client {
+        &self.shared.client
+    }
+
+    /// Hands leadership over, if it has it, and stops. [`Service::ended`] says when it has stopped.
+    pub async fn shutdown(self) {
+        let status = self.shared.status();
+        if status.is_leader {
+            let others = status
+                .matched
+                .iter()
+                .filter(|(id, _)| **id != status.id && status.group.voters.contains(id));
+            if let Some((to, _)) = others.max_by_key(|(_, matched)| **matched) {
+                self.shared.transfer(*to, self.shared.election).await;
+            }
+        }
+        self.stop.send_replace(true);
+        self.shared.owner.wake();
+    }
+}
+
+/// Starts the voter `name` of the cluster: founds it, takes up where its disk left off, or joins.
+///
+/// # Errors
+/// What is wrong with the configuration, the credentials, the disk or the port.
+pub async fn start(
+    config: Config,
+    roster: &Roster,
+    name: &NodeName,
+    credentials: Credentials,
+    listener: Option<std::net::TcpListener>,
+) -> Result<Service, ServiceError> {
+    config.check()?;
+    let listener = server::listen(&config, listener).await?;
+    let listens = listener.local_addr().map_err(|error| server::cannot(&config, &error))?;
+    let address = config.address(roster, name);
+    let dialler = Dialler::new(&credentials, None)?.knowing_itself(address.clone(), listens);
+    let client = |more: &[String]| {
+        let voters = roster.voters().iter().map(|voter| voter.address.clone());
+        let addresses = voters.chain(more.iter().cloned()).collect();
+        Client::with(dialler.clone(), addresses).map_err(ServiceError::Refused)
+    };
+    let own = disk::Own { name, credentials: &credentials, address: &address };
+    let disk = disk::open(&config, roster, &own, &client(&[])?).await?;
+    let voter = Voter::open(config.voter(disk.identity), disk.durable)?;
+    let own_voter = disk.identity.voter;
+    let known = shared::addresses(voter.state());
+    let (stop, stopping) = watch::channel(false);
+    let (steward, asks) = steward_shell::channel();
+    let (thread, shared) = owner::prepare(owner::Parts {
+        voter,
+        store: disk.store,
+        config: &config,
+        credentials: credentials.clone(),
+        beginning: disk.beginning,
+        identity: disk.identity,
+        name: name.clone(),
+        address,
+        client: client(&known)?,
+        steward,
+        stopping,
+    })?;
+    tracing::info!(voter = own_voter, %name, %listens, "the membership service has started");
+    let handle = Membership { shared: shared.clone(), stop: Arc::new(stop) };
+    let parts =
+        Running { thread, shared, stop: handle.stop.clone(), asks, settings: config.steward() };
+    let ended = tokio::spawn(parts.run(listener, credentials));
+    Ok(Service { handle, ended })
+}
+
+/// What is started.
+struct Running {
+    thread: owner::Thread,
+    shared: Shared,
+    stop: Arc<watch::Sender<bool>>,
+    asks: mpsc::Receiver<steward_shell::Ask>,
+    settings: steward::Settings,
+}
+
+impl Running {
+    /// Runs all parts until one ends or it is to stop.
+    async fn run(
+        self,
+        listener: TcpListener,
+        credentials: Credentials,
+    ) -> Result<(), ServiceError> {
+        let Self { thread, shared, stop, asks, settings } = self;
+        let mut server = tokio::spawn(server::serve(shared.clone(), listener, &credentials)?);
+        let mut owner = thread.start()?;
+        let mut registration = tokio::spawn(registration::run(shared.clone()));
+        let mut steward = tokio::spawn(steward_shell::run(shared.clone(), settings, asks));
+        let mut registered = false;
+        let result = loop {
+            tokio::select! {
+                result = &mut owner => break result.unwrap_or(Err(ServiceError::Ended("owner"))),
+                _ = &mut server => break Err(ServiceError::Ended("server")),
+                _ = &mut steward => break Err(ServiceError::Ended("steward")),
+                result = &mut registration, if !registered => match result {
+                    Ok(Ok(())) => registered = true,
+                    Ok(Err(error)) => break Err(error),
+                    Err(_) => break Err(ServiceError::Ended("registration")),
+                },
+            }
+        };
+        stop.send_replace(true);
+        shared.owner.wake();
+        registration.abort();
+        steward.abort();
+        // Open streams see that it stops and end; what does not is cut off.
+        if timeout(STOP_MAX, &mut server).await.is_err() {
+            server.abort();
+        }
+        result
+    }
+}

@@ -1,0 +1,106 @@
+//! The control port: the three gRPC services behind the guard.
+
+use std::convert::Infallible;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use entente_proto::wire::admin_server::AdminServer;
+use entente_proto::wire::membership_server::MembershipServer;
+use entente_proto::wire::raft_server::RaftServer;
+use entente_tls::Credentials;
+use tokio::net::TcpListener;
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, Service, http};
+use tonic::transport::Server;
+
+use super::admin::Admin;
+use super::guard::admit;
+use super::members::Members;
+use super::raft_rpc::Raft;
+use super::shared::Shared;
+use super::{Config, ServiceError};
+use crate::net::accept;
+use crate::state::codec::{REQUEST_LEN_MAX, STATE_LEN_MAX};
+use crate::voter::ENVELOPE_LEN_MAX;
+
+/// Silence after which a peer is asked for a sign of life, and how long it may take to give one.
+const KEEPALIVE: Duration = Duration::from_secs(2);
+/// Calls of one connection that are under way.
+const STREAMS_MAX: u32 = 64;
+/// HTTP/2 window of a stream and of a connection: a snapshot must not wait for our permission.
+const WINDOW_BYTES: u32 = 8 << 20;
+
+/// Takes the socket that was handed over, or binds one.
+pub(super) async fn listen(
+    config: &Config,
+    given: Option<std::net::TcpListener>,
+) -> Result<TcpListener, ServiceError> {
+    let listener = match given {
+        Some(listener) => {
+            listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener))
+        }
+        None => TcpListener::bind(&config.listen).await,
+    };
+    listener.map_err(|error| cannot(config, &error))
+}
+
+pub(super) fn cannot(config: &Config, error: &std::io::Error) -> ServiceError {
+    ServiceError::Listen { address: config.listen.clone(), reason: error.to_string() }
+}
+
+/// Serves until the service stops and the last call has ended.
+pub(super) fn serve(
+    shared: Shared,
+    listener: TcpListener,
+    credentials: &Credentials,
+) -> Result<impl Future<Output = ()> + use<>, ServiceError> {
+    let incoming = accept(listener, credentials)?;
+    let raft = RaftServer::new(Raft(shared.clone())).max_decoding_message_size(ENVELOPE_LEN_MAX);
+    let members = MembershipServer::new(Members::new(shared.clone()))
+        .max_decoding_message_size(2 * REQUEST_LEN_MAX)
+        .max_encoding_message_size(STATE_LEN_MAX + (1 << 16));
+    let control = Control { raft, members, admin: AdminServer::new(Admin(shared.clone())) };
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .max_concurrent_streams(STREAMS_MAX)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(2 * WINDOW_BYTES);
+    Ok(async move {
+        let stopped = async move { shared.stopped().await };
+        let served = server.serve_with_incoming_shutdown(control, incoming, stopped);
+        if let Err(error) = served.await {
+            tracing::error!(%error, "the control port has ended");
+        }
+    })
+}
+
+/// The services on the control port, behind the guard.
+#[derive(Clone)]
+struct Control {
+    raft: RaftServer<Raft>,
+    members: MembershipServer<Members>,
+    admin: AdminServer<Admin>,
+}
+
+impl Service<http::Request<Body>> for Control {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<http::Response<Body>, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if let Err(refused) = admit(&request) {
+            return Box::pin(async move { Ok(refused.into_http()) });
+        }
+        match request.uri().path().split('/').nth(1) {
+            Some("entente.v1.Raft") => self.raft.call(request),
+            Some("entente.v1.Membership") => self.members.call(request),
+            // What the guard admits is of one of the three.
+            _ => self.admin.call(request),
+        }
+    }
+}
