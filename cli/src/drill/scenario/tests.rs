@@ -116,11 +116,11 @@ fn actions_on_links_speak_the_words_of_the_relay() {
 #[test]
 fn a_link_is_of_the_kind_that_the_action_is_about() {
     for (action, part) in [
-        ("cut: {link: fr-se}", "takes no `target`"),
+        ("{cut: {link: fr-se}}", "takes no `target`"),
         ("cut-one-way", "wants a link"),
         ("slow", "is not 30ms"),
     ] {
-        let text = refusal("action: kill\n", &format!("action: {{{action}}}\n"));
+        let text = refusal("action: kill\n", &format!("action: {action}\n"));
         assert!(text.contains(part), "{action}: {text}");
     }
     let one_way = "action: {cut: {link: fr->se}}\n    repeat: 1 #";
