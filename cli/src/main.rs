@@ -56,6 +56,8 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     /// Measure kernels, engine, exchanges or a running cluster beside the machine's limits.
     Bench(verbs::bench::BenchArgs),
+    /// Put load on a cluster, break parts of it, and say whether it kept its promises.
+    Drill(verbs::drill::DrillArgs),
     /// Show the members of a cluster; drain them, keep replicas off them, take them out.
     #[command(subcommand)]
     Node(verbs::node::NodeVerb),
@@ -68,8 +70,6 @@ enum Verb {
     /// Change the network between the processes of an `entente up --link`.
     #[command(subcommand)]
     Link(verbs::link::LinkVerb),
-    /// Put load on a cluster, break parts of it, and say whether it kept its promises.
-    Drill(verbs::drill::DrillArgs),
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
@@ -92,11 +92,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Chat(args) => verbs::chat::run(args),
         Verb::Eval(args) => verbs::eval::run(args),
         Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
+        Verb::Drill(args) => verbs::drill::run(args),
         Verb::Node(verb) => verbs::node::run(verb),
         Verb::Raft(verb) => verbs::raft::run(verb),
         Verb::Experts(verb) => verbs::experts::run(verb),
         Verb::Link(verb) => verbs::link::run(verb),
-        Verb::Drill(args) => verbs::drill::run(args),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),
