@@ -188,7 +188,9 @@ pub async fn start(
     let listener = server::listen(&config, listener).await?;
     let listens = listener.local_addr().map_err(|error| server::cannot(&config, &error))?;
     let address = config.address(roster, name);
-    let dialler = Dialler::new(&credentials, None)?.knowing_itself(address.clone(), listens);
+    let dialler = Dialler::new(&credentials, None)?
+        .knowing_itself(address.clone(), listens)
+        .through(config.via.clone());
     let client = |more: &[String]| {
         let voters = roster.voters().iter().map(|voter| voter.address.clone());
         let addresses = voters.chain(more.iter().cloned()).collect();

@@ -215,12 +215,11 @@ impl Exchanger {
     fn wait(&mut self) {
         let until_us = self.exchanges.wake_us().unwrap_or(0);
         let timeout = Duration::from_micros(until_us.saturating_sub(self.now_us()));
-        match self.cluster.next(Some(timeout)) {
-            Some((node, event)) => self.take(node, event),
-            None => {
-                let commands = self.exchanges.on_tick(self.cluster.view(), self.now_us());
-                self.perform(commands);
-            }
+        if let Some((node, event)) = self.cluster.next(Some(timeout)) {
+            self.take(node, event);
+        } else if self.now_us() >= until_us {
+            let commands = self.exchanges.on_tick(self.cluster.view(), self.now_us());
+            self.perform(commands);
         }
         self.follow();
     }

@@ -47,6 +47,9 @@ use crate::metrics::Metrics;
 /// Events beyond one a token: prompt scores, the end, and one to spare.
 const EXTRA_EVENTS: usize = 4;
 
+/// How often an engine that holds a step looks whether clients have left: that wakes nobody.
+const GONE_CHECK: Duration = Duration::from_millis(250);
+
 /// One generation that the engine is asked for.
 pub struct Request {
     /// Token ids, not empty.
@@ -323,8 +326,9 @@ impl Engine {
     fn wait(&mut self) {
         let Some(hold) = &self.hold else { return };
         let gives_up_at = |g: &Generation| hold.gives_up_at(g.arrived, self.request_wait_max);
-        let first = self.generations.values().map(gives_up_at).min();
-        self.exchanger.idle(first.map(|at| at.saturating_duration_since(Instant::now())));
+        let Some(first) = self.generations.values().map(gives_up_at).min() else { return };
+        let timeout = first.saturating_duration_since(Instant::now());
+        self.exchanger.idle(Some(timeout.min(GONE_CHECK)));
     }
 
     fn fail(&mut self, id: SequenceId, error: EngineError) {

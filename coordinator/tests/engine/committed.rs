@@ -102,6 +102,7 @@ fn finish(running: Vec<Running>) -> Vec<String> {
 crate::over_networks! {
     the_last_replica_of_an_expert_may_vanish_and_come_back_as_another_start,
     what_does_not_come_back_in_time_is_told_to_each_request_after_its_own_wait,
+    a_client_that_leaves_while_its_step_waits_is_forgotten,
     a_node_that_is_committed_down_is_not_used_although_it_answers,
     replicas_that_move_under_load_change_nothing,
 }
@@ -150,6 +151,24 @@ fn what_does_not_come_back_in_time_is_told_to_each_request_after_its_own_wait(
     assert!(submitted.elapsed() >= WAIT, "given up after {:?}", submitted.elapsed());
     live.bring_back(1);
     assert!(live.engine.answers() == reference());
+}
+
+fn a_client_that_leaves_while_its_step_waits_is_forgotten(transport: Transport) {
+    let mut live = Live::start(transport, 2, 1, PATIENCE);
+    drop(live.nodes[1].take());
+    let (leaves, mut stays) = (live.engine.submit(0), live.engine.submit(1));
+    live.wait_until_held();
+    drop(leaves);
+    let metrics = &live.engine.started.api.metrics;
+    let left = || metrics.finished.with_label_values(&["disconnect"]).get();
+    let began = Instant::now();
+    while left() == 0 {
+        assert!(began.elapsed() < PATIENCE, "nobody noticed that a client left");
+        thread::sleep(Duration::from_millis(1));
+    }
+    live.lose(1);
+    live.bring_back(1);
+    assert_eq!(rest(&mut stays), reference()[1]);
 }
 
 fn a_node_that_is_committed_down_is_not_used_although_it_answers(transport: Transport) {
