@@ -1,9 +1,9 @@
 //! The `entente` binary: one program that is every role of a cluster, and the tools beside it.
 //!
 //! - `entente up` starts a whole cluster on this machine as child processes ([`cluster`]).
-//! - `entente coordinator` and `entente expert-node` are one role each, described by a TOML file
-//!   ([`role`]); `up` starts exactly these, so a cluster over several machines is the same
-//!   programs with other addresses.
+//! - `entente coordinator`, `entente expert-node` and `entente witness` are one role each, described
+//!   by a TOML file ([`role`]); `up` starts exactly these, so a cluster over several machines is the
+//!   same programs with other addresses.
 //! - `entente node`, `entente raft` and `entente experts` are an operator's: they ask the control
 //!   plane of a running cluster ([`operator`]).
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
@@ -56,6 +56,8 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     /// Measure kernels, engine, exchanges or a running cluster beside the machine's limits.
     Bench(verbs::bench::BenchArgs),
+    /// Put load on a cluster, break parts of it, and say whether it kept its promises.
+    Drill(verbs::drill::DrillArgs),
     /// Show the members of a cluster; drain them, keep replicas off them, take them out.
     #[command(subcommand)]
     Node(verbs::node::NodeVerb),
@@ -68,14 +70,14 @@ enum Verb {
     /// Change the network between the processes of an `entente up --link`.
     #[command(subcommand)]
     Link(verbs::link::LinkVerb),
-    /// Put load on a cluster, break parts of it, and say whether it kept its promises.
-    Drill(verbs::drill::DrillArgs),
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
     Coordinator(role::RoleArgs),
     /// Run one expert node: holds the experts that are placed on it and computes nothing else.
     ExpertNode(role::RoleArgs),
+    /// Run one witness: a voter without a model.
+    Witness(role::RoleArgs),
 }
 
 fn main() -> ExitCode {
@@ -90,14 +92,15 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Chat(args) => verbs::chat::run(args),
         Verb::Eval(args) => verbs::eval::run(args),
         Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
+        Verb::Drill(args) => verbs::drill::run(args),
         Verb::Node(verb) => verbs::node::run(verb),
         Verb::Raft(verb) => verbs::raft::run(verb),
         Verb::Experts(verb) => verbs::experts::run(verb),
         Verb::Link(verb) => verbs::link::run(verb),
-        Verb::Drill(args) => verbs::drill::run(args),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),
         Verb::ExpertNode(args) => verbs::expert_node::run(args),
+        Verb::Witness(args) => verbs::witness::run(args),
     }
 }
 

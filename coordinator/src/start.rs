@@ -229,6 +229,7 @@ fn connect(
     let opener = Opener {
         transport: config.transport,
         roster: config.cluster.clone(),
+        via: config.membership.as_ref().map(|own| own.via.clone()).unwrap_or_default(),
         credentials,
         local: loaded.local.clone(),
         runtime: tokio::runtime::Handle::current(),

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use entente_membership::net::Via;
 use entente_membership::roster::Roster;
 use entente_model::kernels::WeightFormat;
 use entente_proto::identity::Role;
@@ -73,6 +74,9 @@ pub struct MembershipConfig {
     /// How often the node tells that it lives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heartbeat_ms: Option<u64>,
+    /// Where to dial voters, if not where the cluster says that they are.
+    #[serde(default, skip_serializing_if = "Via::is_empty")]
+    pub via: Via,
 }
 
 fn is_default(config: &MembershipConfig) -> bool {

@@ -53,7 +53,7 @@ use entente_proto::ids::NodeName;
 use entente_router::placement::PlacementRefused;
 
 pub use cluster::found;
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, MembershipConfig};
 pub use node::{ExpertNode, NodeHandle, Reply};
 pub use run::{Ready, run};
 pub use service::serve;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use entente_membership::client::Client;
+use entente_membership::net::Dialler;
 use entente_model::kernels;
 use entente_model::{Checkpoint, Progress};
 use entente_proto::wire;
@@ -93,7 +94,8 @@ impl Live {
         let Self { config, credentials, listener, address } = self;
         let mut stop = std::pin::pin!(stop);
         let voters = config.cluster.voters().iter().map(|voter| voter.address.clone()).collect();
-        let client = Client::new(&credentials, voters)?;
+        let dialler = Dialler::new(&credentials, None)?.through(config.membership.via.clone());
+        let client = Client::with(dialler, voters)?;
         let model = config.model.clone();
         let opening = unless(stop.as_mut(), &model, move || open(&config, client, address));
         let Some(member) = opening.await? else { return Ok(()) };

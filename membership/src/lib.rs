@@ -11,7 +11,11 @@
 //!   voter::Voter    one process of the raft group: replica and state together; pure
 //!     raft::Replica   raft-rs behind one door; pure
 //!     state::State    what the committed entries amount to; pure
+//!   steward::Steward  what the leader decides about expert nodes; pure
 //!   store::Store    makes each log::Batch durable
+//!
+//!   service         a thread and sockets around voter, store and steward: the control plane
+//!   client          how everybody else speaks to it, over net
 //! ```
 //!
 //! Invariants:
@@ -21,10 +25,9 @@
 //! - the placement names only expert nodes that are members;
 //! - nothing is said to a peer or a client before what it rests on is durable.
 //!
-//! What this crate does not know: sockets, clocks, threads, randomness, hash order, floats, whether
-//! a node answers (that is evidence, and evidence becomes a command only through somebody's
-//! decision), how a placement is computed (the router plans it), what a model is. Files are known
-//! to [`store`] alone.
+//! What the pure parts do not know: sockets, clocks, threads, randomness, hash order, floats. Files
+//! are known to [`store`] alone; sockets, time and tasks to [`net`], [`client`] and [`service`]. What
+//! no part knows: what a model is, and how a placement is computed (the router plans it).
 
 pub mod client;
 pub mod log;

@@ -14,6 +14,7 @@
 
 mod accept;
 mod reason;
+mod via;
 
 use std::io;
 use std::net::SocketAddr;
@@ -34,11 +35,14 @@ use tonic::transport::{Channel, Endpoint};
 
 pub use accept::{ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, accept};
 pub use reason::{LEADER_KEY, REASON_KEY, Reason};
+pub use via::Via;
 
 /// How long it may take until a connection is there.
 pub const DIAL_MAX: Duration = Duration::from_secs(1);
-/// Silence after which the peer is asked for a sign of life, and how long it may take to give one.
+/// Silence after which the peer is asked for a sign of life.
 const KEEPALIVE: Duration = Duration::from_secs(1);
+/// How long it may take to give one. A machine that is busy is not one that is cut off.
+const KEEPALIVE_MAX: Duration = Duration::from_secs(2);
 /// HTTP/2 window of a stream: a state of some MiB must not wait for our permission.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 /// HTTP/2 window of the connection.
@@ -60,6 +64,7 @@ pub struct Dialler {
     config: Arc<ClientConfig>,
     /// The address under which we ourselves are known, and where that really is.
     own: Option<(String, SocketAddr)>,
+    via: Via,
 }
 
 impl Dialler {
@@ -73,12 +78,18 @@ impl Dialler {
     ) -> Result<Self, entente_tls::Error> {
         let cluster = credentials.identity().cluster.clone();
         let voter = Expected { cluster, roles: vec![Role::Coordinator, Role::Witness], member };
-        Ok(Self { config: credentials.client(voter, &[ALPN_GRPC])?, own: None })
+        let config = credentials.client(voter, &[ALPN_GRPC])?;
+        Ok(Self { config, own: None, via: Via::default() })
     }
 
     /// A voter reaches itself where it listens, whatever lies before the address that others use.
     pub fn knowing_itself(self, address: String, listens: SocketAddr) -> Self {
         Self { own: Some((address, listens)), ..self }
+    }
+
+    /// Others are dialled where this says.
+    pub fn through(self, via: Via) -> Self {
+        Self { via, ..self }
     }
 
     /// Connects to `host:port`.
@@ -89,14 +100,14 @@ impl Dialler {
         let unreachable = |reason| Unreachable { address: address.to_owned(), reason };
         let to = match &self.own {
             Some((own, listens)) if own == address => listens.to_string(),
-            _ => address.to_owned(),
+            _ => self.via.resolve(address).to_owned(),
         };
         // The scheme says what gRPC is to do about TLS: nothing, the connector does it.
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|error| unreachable(causes(&error)))?
             .connect_timeout(DIAL_MAX)
             .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE_MAX)
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES);

@@ -188,7 +188,9 @@ pub async fn start(
     let listener = server::listen(&config, listener).await?;
     let listens = listener.local_addr().map_err(|error| server::cannot(&config, &error))?;
     let address = config.address(roster, name);
-    let dialler = Dialler::new(&credentials, None)?.knowing_itself(address.clone(), listens);
+    let dialler = Dialler::new(&credentials, None)?
+        .knowing_itself(address.clone(), listens)
+        .through(config.via.clone());
     let client = |more: &[String]| {
         let voters = roster.voters().iter().map(|voter| voter.address.clone());
         let addresses = voters.chain(more.iter().cloned()).collect();
@@ -248,13 +250,15 @@ impl Running {
             biased;
             () = shared.stopped() => None,
             result = &mut owner => Some(result.unwrap_or(ended("owner"))),
-            _ = &mut server => Some(ended("server")),
-            _ = &mut steward => Some(ended("steward")),
+            // They end when they are to stop, perhaps before this task has noticed.
+            _ = &mut server => (!*shared.stopping.borrow()).then(|| ended("server")),
+            _ = &mut steward => (!*shared.stopping.borrow()).then(|| ended("steward")),
             error = refused(&mut registration) => Some(Err(error)),
         };
         stop.send_replace(true);
         shared.owner.wake();
-        (registration.abort(), steward.abort());
+        registration.abort();
+        steward.abort();
         let result = match early {
             Some(result) => result,
             None => owner.await.unwrap_or(ended("owner")),

@@ -40,8 +40,6 @@ mod moving;
 mod operator;
 mod orders;
 mod planning;
-#[cfg(test)]
-mod tests;
 mod views;
 
 use std::collections::{BTreeMap, BTreeSet};

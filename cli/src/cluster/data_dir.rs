@@ -102,6 +102,11 @@ impl DataDir {
         Ok(dir)
     }
 
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Where unpacked models are kept.
     pub fn models(&self) -> PathBuf {
         self.root.join("models")

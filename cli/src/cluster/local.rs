@@ -16,6 +16,8 @@ use anyhow::{Context, anyhow};
 use super::data_dir::{ClusterFile, DataDir, ProcessEntry};
 use super::pki;
 use super::plan::{self, Addresses, Common, KvCache, Member, Regions, Role, Transport, Weights};
+use super::relay::rule::{Change, Ends};
+use super::relay::{Path, Relay};
 use super::report::{Progress, log_tail, process_table};
 use super::restart::Backoff;
 use super::supervisor::{Event, Launch, Supervisor};
@@ -25,9 +27,6 @@ use crate::status::Status;
 
 /// How long all processes together may be silent while they load and find each other.
 const STALL_DEADLINE: Duration = Duration::from_secs(120);
-
-/// Whether processes of their own agree by raft; else the roster is all that there is.
-const LIVE: bool = false;
 
 /// What the cluster should be.
 #[derive(Debug, Clone)]
@@ -52,6 +51,8 @@ pub struct Wanted {
     pub transport: Transport,
     /// Whether a process that ends by itself is started again.
     pub restart: bool,
+    /// What the network between processes is like; without a word there is no relay in between.
+    pub links: Vec<Change>,
 }
 
 /// One process and how it fares.
@@ -80,18 +81,20 @@ pub struct Cluster {
     logging: LogArgs,
     restart: bool,
     published: bool,
+    /// Connections through it end with it.
+    relay: Option<Relay>,
 }
 
 impl Cluster {
     /// Binds all ports first, so that nothing is started when one is taken.
     pub fn start(wanted: Wanted, data: DataDir, logging: &LogArgs) -> anyhow::Result<Self> {
-        let has_processes = wanted.transport != Transport::Inproc;
-        let is_live = has_processes && LIVE;
+        let is_live = wanted.transport != Transport::Inproc;
         let everyone = everyone(&wanted, is_live);
         // Expert nodes inside their coordinator are no processes and have no address.
-        let is_process = |m: &&Member| m.role == Role::Coordinator || has_processes;
+        let is_process = |m: &&Member| m.role == Role::Coordinator || is_live;
         let members: Vec<Member> = everyone.iter().filter(is_process).cloned().collect();
         let bound = bind_all(&members, wanted.http, is_live)?;
+        let relay = relay(&wanted, &members, &bound, &data)?;
         let common = common(wanted.clone(), everyone, &members, &bound, &data)?;
 
         let mut cluster = Self {
@@ -103,9 +106,12 @@ impl Cluster {
             logging: logging.clone(),
             restart: wanted.restart,
             published: false,
+            relay,
         };
         for (member, (listeners, addresses)) in members.into_iter().zip(bound) {
-            let toml = plan::configuration(&common, &member, addresses)?;
+            let via =
+                cluster.relay.as_ref().map(|relay| relay.via(&member.name)).unwrap_or_default();
+            let toml = plan::configuration(&common, &member, addresses, via)?;
             let config = cluster.data.write_config(&member.name, &toml)?;
             let log = cluster.data.empty_log(&member.name)?;
             let (started, backoff) = (Instant::now(), Backoff::default());
@@ -363,6 +369,35 @@ fn bind_all(
         Ok((listeners, Addresses { main, control }))
     };
     members.iter().enumerate().map(bind_one).collect()
+}
+
+/// The relay between those that dial and those that they dial, if something was said about links.
+fn relay(
+    wanted: &Wanted,
+    members: &[Member],
+    bound: &[(Vec<TcpListener>, Addresses)],
+    data: &DataDir,
+) -> anyhow::Result<Option<Relay>> {
+    if wanted.links.is_empty() {
+        return Ok(None);
+    }
+    let end = |member: &Member| (member.region, member.name.clone());
+    let mut paths = Vec::new();
+    for (target, (_, addresses)) in members.iter().zip(bound) {
+        // Everybody speaks to voters, and coordinators to expert nodes.
+        let diallers = members.iter().filter(|dialler| {
+            dialler.name != target.name
+                && (addresses.control.is_some() || dialler.role == Role::Coordinator)
+        });
+        let dialled = addresses.control.unwrap_or(addresses.main);
+        paths.extend(diallers.map(|dialler| Path {
+            ends: Ends { dialler: end(dialler), target: end(target) },
+            target: dialled,
+        }));
+    }
+    let mut relay = Relay::open(paths, wanted.links.clone()).context("cannot start the relay")?;
+    relay.serve(data.root())?;
+    Ok(Some(relay))
 }
 
 /// The same sockets again. What the process before had accepted does not keep the addresses taken:

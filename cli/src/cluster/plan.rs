@@ -15,13 +15,16 @@ use std::str::FromStr;
 use anyhow::Context;
 use clap::ValueEnum;
 use entente_coordinator::config::EngineConfig;
+use entente_membership::net::Via;
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
+use entente_membership::service;
 use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
 use super::pki;
 use crate::exit::Misuse;
+use crate::verbs::witness;
 
 /// Most expert nodes in one region of a cluster on one machine.
 pub const NODES_MAX: u16 = 64;
@@ -282,44 +285,34 @@ pub fn voters<'a>(
     processes.into_iter().filter_map(voter).collect()
 }
 
-/// The TOML text of the configuration of `member`, which listens at `addresses`.
+/// The TOML text of the configuration of `member`, which listens at `addresses` and dials `via`.
 pub fn configuration(
     common: &Common,
     member: &Member,
     addresses: Addresses,
+    via: Via,
 ) -> anyhow::Result<String> {
     let listen = addresses.main;
-    let table = match member.role {
-        Role::Coordinator => toml::Table::try_from(coordinator(common, member, listen)),
-        Role::ExpertNode => toml::Table::try_from(expert_node(common, member, listen)),
-        Role::Witness => witness(common, member),
+    let membership = addresses.control.map(|control| {
+        let data_dir = common.raft.join(member.name.as_str());
+        let via = via.clone();
+        service::Config { via, ..service::Config::new(control.to_string(), data_dir) }
+    });
+    let text = match member.role {
+        Role::Coordinator => toml::to_string(&entente_coordinator::Config {
+            membership,
+            ..coordinator(common, member, listen)
+        }),
+        Role::ExpertNode => toml::to_string(&expert_node(common, member, listen, via)),
+        Role::Witness => toml::to_string(&witness::Config {
+            name: member.name.clone(),
+            region: member.region,
+            tls: common.tls_files(member).context("a witness needs a certificate")?,
+            membership: membership.context("a witness needs a control plane")?,
+            cluster: common.roster.clone(),
+        }),
     };
-    let mut table =
-        table.with_context(|| format!("the configuration of {} cannot be written", member.name))?;
-    if let Some(control) = addresses.control {
-        table.insert("membership".to_owned(), membership(common, member, control).into());
-    }
-    Ok(toml::to_string(&table)?)
-}
-
-/// The section of a voter about its part in the raft group.
-fn membership(common: &Common, member: &Member, control: SocketAddr) -> toml::Table {
-    let data_dir = common.raft.join(member.name.as_str()).display().to_string();
-    [("listen".to_owned(), control.to_string().into()), ("data_dir".to_owned(), data_dir.into())]
-        .into_iter()
-        .collect()
-}
-
-/// The configuration of a witness, which is nothing but a voter.
-fn witness(common: &Common, member: &Member) -> Result<toml::Table, toml::ser::Error> {
-    let mut table = toml::Table::new();
-    table.insert("name".to_owned(), member.name.to_string().into());
-    table.insert("region".to_owned(), member.region.to_string().into());
-    if let Some(files) = common.tls_files(member) {
-        table.insert("tls".to_owned(), toml::Table::try_from(files)?.into());
-    }
-    table.insert("cluster".to_owned(), toml::Table::try_from(&common.roster)?.into());
-    Ok(table)
+    text.with_context(|| format!("the configuration of {} cannot be written", member.name))
 }
 
 /// The configuration of an expert node.
@@ -327,8 +320,10 @@ fn expert_node(
     common: &Common,
     member: &Member,
     listen: SocketAddr,
+    via: Via,
 ) -> entente_expert_node::Config {
     entente_expert_node::Config {
+        membership: entente_expert_node::MembershipConfig { via, ..Default::default() },
         threads: common.threads.map(usize::from),
         tls: common.tls_files(member),
         ..entente_expert_node::Config::new(
@@ -434,7 +429,8 @@ mod tests {
             roster: roster(2, nodes).unwrap(),
         };
         let addresses = Addresses { main: address, control: None };
-        let text = |at: usize| configuration(&common, &members[at], addresses).unwrap();
+        let text =
+            |at: usize| configuration(&common, &members[at], addresses, Via::default()).unwrap();
         let coordinator: entente_coordinator::Config = toml::from_str(&text(0)).unwrap();
         let node: entente_expert_node::Config = toml::from_str(&text(2)).unwrap();
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
@@ -471,19 +467,20 @@ mod tests {
                 .and_then(|roster| Ok(roster.with_voters(voters)?))
                 .unwrap(),
         };
-        for (member, addresses) in members.iter().zip(addresses) {
-            let text = configuration(&common, member, addresses).unwrap();
-            let table: toml::Table = text.parse().unwrap();
-            let voters = table["cluster"]["voters"].as_array().unwrap();
-            let names: Vec<_> = voters.iter().filter_map(|v| v["name"].as_str()).collect();
-            assert_eq!(names, ["fr-coordinator", "witness"]);
-            let membership = table.get("membership");
-            assert_eq!(membership.is_some(), addresses.control.is_some(), "{text}");
-            if let (Some(membership), Some(control)) = (membership, addresses.control) {
-                assert_eq!(membership["listen"].as_str(), Some(&*control.to_string()));
-                let data_dir = format!("raft/{}", member.name);
-                assert_eq!(membership["data_dir"].as_str(), Some(&*data_dir));
-            }
-        }
+        let via = Via::from_iter([("127.0.0.1:3".to_owned(), "127.0.0.1:9".to_owned())]);
+        let text =
+            |at: usize| configuration(&common, &members[at], addresses[at], via.clone()).unwrap();
+        let coordinator: entente_coordinator::Config = toml::from_str(&text(0)).unwrap();
+        let node: entente_expert_node::Config = toml::from_str(&text(1)).unwrap();
+        let witness: witness::Config = toml::from_str(&text(2)).unwrap();
+        assert_eq!(node.cluster, common.roster);
+        assert_eq!(node.membership.via, via);
+        let names: Vec<_> = common.roster.voters().iter().map(|v| v.name.as_str()).collect();
+        assert_eq!(names, ["fr-coordinator", "witness"]);
+        let membership = coordinator.membership.unwrap();
+        assert_eq!(membership.listen, "127.0.0.1:2");
+        assert_eq!(membership.via, via);
+        assert_eq!(membership.data_dir, PathBuf::from("raft/fr-coordinator"));
+        assert_eq!(witness.membership.listen, "127.0.0.1:4");
     }
 }

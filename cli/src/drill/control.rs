@@ -1,21 +1,24 @@
 //! The control plane of a cluster on this machine, as an operator meets it: who leads, what is
 //! committed, and whether anything can be.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use entente_membership::client::Client;
 use entente_membership::net::Reason;
 use entente_membership::state::{Applied, Command, Expect, NodeState, Role, State};
-use entente_proto::ids::NodeName;
+use entente_proto::ids::{NodeId, NodeName};
+use entente_proto::placement::ExpertKey;
 use entente_proto::wire::admin_client::AdminClient;
 use entente_proto::wire::{StatusReply, StatusRequest};
 use entente_tls::Credentials;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::board::Board;
 use super::history::Write;
@@ -24,6 +27,9 @@ use crate::cluster::pki;
 
 /// Longest that one look may take.
 const LOOK_DEADLINE: Duration = Duration::from_millis(500);
+
+/// How long the first voter may take to answer.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Longest that a change may take before its outcome counts as unknown.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(5);
@@ -48,6 +54,8 @@ pub struct Log {
     pub epochs: Vec<(u64, u64)>,
     /// Changes that were made.
     pub writes: Vec<Write>,
+    /// Replicas that were placed where they had not been at the look before.
+    pub moves: u64,
 }
 
 impl Control {
@@ -66,8 +74,13 @@ impl Control {
             .context("cannot start a runtime")?;
         let entered = runtime.enter();
         let client = Client::new(&credentials, addresses.clone())?;
-        let states = client.watch();
+        let mut states = client.watch();
         drop(entered);
+        let known = states.wait_for(Option::is_some);
+        let known = runtime.block_on(async { timeout(CONNECT_DEADLINE, known).await.is_ok() });
+        if !known {
+            bail!("no voter tells the committed state");
+        }
         Ok(Some(Self { runtime, credentials, addresses, client, states }))
     }
 
@@ -99,6 +112,13 @@ impl Control {
             let mut nodes = nodes.filter(|node| node.state != NodeState::Removed);
             nodes.all(|node| node.state == NodeState::Active)
         })
+    }
+
+    /// Every replica that is placed, by the committed state.
+    fn placed(&self) -> BTreeSet<(ExpertKey, NodeId)> {
+        let state = self.states.borrow().clone();
+        let placed = state.iter().flat_map(|state| state.placement().iter());
+        placed.flat_map(|(expert, nodes)| nodes.iter().map(move |node| (expert, *node))).collect()
     }
 
     /// Whether a change can be committed.
@@ -140,9 +160,14 @@ impl Control {
                     }
                 });
             }
+            let mut placed = self.placed();
             while !over(EPOCHS_PAUSE) {
                 let epochs = self.epochs();
-                locked().epochs.extend(epochs);
+                let now = self.placed();
+                let mut log = locked();
+                log.moves += now.difference(&placed).count() as u64;
+                log.epochs.extend(epochs);
+                placed = now;
             }
         });
         Ok(log.into_inner().unwrap_or_else(PoisonError::into_inner))

@@ -293,7 +293,7 @@ impl<'a> Drill<'a> {
 
     fn figures(&self, quiet: &Run, disturbed: &Run) -> Figures {
         let (answers, struck) = (&disturbed.answers, &disturbed.struck);
-        let Log { epochs, writes } = &disturbed.control;
+        let Log { epochs, writes, moves } = &disturbed.control;
         let window_ms = self.scenario.expect.window.0.as_secs_f64() * 1e3;
         let failed = answers.iter().filter(|answer| answer.error.is_some());
         let lost = failed.clone().filter(|answer| figures::lost_its_server(answer, struck)).count();
@@ -322,7 +322,7 @@ impl<'a> Drill<'a> {
             hedged_share_undisturbed: quiet.hedged_share,
             hedged_share: disturbed.hedged_share,
             epochs_back: (!epochs.is_empty()).then(|| history::epochs_back(epochs)),
-            placements: epochs.first().zip(epochs.last()).map(|(a, b)| b.1.saturating_sub(a.1)),
+            moves: (!epochs.is_empty()).then_some(*moves),
             changes: writes.iter().filter(|write| write.revision.is_some()).count(),
             changes_unknown: writes.iter().filter(|write| write.revision.is_none()).count(),
             changes_out_of_order: history::out_of_order(writes),

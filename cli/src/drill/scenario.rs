@@ -15,6 +15,7 @@ use serde_json::json;
 
 use super::place::Server;
 use crate::cluster::plan::Role;
+use crate::cluster::relay::rule::{Change, Link};
 use crate::exit::Misuse;
 use crate::load::{Lengths, Prompts};
 
@@ -23,6 +24,9 @@ const DISTINCT_MAX: usize = 10_000;
 
 /// Requests that differ when the load is given by its duration.
 const DISTINCT_DEFAULT: usize = 256;
+
+/// How long new connections are refused when those that there are shall end.
+const DISCONNECTED: Duration = Duration::from_millis(100);
 
 /// Requests at once, at most; each has a thread.
 const STREAMS_MAX: usize = 1_024;
@@ -200,11 +204,7 @@ impl Fault {
             return Err("more than one strike needs `every`".to_owned());
         }
         for action in &self.actions.0 {
-            match (action.needs_target(), &self.target) {
-                (Some(true), None) => return Err(format!("`{action}` needs a `target`")),
-                (Some(false), Some(_)) => return Err(format!("`{action}` takes no `target`")),
-                _ => {}
-            }
+            action.check(self.target.is_some())?;
         }
         if self.actions.0.is_empty() { Err("`action` is empty".to_owned()) } else { Ok(()) }
     }
@@ -233,41 +233,43 @@ pub enum Action {
     KillLeader {},
     /// `entente node drain`, to its end.
     Drain {},
-    /// Delay on a link between processes, in each direction.
+    /// What a link carries, or what a process answers, takes longer.
     Slow {
-        /// Which, as `entente link set` takes it.
-        link: String,
-        /// How much.
-        delay: Span,
+        /// Which link; absent for all that the target speaks to.
+        link: Option<String>,
+        /// How many times as long the target's answers take.
+        factor: Option<u32>,
+        /// How much longer each direction takes.
+        delay: Option<Span>,
         /// How long; to the end of the drill without.
         #[serde(rename = "for")]
         lasts: Option<Span>,
     },
-    /// The connections of a link are closed; new ones may come up.
+    /// Connections end; new ones come up.
     Disconnect {
-        /// Which.
-        link: String,
+        /// Which link; absent for all that the target speaks to.
+        link: Option<String>,
     },
-    /// Nothing passes a link.
+    /// Connections end, and no new ones come up.
     Cut {
-        /// Which.
-        link: String,
+        /// Which link; absent for all that the target speaks to.
+        link: Option<String>,
         /// How long; to the end of the drill without.
         #[serde(rename = "for")]
         lasts: Option<Span>,
     },
-    /// Nothing passes a link in the direction in which it is named.
+    /// Connections stay, and what one side says does not arrive.
     CutOneWay {
-        /// Which.
-        link: String,
+        /// From where to where, such as `fr->se`.
+        link: Option<String>,
         /// How long; to the end of the drill without.
         #[serde(rename = "for")]
         lasts: Option<Span>,
     },
-    /// A link is as it was at the start.
+    /// Whatever a drill did to a link is undone.
     Heal {
-        /// Which.
-        link: String,
+        /// Which link; absent for all that the target speaks to.
+        link: Option<String>,
     },
     /// A command of the user's own.
     Exec {
@@ -285,11 +287,70 @@ impl Action {
     /// Whether it is done to a process; nothing when it may be either way.
     fn needs_target(&self) -> Option<bool> {
         match self {
-            Self::Kill {} | Self::Term {} | Self::Restart {} | Self::Drain {} => Some(true),
-            Self::Pause { .. } | Self::Resume {} => Some(true),
             Self::Exec { .. } => None,
-            _ => Some(false),
+            Self::KillLeader {} => Some(false),
+            _ => Some(self.link().is_none()),
         }
+    }
+
+    /// The link that it is done to.
+    fn link(&self) -> Option<&str> {
+        match self {
+            Self::Slow { link, .. }
+            | Self::Disconnect { link }
+            | Self::Cut { link, .. }
+            | Self::CutOneWay { link, .. }
+            | Self::Heal { link } => link.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// What is said of a link for this, in the words of `entente link set`; nothing for an action
+    /// that is not about links.
+    fn effect(&self) -> Option<String> {
+        let words = |parts: [Option<String>; 2]| {
+            parts.into_iter().flatten().collect::<Vec<String>>().join("+")
+        };
+        match self {
+            Self::Slow { factor, delay, .. } => Some(words([
+                delay.map(|delay| format!("{}ms", delay.0.as_millis())),
+                factor.map(|factor| format!("slow:{factor}")),
+            ])),
+            Self::Disconnect { .. } | Self::Cut { .. } | Self::CutOneWay { .. } => {
+                Some("cut".to_owned())
+            }
+            Self::Heal { .. } => Some("clear".to_owned()),
+            _ => None,
+        }
+    }
+
+    /// What it says of its link, or of those of `names`; nothing for an action that is not about
+    /// links.
+    pub fn changes(&self, names: &[NodeName]) -> Vec<String> {
+        let Some(effect) = self.effect() else { return Vec::new() };
+        let of = |link: &str| format!("{link}={effect}");
+        match self.link() {
+            Some(link) => vec![of(link)],
+            None => names.iter().map(|name| of(name.as_str())).collect(),
+        }
+    }
+
+    fn check(&self, has_target: bool) -> Result<(), String> {
+        match (self.needs_target(), has_target) {
+            (Some(true), false) => return Err(format!("`{self}` needs a `target`")),
+            (Some(false), true) => return Err(format!("`{self}` takes no `target`")),
+            _ => {}
+        }
+        let example = ["fr-expert-1".parse().expect("a valid name")];
+        for change in self.changes(&example) {
+            let change = change.parse::<Change>().map_err(|error| format!("`{self}`: {error}"))?;
+            let is_one_way = matches!(change.link, Link::OneWay(..));
+            if is_one_way != matches!(self, Self::CutOneWay { .. }) && !is_heal(self) {
+                let text = "`cut-one-way` and no other wants a link such as fr->se";
+                return Err(text.to_owned());
+            }
+        }
+        Ok(())
     }
 
     /// How long it lasts before it is undone.
@@ -299,6 +360,7 @@ impl Action {
             | Self::Slow { lasts, .. }
             | Self::Cut { lasts, .. }
             | Self::CutOneWay { lasts, .. } => lasts.map_or(Duration::ZERO, |span| span.0),
+            Self::Disconnect { .. } => DISCONNECTED,
             _ => Duration::ZERO,
         }
     }
@@ -307,6 +369,10 @@ impl Action {
     pub fn ends_process(&self) -> bool {
         matches!(self, Self::Kill {} | Self::Term {} | Self::Restart {} | Self::KillLeader {})
     }
+}
+
+fn is_heal(action: &Action) -> bool {
+    matches!(action, Action::Heal { .. })
 }
 
 impl fmt::Display for Action {
@@ -460,8 +526,8 @@ pub struct Expect {
     /// Whether changes that are made all the while must have a linearizable history.
     #[serde(default)]
     pub changes_linearizable: bool,
-    /// How many changes of the placement must have been committed meanwhile.
-    pub placements_min: Option<u64>,
+    /// How many replicas must have been placed anew meanwhile.
+    pub moves_min: Option<u64>,
     /// How long after a strike its effects are looked for.
     #[serde(default = "window_default")]
     pub window: Span,

@@ -19,6 +19,8 @@ use super::board::Board;
 use super::place::Place;
 use super::scenario::Action;
 use super::watch::POLL_INTERVAL;
+use crate::cluster::relay::control;
+use crate::cluster::relay::rule::Change;
 
 /// How long a command may take, and a process that was told to end.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
@@ -30,7 +32,7 @@ const OUTPUT_SHOWN: u64 = 4 << 10;
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Undo {
     Resume(Pid),
-    Heal(String),
+    Link(String),
 }
 
 /// Strikes one cluster; dropping it undoes what is still done.
@@ -85,14 +87,11 @@ impl<'a> Striker<'a> {
                     self.verb(&["node", "drain", name.as_str()])?;
                 }
             }
-            Action::Heal { link } => self.undo(&Undo::Heal(link.clone()))?,
-            Action::Disconnect { link } => self.link(link, &["--disconnect"])?,
-            Action::Slow { link, delay, .. } => {
-                let delay = format!("--delay={}ms", delay.0.as_millis());
-                return self.change_link(link, &[&delay]);
-            }
-            Action::Cut { link, .. } => return self.change_link(link, &["--cut"]),
-            Action::CutOneWay { link, .. } => return self.change_link(link, &["--cut-one-way"]),
+            Action::Slow { .. }
+            | Action::Disconnect { .. }
+            | Action::Cut { .. }
+            | Action::CutOneWay { .. }
+            | Action::Heal { .. } => return self.change_links(action.changes(names)),
             Action::Exec { command, fails, says } => {
                 self.exec(command, names, *fails, says.as_deref())?;
             }
@@ -128,24 +127,31 @@ impl<'a> Striker<'a> {
                 Err(Errno::SRCH) => Ok(()),
                 other => other.context("cannot resume the process"),
             },
-            Undo::Heal(link) => self.link(link, &["--heal"]),
+            Undo::Link(word) => control::set(self.data_dir()?, vec![word.clone()]).map(drop),
         }
     }
 
-    fn change_link(&self, link: &str, change: &[&str]) -> anyhow::Result<Vec<Undo>> {
-        let undo = Undo::Heal(link.to_owned());
-        self.remember(std::slice::from_ref(&undo));
-        self.link(link, change)?;
-        Ok(vec![undo])
+    fn change_links(&self, words: Vec<String>) -> anyhow::Result<Vec<Undo>> {
+        let held = control::list(self.data_dir()?)?;
+        let mut undos = Vec::new();
+        for word in &words {
+            let link = word.parse::<Change>().map_err(anyhow::Error::msg)?.link.to_string();
+            let said = held.iter().find(|(other, _)| *other == link);
+            let before = said.map_or("clear", |(_, effect)| effect.as_str());
+            undos.push(Undo::Link(format!("{link}={before}")));
+        }
+        self.remember(&undos);
+        control::set(self.data_dir()?, words)?;
+        Ok(undos)
     }
 
-    fn link(&self, link: &str, change: &[&str]) -> anyhow::Result<()> {
-        self.verb(&[&["link", "set", link], change].concat())
+    fn data_dir(&self) -> anyhow::Result<&Path> {
+        self.place.data_dir().context("the cluster does not run here: there is no --data-dir")
     }
 
     /// Runs an operator verb of this program.
     fn verb(&self, words: &[&str]) -> anyhow::Result<()> {
-        let data_dir = self.place.data_dir().context("the cluster has no --data-dir")?;
+        let data_dir = self.data_dir()?;
         let mut command = Command::new(std::env::current_exe()?);
         command.args(words).arg("--data-dir").arg(data_dir);
         let (code, output) = self.finish(command)?;

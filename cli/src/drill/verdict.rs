@@ -44,8 +44,8 @@ pub struct Figures {
     pub hedged_share: Option<f64>,
     /// How often the control plane told of an epoch that was lower than one before.
     pub epochs_back: Option<usize>,
-    /// Changes of the placement that were committed.
-    pub placements: Option<u64>,
+    /// Replicas that were placed where they had not been before.
+    pub moves: Option<u64>,
     /// Changes that the drill itself made and that were acknowledged.
     pub changes: usize,
     /// Those of which it is not known whether they were committed.
@@ -105,8 +105,8 @@ pub fn judge(expect: &Expect, figures: &Figures) -> Vec<Check> {
         let out_of_order = made.then_some(figures.changes_out_of_order as u64);
         checks.push(count("changes out of order", false, 0, out_of_order));
     }
-    if let Some(min) = expect.placements_min {
-        checks.push(count("placements committed", true, min, figures.placements));
+    if let Some(min) = expect.moves_min {
+        checks.push(count("replicas moved", true, min, figures.moves));
     }
     checks
 }
@@ -188,7 +188,7 @@ throughput_dip_max: 0.1
 hedged_share_max: 0.05
 epochs_forward: true
 changes_linearizable: true
-placements_min: 100
+moves_min: 100
 ";
 
     /// A run that is just good enough.
@@ -203,7 +203,7 @@ placements_min: 100
             tokens_s: Some((100.0, 90.5)),
             hedged_share_undisturbed: Some(0.05),
             epochs_back: Some(0),
-            placements: Some(100),
+            moves: Some(100),
             changes: 1,
             ..Figures::default()
         }
@@ -243,7 +243,7 @@ placements_min: 100
             ),
             ("epochs gone back", Figures { epochs_back: Some(1), ..good() }),
             ("changes out of order", Figures { changes_out_of_order: 1, ..good() }),
-            ("placements committed", Figures { placements: Some(99), ..good() }),
+            ("replicas moved", Figures { moves: Some(99), ..good() }),
         ] {
             assert_eq!(misses(&figures), [missed]);
         }

@@ -13,3 +13,4 @@ pub mod model;
 pub mod node;
 pub mod raft;
 pub mod up;
+pub mod witness;

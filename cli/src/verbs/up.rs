@@ -18,6 +18,7 @@ use crate::client::{Client, Sampling, Style};
 use crate::cluster::data_dir::{ClusterFile, DataDir};
 use crate::cluster::local::{Cluster, Wanted};
 use crate::cluster::plan::{KvCache, Regions, Transport, Weights};
+use crate::cluster::relay::rule::Change;
 use crate::cluster::voters::Witness;
 use crate::exit::{Interrupted, Misuse};
 use crate::logging::LogArgs;
@@ -83,6 +84,12 @@ pub struct UpArgs {
     #[arg(long, env = "ENTENTE_NO_RESTART")]
     no_restart: bool,
 
+    /// What the network between processes is like, as LINK=EFFECT: fr-se=30ms delays each direction,
+    /// fr-se=1mbit, fr-se=cut, 'fr->se=cut', fr-expert-1=slow:20. May be given several times; puts a
+    /// relay between all processes, and `entente link` changes it.
+    #[arg(long, env = "ENTENTE_LINK", value_name = "LINK=EFFECT", value_delimiter = ',')]
+    link: Vec<Change>,
+
     /// Compute threads of each process; all cores if absent.
     #[arg(long, env = "ENTENTE_THREADS", value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -92,6 +99,11 @@ pub struct UpArgs {
 /// Starts the cluster and serves until it is told to stop.
 pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
     args.regions.check_replicas(args.replicas)?;
+    if args.transport == Transport::Inproc && !args.link.is_empty() {
+        let text = "--link is about the network between processes; with --transport inproc there \
+                    is none";
+        return Err(Misuse(text.to_owned()).into());
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(up(&args, logging));
     // A request that is still waiting for a cluster that is gone must not hold up the exit.
@@ -140,6 +152,7 @@ impl UpArgs {
             threads: self.threads,
             transport: self.transport,
             restart: !self.no_restart,
+            links: self.link.clone(),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 
 use entente_expert_node::NodeHandle;
 use entente_expert_node::inproc::InprocLink;
+use entente_membership::net::Via;
 use entente_membership::roster::Roster;
 use entente_membership::state::Node;
 use entente_proto::identity::Role;
@@ -24,6 +25,8 @@ pub struct Opener {
     pub transport: Transport,
     /// Whose certificates are expected.
     pub roster: Roster,
+    /// Where nodes are dialled, if not where the cluster says that they are.
+    pub via: Via,
     /// What this process shows; without it nothing but loopback is dialled.
     pub credentials: Option<Credentials>,
     /// The nodes of this process.
@@ -66,7 +69,12 @@ impl Opener {
                 )));
             }
         };
-        Ok(Peer { node: node.id, name: spec.name.clone(), address: spec.address.clone(), tls })
+        Ok(Peer {
+            node: node.id,
+            name: spec.name.clone(),
+            address: self.via.resolve(&spec.address).to_owned(),
+            tls,
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use entente_proto::ids::NodeName;
 use serde::{Deserialize, Serialize};
 
+use crate::net::Via;
 use crate::raft;
 use crate::roster::Roster;
 use crate::steward;
@@ -48,6 +49,9 @@ pub struct Config {
     /// to the raft group.
     #[serde(default)]
     pub join: bool,
+    /// Where to dial others, if not where the cluster says that they are.
+    #[serde(default, skip_serializing_if = "Via::is_empty")]
+    pub via: Via,
 }
 
 fn heartbeat_ms() -> u64 {
@@ -88,6 +92,7 @@ impl Config {
             down_after_ms: down_after_ms(),
             restore_after_ms: restore_after_ms(),
             join: false,
+            via: Via::default(),
         }
     }
 

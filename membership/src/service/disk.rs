@@ -5,12 +5,18 @@ use std::time::Duration;
 
 use entente_proto::identity;
 use entente_proto::ids::NodeName;
+use entente_proto::wire;
+use entente_proto::wire::membership_client::MembershipClient;
 use entente_tls::Credentials;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use super::{Config, ServiceError};
 use crate::client::{Client, ClientError};
 use crate::log::Durable;
+use crate::net::Dialler;
 use crate::roster::Roster;
+use crate::state::codec::STATE_LEN_MAX;
 use crate::state::{
     Applied, Command, Expect, NodeSpec, Refused, RefusedCode, Role, State, VoterId,
 };
@@ -19,6 +25,8 @@ use crate::voter::{ClusterId, genesis};
 
 /// The file in the data directory.
 const FILE: &str = "membership.redb";
+/// How long another voter may take to say what it knows.
+const ASK_MAX: Duration = Duration::from_millis(500);
 /// How long one attempt to join may take; it is repeated.
 const JOIN_MAX: Duration = Duration::from_secs(10);
 
@@ -59,6 +67,7 @@ pub(super) async fn open(
         }
         Err(StoreError::NotCreated) => {
             let identity = Identity { cluster, voter: founder(&beginning, own.name)?.0 };
+            expect_first_start(roster, own).await?;
             (RedbStore::create(&file, identity, &founding)?, identity, founding, beginning)
         }
         Err(error) => return Err(error.into()),
@@ -138,6 +147,37 @@ fn founder(genesis: &State, name: &NodeName) -> Result<VoterId, ServiceError> {
     })
 }
 
+/// A founder without a log has never voted, or has lost its disk. In the second case it must not
+/// begin again under its number, as it would vote again where it has voted. The others know: it has
+/// registered. Where none of them can be asked there is nothing to go by but the disk.
+async fn expect_first_start(roster: &Roster, own: &Own<'_>) -> Result<(), ServiceError> {
+    let dialler = Dialler::new(own.credentials, None)?;
+    let mut asked = JoinSet::new();
+    for voter in roster.voters().iter().filter(|voter| voter.name != *own.name) {
+        let (dialler, address) = (dialler.clone(), voter.address.clone());
+        asked.spawn(timeout(ASK_MAX, async move { latest_state(&dialler, &address).await }));
+    }
+    while let Some(answer) = asked.join_next().await {
+        let Ok(Ok(Some(state))) = answer else { continue };
+        if state.node(own.name).is_some_and(|node| node.incarnation.is_some()) {
+            return Err(ServiceError::Disk(format!(
+                "there is no log in it, but {} has been in the cluster before; if its disk is \
+                 lost, remove it from the raft group and start it with membership.join = true",
+                own.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+async fn latest_state(dialler: &Dialler, address: &str) -> Option<State> {
+    let mut client = MembershipClient::new(dialler.dial(address).await.ok()?)
+        .max_decoding_message_size(STATE_LEN_MAX + (1 << 16));
+    let updates = client.watch(wire::WatchRequest { after_index: 0 }).await.ok()?;
+    let update = updates.into_inner().message().await.ok()??;
+    State::open(update.state?).ok()
+}
+
 /// Becomes a member, and gets a number for the empty disk. The number is minted anew each time that
 /// there is no log: a disk that was lost has forgotten its votes.
 async fn join(own: &Own<'_>, client: &Client) -> Result<(VoterId, State), ServiceError> {
@@ -168,7 +208,7 @@ async fn try_join(own: &Own<'_>, client: &Client) -> Result<VoterId, ClientError
         Err(ClientError::Refused(Refused { code: RefusedCode::NameTaken, .. })) => {
             let known = states
                 .wait_for(|state| state.as_ref().is_some_and(|state| state.node(name).is_some()));
-            let known = tokio::time::timeout(JOIN_MAX, known).await;
+            let known = timeout(JOIN_MAX, known).await;
             let known = known.ok().and_then(Result::ok).and_then(|state| state.clone());
             let node = known.and_then(|state| state.node(name).map(|node| node.id));
             node.ok_or_else(|| ClientError::Deadline("no state that knows this node".to_owned()))?

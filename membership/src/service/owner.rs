@@ -141,7 +141,7 @@ pub(super) fn prepare(parts: Parts<'_>) -> Result<(Thread, Shared), ServiceError
     let (state, states) = watch::channel(Arc::new(parts.voter.state().clone()));
     let (status, statuses) = watch::channel(parts.voter.status());
     let directory = Directory { state: states.clone(), beginning: Arc::new(parts.beginning) };
-    let peers = Peers::new(directory.clone(), parts.credentials);
+    let peers = Peers::new(directory.clone(), parts.credentials, parts.config.via.clone());
     let shared = Shared {
         owner: Owner(sender),
         state: states,

@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
 use super::shared::Directory;
-use crate::net::{Dialler, Reason};
+use crate::net::{Dialler, Reason, Via};
 use crate::state::NodeSpec;
 use crate::voter::ENVELOPE_LEN_MAX;
 
@@ -30,14 +30,15 @@ const REDIAL_MAX: Duration = Duration::from_millis(250);
 pub(super) struct Peers {
     directory: Directory,
     credentials: Credentials,
+    via: Via,
     runtime: Handle,
     queues: BTreeMap<u64, mpsc::Sender<wire::RaftEnvelope>>,
 }
 
 impl Peers {
     /// To be called within a runtime, which the tasks run on.
-    pub(super) fn new(directory: Directory, credentials: Credentials) -> Self {
-        Self { directory, credentials, runtime: Handle::current(), queues: BTreeMap::new() }
+    pub(super) fn new(directory: Directory, credentials: Credentials, via: Via) -> Self {
+        Self { directory, credentials, via, runtime: Handle::current(), queues: BTreeMap::new() }
     }
 
     pub(super) fn send(&mut self, messages: Vec<wire::RaftEnvelope>) {
@@ -46,7 +47,7 @@ impl Peers {
             let queue = self.queues.entry(to).or_insert_with(|| {
                 let (queue, messages) = mpsc::channel(QUEUE_LEN_MAX);
                 let (directory, credentials) = (self.directory.clone(), self.credentials.clone());
-                let peer = Peer { id: to, directory, credentials, messages };
+                let peer = Peer { id: to, directory, credentials, via: self.via.clone(), messages };
                 self.runtime.spawn(peer.run());
                 queue
             });
@@ -64,6 +65,7 @@ struct Peer {
     id: u64,
     directory: Directory,
     credentials: Credentials,
+    via: Via,
     messages: mpsc::Receiver<wire::RaftEnvelope>,
 }
 
@@ -87,7 +89,7 @@ impl Peer {
                 }
                 Err(reason) => reason,
             };
-            if report {
+            if report && !self.messages.is_closed() {
                 tracing::warn!(voter = self.id, name = %spec.name, reason = %ended, "cannot send to a voter");
                 report = false;
             }
@@ -100,7 +102,11 @@ impl Peer {
     async fn dial(&self, spec: &NodeSpec) -> Result<Channel, String> {
         let member = Some((spec.region, spec.name.clone()));
         let dialler = Dialler::new(&self.credentials, member).map_err(|error| error.to_string())?;
-        dialler.dial(&spec.address).await.map_err(|error| error.to_string())
+        dialler
+            .through(self.via.clone())
+            .dial(&spec.address)
+            .await
+            .map_err(|error| error.to_string())
     }
 
     /// Sends until the connection breaks or the voter is elsewhere; says why.

@@ -17,7 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use super::shared::Shared;
 use crate::raft::Status;
-use crate::state::{self, Applied, Expect, Outcome, Request, SessionId, State};
+use crate::state::{self, Applied, Expect, Outcome, RefusedCode, Request, SessionId, State};
 use crate::steward::{
     Command, Event, NodeHealth, Orders, PlanError, Proposal, Rebalance, Report, Settings, Steward,
     Unsafe,
@@ -91,6 +91,8 @@ pub(super) async fn run(shared: Shared, settings: Settings, mut asks: mpsc::Rece
     let mut status = shell.shared.status.clone();
     loop {
         tokio::select! {
+            // First of all: what is asked of a leader may be older than its knowing that it is one.
+            biased;
             term = leadership(&mut status) => {
                 let Some(term) = term else { return };
                 if shell.begin(term).await {
@@ -109,6 +111,11 @@ pub(super) async fn run(shared: Shared, settings: Settings, mut asks: mpsc::Rece
 /// The term in which this voter leads, once it does.
 async fn leadership(status: &mut watch::Receiver<Status>) -> Option<u64> {
     status.wait_for(|status| status.is_leader).await.ok().map(|status| status.term)
+}
+
+/// Others have opened so many sessions that ours was closed. Leading begins again, with another.
+fn expired(outcome: Option<&Outcome>) -> bool {
+    matches!(outcome, Some(Err(refused)) if refused.code == RefusedCode::SessionExpired)
 }
 
 struct Shell {
@@ -163,7 +170,12 @@ impl Shell {
                     Ok(()) => self.catch_up(true),
                     Err(_) => break,
                 },
-                Some(Ok((asker, outcome))) = self.answers.join_next() => self.answered(asker, outcome),
+                Some(Ok((asker, outcome))) = self.answers.join_next() => {
+                    if expired(outcome.as_ref()) {
+                        break;
+                    }
+                    self.answered(asker, outcome);
+                }
                 ask = asks.recv() => match ask {
                     Some(ask) => self.ask(ask),
                     None => break,

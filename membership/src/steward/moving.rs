@@ -184,8 +184,13 @@ impl Leading {
     /// Lets the moves of a node's region take an event.
     fn tell(&mut self, node: NodeId, event: impl FnOnce(&mut Moves) -> Vec<Step>) {
         let Some(region) = self.state.node_by_id(node).map(|node| node.spec.region) else { return };
-        let moves = self.works.get_mut(&region).and_then(|work| work.moves.as_mut());
-        let steps = moves.map(event).unwrap_or_default();
+        let start = self.views.get(&node).map(|view| view.incarnation);
+        let knows = |work: &&mut Work| {
+            work.inputs.members.get(&node).is_some_and(|member| member.incarnation == start)
+        };
+        // Moves that know an earlier start of the node are started over as soon as may be.
+        let work = self.works.get_mut(&region).filter(knows);
+        let steps = work.and_then(|work| work.moves.as_mut()).map(event).unwrap_or_default();
         self.take(region, steps);
     }
 
@@ -332,10 +337,11 @@ impl Leading {
         let Some(pending) = self.pending.take_if(|pending| is_there(pending)) else { return };
         self.own_epoch = pending.made;
         let Some(region) = pending.region else { return };
-        let committed = self.committed_in(region);
+        let (committed, inputs) = (self.committed_in(region), self.inputs(region, now_ms));
         let Some(work) = self.works.get_mut(&region) else { return };
-        if work.commit.take() != Some(committed) {
-            // Somebody else has committed after it.
+        let is_last = work.commit.take() == Some(committed);
+        if !is_last || Some(&work.inputs) != inputs.as_ref() {
+            // Somebody else has committed after it, or what the moves rely on has changed meanwhile.
             work.restart_at_ms = Some(now_ms);
             return;
         }

@@ -121,6 +121,10 @@ impl Leading {
         if view.incarnation != incarnation || view.sequence.is_some_and(|last| sequence <= last) {
             return false;
         }
+        if held.is_none() && view.held.is_none() {
+            // Its first report went to somebody else. Unheard for long, it will register anew.
+            return false;
+        }
         let is_first = view.heard_ms.is_none();
         let leaves = leaving != view.leaving;
         view.sequence = Some(sequence);

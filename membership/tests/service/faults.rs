@@ -153,6 +153,24 @@ fn a_disk_of_another_voter_is_not_used() {
 }
 
 #[test]
+fn a_founder_that_lost_its_disk_does_not_begin_again_and_may_join_anew() {
+    let mut world = World::of(3);
+    propose(&world, "key", "value");
+    world.everywhere("all voters are registered", |state| {
+        let mut voters = state.nodes().filter(|node| node.spec.role.votes());
+        voters.all(|node| node.incarnation.is_some())
+    });
+    let lost = (world.leader() + 1) % 3;
+    world.kill(lost);
+    let config = world.config(&world.address(lost), &format!("voter-{lost}"));
+    std::fs::remove_dir_all(&config.data_dir).unwrap();
+    let error = world.run_voter(lost, config.clone()).unwrap();
+    assert!(error.to_string().contains("has been in the cluster before"), "{error}");
+    world.start_as(lost, Config { join: true, ..config });
+    assert_eq!(world.handle(lost).status().borrow().id, 4);
+}
+
+#[test]
 fn times_that_do_not_fit_end_the_start() {
     let world = World::founded_with(1);
     let config = Config { election_ms: 10, ..world.config(&world.address(0), "voter-0") };

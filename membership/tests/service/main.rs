@@ -1,9 +1,12 @@
 //! Voters with real sockets, real TLS and real disks, several in one process.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 mod authority;
 mod faults;
 mod group;
 mod heartbeat;
+mod linearizable;
 mod proposals;
 mod table;
 mod world;

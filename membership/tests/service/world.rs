@@ -98,6 +98,10 @@ impl World {
 
     pub fn start(&mut self, i: usize) {
         let config = self.config(&self.address(i), self.roster.voters()[i].name.as_str());
+        self.start_as(i, config);
+    }
+
+    pub fn start_as(&mut self, i: usize, config: Config) {
         let running = self.start_with(i, config);
         self.running[i] = Some(running.unwrap());
     }
@@ -142,7 +146,7 @@ impl World {
         self.disk_given_up(i);
     }
 
-    fn end(&mut self, i: usize) {
+    pub fn end(&mut self, i: usize) {
         let Running { runtime, handle, ended } = self.running[i].take().unwrap();
         drop((handle, ended));
         runtime.shutdown_timeout(LONG);

@@ -21,6 +21,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use entente_membership::net::Via;
 use entente_proto::ids::{NodeName, Region};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -35,7 +36,7 @@ const CONNECTIONS_MAX: usize = 256;
 #[derive(Debug)]
 pub struct Relay {
     switch: Switch,
-    _accepting: JoinSet<()>,
+    tasks: JoinSet<()>,
     /// By dialler and by the address that it means.
     via: BTreeMap<NodeName, BTreeMap<SocketAddr, SocketAddr>>,
 }
@@ -57,55 +58,51 @@ struct Lane {
     rules: [watch::Sender<Rule>; 2],
 }
 
-/// One process that others dial, or that dials others.
+/// One process that dials another one.
 #[derive(Debug, Clone)]
-pub struct Station {
-    /// Where it stands.
-    pub region: Region,
-    /// Its name.
-    pub name: NodeName,
-    /// Where others reach it; nobody does when there is none.
-    pub dialled_at: Option<SocketAddr>,
+pub struct Path {
+    /// The two of them.
+    pub ends: Ends,
+    /// Where the second one listens.
+    pub target: SocketAddr,
 }
 
 impl Relay {
-    /// Opens an address for each pair of processes, and applies what was said about links.
+    /// Opens an address for each path, and applies what was said about links.
     ///
     /// # Errors
-    /// There is no free port.
-    pub fn open(stations: &[Station], changes: Vec<Change>) -> io::Result<Self> {
-        let mut accepting = JoinSet::new();
+    /// There is no free port, or no such link.
+    pub fn open(paths: Vec<Path>, changes: Vec<Change>) -> io::Result<Self> {
+        let mut tasks = JoinSet::new();
         let mut lanes = Vec::new();
         let mut via: BTreeMap<NodeName, BTreeMap<SocketAddr, SocketAddr>> = BTreeMap::new();
-        for dialler in stations {
-            for target in stations.iter().filter(|target| target.name != dialler.name) {
-                let Some(address) = target.dialled_at else { continue };
-                let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-                listener.set_nonblocking(true)?;
-                let there = via.entry(dialler.name.clone()).or_default();
-                there.insert(address, listener.local_addr()?);
-                let (rules, told) = lane();
-                accepting.spawn(accept(TcpListener::from_std(listener)?, address, told));
-                let end = |station: &Station| (station.region, station.name.clone());
-                lanes.push(Lane {
-                    ends: Ends { dialler: end(dialler), target: end(target) },
-                    rules,
-                });
-            }
+        for Path { ends, target } in paths {
+            let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+            listener.set_nonblocking(true)?;
+            let there = via.entry(ends.dialler.1.clone()).or_default();
+            there.insert(target, listener.local_addr()?);
+            let (rules, told) = lane();
+            tasks.spawn(accept(TcpListener::from_std(listener)?, target, told));
+            lanes.push(Lane { ends, rules });
         }
         let switch = Switch(Arc::new(Mutex::new(Settings { rules: Rules::default(), lanes })));
         switch.change_all(changes).map_err(io::Error::other)?;
-        Ok(Self { switch, _accepting: accepting, via })
+        Ok(Self { switch, tasks, via })
     }
 
-    /// Where links are changed.
-    pub fn switch(&self) -> Switch {
-        self.switch.clone()
+    /// Lets others change links, through a socket in `data_dir`.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn serve(&mut self, data_dir: &std::path::Path) -> anyhow::Result<()> {
+        self.tasks.spawn(control::serve(data_dir, self.switch.clone())?);
+        Ok(())
     }
 
     /// The addresses that `dialler` uses instead of those that it knows.
-    pub fn via(&self, dialler: &NodeName) -> BTreeMap<SocketAddr, SocketAddr> {
-        self.via.get(dialler).cloned().unwrap_or_default()
+    pub fn via(&self, dialler: &NodeName) -> Via {
+        let pairs = self.via.get(dialler).into_iter().flatten();
+        pairs.map(|(meant, dialled)| (meant.to_string(), dialled.to_string())).collect()
     }
 }
 

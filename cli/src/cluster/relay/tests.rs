@@ -23,13 +23,10 @@ struct Pair {
 async fn pair(words: &[&str]) -> Pair {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let station = |name: &str, dialled_at| Station {
-        region: name[..2].parse().unwrap(),
-        name: name.parse().unwrap(),
-        dialled_at,
-    };
-    let stations = [station("fr-a", None), station("se-b", Some(address))];
-    let relay = Relay::open(&stations, words.iter().map(|w| w.parse().unwrap()).collect()).unwrap();
+    let end = |name: &str| (name[..2].parse().unwrap(), name.parse().unwrap());
+    let ends = Ends { dialler: end("fr-a"), target: end("se-b") };
+    let changes = words.iter().map(|word| word.parse().unwrap()).collect();
+    let relay = Relay::open(vec![Path { ends, target: address }], changes).unwrap();
     let dialler = dial(&relay, address).await;
     let (target, _) = listener.accept().await.unwrap();
     Pair { relay, dialler, target, listener }
@@ -37,11 +34,11 @@ async fn pair(words: &[&str]) -> Pair {
 
 async fn dial(relay: &Relay, address: SocketAddr) -> TcpStream {
     let via = relay.via(&"fr-a".parse().unwrap());
-    TcpStream::connect(via[&address]).await.unwrap()
+    TcpStream::connect(via.resolve(&address.to_string())).await.unwrap()
 }
 
 fn say(relay: &Relay, word: &str) {
-    relay.switch().change_all(vec![word.parse().unwrap()]).unwrap();
+    relay.switch.change_all(vec![word.parse().unwrap()]).unwrap();
 }
 
 async fn receive(socket: &mut TcpStream, len: usize) -> Vec<u8> {
@@ -143,19 +140,19 @@ async fn a_slow_node_takes_many_times_as_long_to_answer() {
 async fn a_link_that_does_not_exist_changes_nothing() {
     let pair = pair(&["fr-se=30ms"]).await;
     let words = ["fr-se=cut", "fr-it=cut"].map(|word| word.parse().unwrap());
-    let error = pair.relay.switch().change_all(words.into()).unwrap_err();
+    let error = pair.relay.switch.change_all(words.into()).unwrap_err();
     assert!(error.contains("there is no fr-it; regions are fr, se"), "{error}");
-    assert_eq!(pair.relay.switch().list(), [("fr-se".to_owned(), "30ms".to_owned())]);
+    assert_eq!(pair.relay.switch.list(), [("fr-se".to_owned(), "30ms".to_owned())]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn links_are_changed_through_the_socket_in_the_data_directory() {
-    let pair = pair(&[]).await;
+    let mut pair = pair(&[]).await;
     let dir = tempfile::tempdir().unwrap();
     let data_dir = dir.path().to_owned();
     let nobody = control::list(&data_dir).unwrap_err();
     assert!(nobody.to_string().contains("up --link"), "{nobody}");
-    let serving = tokio::spawn(control::serve(&data_dir, pair.relay.switch()).unwrap());
+    pair.relay.serve(&data_dir).unwrap();
     let asked = tokio::task::spawn_blocking(move || {
         let set = control::set(&data_dir, vec!["fr-se=5ms".to_owned()]).unwrap();
         let wrong = control::set(&data_dir, vec!["fr-se=5".to_owned()]).unwrap_err();
@@ -165,5 +162,4 @@ async fn links_are_changed_through_the_socket_in_the_data_directory() {
     assert_eq!(set, [("fr-se".to_owned(), "5ms".to_owned())]);
     assert!(wrong.starts_with("refused: \"5\""), "{wrong}");
     assert_eq!(listed, set);
-    serving.abort();
 }

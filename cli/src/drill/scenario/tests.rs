@@ -94,3 +94,36 @@ fn what_makes_no_sense_is_refused_before_anything_runs() {
         assert!(text.contains(part), "{to:?}: {text}");
     }
 }
+
+#[test]
+fn actions_on_links_speak_the_words_of_the_relay() {
+    let names = ["fr-expert-1".parse().unwrap()];
+    for (action, expected) in [
+        ("slow: {factor: 20, delay: 5ms}", "fr-expert-1=5ms+slow:20"),
+        ("slow: {delay: 1.5s, link: fr-se}", "fr-se=1500ms"),
+        ("cut: {link: se-fr, for: 3s}", "se-fr=cut"),
+        ("cut", "fr-expert-1=cut"),
+        ("cut-one-way: {link: se->fr}", "se->fr=cut"),
+        ("disconnect", "fr-expert-1=cut"),
+        ("heal: {link: fr-se}", "fr-se=clear"),
+        ("kill", ""),
+    ] {
+        let action: Action = serde_saphyr::from_str(action).unwrap();
+        assert_eq!(action.changes(&names).concat(), expected);
+    }
+}
+
+#[test]
+fn a_link_is_of_the_kind_that_the_action_is_about() {
+    for (action, part) in [
+        ("{cut: {link: fr-se}}", "takes no `target`"),
+        ("cut-one-way", "wants a link"),
+        ("slow", "is not 30ms"),
+    ] {
+        let text = refusal("action: kill\n", &format!("action: {action}\n"));
+        assert!(text.contains(part), "{action}: {text}");
+    }
+    let one_way = "action: {cut: {link: fr->se}}\n    repeat: 1 #";
+    let text = refusal("action: kill\n    target:", one_way);
+    assert!(text.contains("no other wants a link"), "{text}");
+}

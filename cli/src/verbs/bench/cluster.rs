@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use entente_membership::net::Via;
 
 use super::relay;
 use crate::cluster::data_dir::DataDir;
@@ -83,7 +84,7 @@ impl Nodes {
         let exe = std::env::current_exe().context("cannot find this program's own file")?;
         for ((member, listener), address) in members.iter().zip(listeners).zip(&addresses) {
             let addresses = Addresses { main: *address, control: None };
-            let toml = plan::configuration(&common, member, addresses)?;
+            let toml = plan::configuration(&common, member, addresses, Via::default())?;
             let config = data.write_config(&member.name, &toml)?;
             let log = data.empty_log(&member.name)?;
             let listeners = vec![listener];

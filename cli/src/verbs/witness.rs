@@ -1,0 +1,112 @@
+//! `entente witness`: a voter without a model, so that the raft group can lose somebody.
+//!
+//! It keeps the log, votes, and leads when it is elected; it can do all that a leader does, since
+//! planning needs no model. It serves nobody and holds no experts.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use entente_membership::roster::Roster;
+use entente_membership::service::{self, Service};
+use entente_proto::identity::Role;
+use entente_proto::ids::{NodeName, Region};
+use entente_tls::Credentials;
+use serde::{Deserialize, Serialize};
+
+use crate::role::{self, Reporter, RoleArgs, Shutdown};
+
+/// A witness, as TOML. An unknown key is an error that names the key.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This process's name; that in its certificate.
+    pub name: NodeName,
+    /// The country that it stands in; that in its certificate.
+    pub region: Region,
+    /// Certificate, key and CAs.
+    pub tls: entente_tls::Files,
+    /// Its part in the raft group.
+    pub membership: service::Config,
+    /// The voters that founded the cluster.
+    pub cluster: Roster,
+}
+
+impl Config {
+    /// # Errors
+    /// The credentials cannot be read, or are somebody else's.
+    fn credentials(&self) -> Result<Credentials, entente_tls::Error> {
+        let credentials = Credentials::load(&self.tls)?;
+        let member = Some((self.region, self.name.clone()));
+        credentials.belong_to(&self.cluster.expect(Role::Witness, member))?;
+        Ok(credentials)
+    }
+}
+
+/// Runs until a signal, or until the supervisor lets go.
+pub fn run(args: RoleArgs) -> anyhow::Result<()> {
+    let [listener, _] = role::inherited_listeners()?;
+    let config: Config = role::load_config(&args.config)?;
+    role::run(&args, |reporter, shutdown| witness(config, listener, reporter, shutdown))
+}
+
+async fn witness(
+    config: Config,
+    listener: Option<std::net::TcpListener>,
+    reporter: Arc<Reporter>,
+    mut shutdown: Shutdown,
+) -> anyhow::Result<()> {
+    let credentials = config.credentials()?;
+    let listener = match listener {
+        Some(listener) => listener,
+        None => std::net::TcpListener::bind(&config.membership.listen)
+            .with_context(|| format!("cannot listen at {}", config.membership.listen))?,
+    };
+    let address = listener.local_addr()?;
+    let Config { name, membership, cluster, .. } = config;
+    let service = service::start(membership, &cluster, &name, credentials, Some(listener)).await?;
+    let Service { handle, mut ended } = service;
+    let mut status = handle.status();
+    let mut is_ready = false;
+    loop {
+        tokio::select! {
+            // It follows or leads: somebody is elected.
+            elected = status.wait_for(|status| status.leader.is_some()), if !is_ready => {
+                // The service has ended otherwise, which the other branch tells.
+                if elected.is_ok() {
+                    reporter.ready(address, 0, 0);
+                }
+                is_ready = true;
+            }
+            result = &mut ended => return Ok(result??),
+            () = &mut shutdown => break,
+        }
+    }
+    handle.shutdown().await;
+    Ok(ended.await??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_in_a_configuration_is_named() {
+        let good = r#"
+            name = "witness"
+            region = "de"
+            tls = { ca = "ca.pem", certificate = "witness.pem", key = "witness.key" }
+            membership = { listen = "127.0.0.1:7300", data_dir = "raft" }
+            cluster = { name = "local", voters = [
+                { name = "witness", region = "de", role = "witness", address = "127.0.0.1:7300" },
+            ] }"#;
+        assert_eq!(toml::from_str::<Config>(good).unwrap().membership.heartbeat_ms, 100);
+        for (text, spoilt, cause) in [
+            ("data_dir", "data", "unknown field `data`"),
+            ("name = \"witness\"\n", "", "missing field `name`"),
+            ("region = \"de\"\n", "region = \"de\"\nmodel = \"m\"\n", "unknown field `model`"),
+        ] {
+            let error = toml::from_str::<Config>(&good.replacen(text, spoilt, 1)).unwrap_err();
+            assert!(error.to_string().contains(cause), "{error}");
+        }
+    }
+}
