@@ -113,7 +113,6 @@ fn no_process_is_left_after_sigterm() {
 fn no_process_is_left_after_the_parent_is_killed() {
     let golden = Golden::load("mixtral");
     let cluster = Cluster::start(&["--model", golden.path(), "--regions", "fr=2,se=1"]);
-    // Two coordinators, three expert nodes, and a witness for a majority.
     assert_eq!(cluster.processes().len(), 6);
     assert_eq!(cluster.stop(Signal::KILL).code(), None);
 }
