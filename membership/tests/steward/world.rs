@@ -475,7 +475,7 @@ pub fn spec(name: &str, region: Region, role: Role, room: Option<usize>) -> Node
     }
 }
 
-fn open_session(state: &mut State) -> SessionId {
+pub fn open_session(state: &mut State) -> SessionId {
     let request = Request {
         session: SessionId(0),
         sequence: 0,
