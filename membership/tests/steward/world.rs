@@ -262,7 +262,7 @@ impl World {
                 }
                 Ok(())
             }
-            of_a_node => self.to_node(of_a_node),
+            of_a_node => self.at_node(of_a_node),
         }
     }
 
