@@ -8,10 +8,12 @@
 //!                                          ├──► state::Command ──► State::apply
 //!   clients ── state::Request ── raft ─────┘
 //!
-//!   voter::Voter    one process of the raft group: replica and state together; pure
-//!     raft::Replica   raft-rs behind one door; pure
-//!     state::State    what the committed entries amount to; pure
-//!   store::Store    makes each log::Batch durable
+//!   voter::Voter      one process of the raft group: replica and state together; pure
+//!     raft::Replica     raft-rs behind one door; pure
+//!     state::State      what the committed entries amount to; pure
+//!   store::Store      makes each log::Batch durable
+//!   steward::Steward  what the leader does for the expert nodes: reports in, proposals and orders
+//!                     out; pure
 //! ```
 //!
 //! Invariants:
@@ -22,9 +24,9 @@
 //! - nothing is said to a peer or a client before what it rests on is durable.
 //!
 //! What this crate does not know: sockets, clocks, threads, randomness, hash order, floats, whether
-//! a node answers (that is evidence, and evidence becomes a command only through somebody's
-//! decision), how a placement is computed (the router plans it), what a model is. Files are known
-//! to [`store`] alone.
+//! how a placement is computed (the router plans it), what a model is. Whether a node answers is
+//! evidence, which only [`steward`] knows, and which counts once it is committed. Files are known to
+//! [`store`] alone.
 
 pub mod log;
 pub mod raft;
