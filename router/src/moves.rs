@@ -456,7 +456,13 @@ impl Moves {
                 }
             }
             for (region, lacking) in lacking {
-                named.extend(self.stand_ins(expert, region).into_iter().take(lacking));
+                let stand_ins = self.stand_ins(expert, region);
+                let here = |id: &&NodeId| self.nodes.get(*id).is_some_and(|n| n.region == region);
+                let ready = |id: &NodeId| self.is_ready(*id, expert);
+                // Where none is ready, the next that becomes so may be any of those that are named.
+                let served = named.iter().filter(here).chain(&stand_ins).any(ready);
+                let count = if served { lacking } else { usize::MAX };
+                named.extend(stand_ins.into_iter().take(count));
             }
             for node in named {
                 next.add(expert, node);

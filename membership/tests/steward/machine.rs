@@ -88,7 +88,7 @@ impl Machine {
 }
 
 impl World {
-    pub fn to_node(&mut self, mail: Mail) -> Checked {
+    pub fn at_node(&mut self, mail: Mail) -> Checked {
         match mail {
             Mail::Start { node } => {
                 let Some(machine) = self.machines.get_mut(&node) else { return Ok(()) };

@@ -262,7 +262,7 @@ impl World {
                 }
                 Ok(())
             }
-            of_a_node => self.to_node(of_a_node),
+            of_a_node => self.at_node(of_a_node),
         }
     }
 
@@ -475,7 +475,7 @@ pub fn spec(name: &str, region: Region, role: Role, room: Option<usize>) -> Node
     }
 }
 
-fn open_session(state: &mut State) -> SessionId {
+pub fn open_session(state: &mut State) -> SessionId {
     let request = Request {
         session: SessionId(0),
         sequence: 0,
