@@ -1,5 +1,7 @@
 //! A node in a live cluster whose control plane does what each test says.
 
+#![allow(clippy::unwrap_used)]
+
 mod peer;
 mod plane;
 
