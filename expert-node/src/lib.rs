@@ -9,8 +9,10 @@
 //!                                  └──────── answers, in the order computed ◄───┘ of a layer at once
 //! ```
 //!
-//! - [`Config`]: the TOML file; [`found`]: the cluster and the placement that follow from it;
-//! - `store`: the experts placed here, and no other byte of the checkpoint;
+//! - [`Config`]: the TOML file; [`found`]: the cluster and the placement that follow from it where
+//!   there are no voters;
+//! - `member`: the node's life in a cluster with voters: registered, told what to hold, let go;
+//! - `store`: the experts held now, and no other byte of the checkpoint;
 //! - [`core`]: whether a frame may be computed, a pure function;
 //! - `worker`: the queue and the thread that computes;
 //! - [`serve`] (gRPC and byte streams on one port, over TLS) and [`inproc`]: the doors to one
@@ -21,10 +23,11 @@
 //! - every frame gets exactly one answer, and nobody is made to wait by a coordinator that does not
 //!   read its answers;
 //! - queues are bounded in frames and in bytes; past the bound the answer is BUSY;
-//! - the value of a row does not depend on the frames that it is computed with;
+//! - the value of a row does not depend on the frames that it is computed with, nor on what is loaded
+//!   or released meanwhile;
 //! - a frame that makes the kernels panic costs that frame, not the node.
 //!
-//! What this crate does not know: attention, tokens, requests, other nodes, why it holds what it
+//! What this crate does not know: attention, tokens, requests, other nodes, why it is to hold what it
 //! holds.
 
 mod cluster;

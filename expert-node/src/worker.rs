@@ -189,6 +189,9 @@ fn release(load: &watch::Sender<Load>, bytes: usize) {
     });
 }
 
+/// For each row of a group, where it comes from and where its answer goes.
+type SourcesAndOutputs = Vec<(u32, u32)>;
+
 struct Worker {
     kernels: Arc<dyn Kernels>,
     load: watch::Sender<Load>,
@@ -249,7 +252,7 @@ impl Worker {
         let Some(first) = batch.first() else { return Vec::new() };
         let row_len = first.frame.hidden * first.frame.dtype.size();
         let mut x: Vec<&[u8]> = Vec::with_capacity(batch.iter().map(|w| w.frame.row_count()).sum());
-        let mut rows_of: BTreeMap<ExpertId, (&Expert, Vec<(u32, u32)>)> = BTreeMap::new();
+        let mut rows_of: BTreeMap<ExpertId, (&Expert, SourcesAndOutputs)> = BTreeMap::new();
         let mut outputs = 0;
         for Work { frame, experts, .. } in batch {
             for assignment in &frame.assignments {

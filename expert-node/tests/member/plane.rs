@@ -2,7 +2,7 @@
 //! are the test's.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,9 +16,8 @@ use entente_proto::placement::{ExpertKey, Placement};
 use entente_proto::wire;
 use entente_proto::wire::membership_server::{Membership, MembershipServer};
 use entente_tls::Credentials;
-use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
@@ -42,14 +41,17 @@ pub struct Plane {
     state: watch::Sender<State>,
     wishes: watch::Sender<Wishes>,
     reports: watch::Sender<Vec<wire::HeartbeatReport>>,
+    /// How many of them the test has gone past.
+    heard: Mutex<usize>,
 }
 
-/// A voter that answers; dropped, it closes its sockets.
-pub struct Voter(JoinHandle<()>);
+/// A voter that answers, on a runtime of its own; dropped, it closes its sockets as a killed process
+/// does.
+pub struct Voter(Option<Runtime>);
 
 impl Drop for Voter {
     fn drop(&mut self) {
-        self.0.abort();
+        self.0.take().into_iter().for_each(Runtime::shutdown_background);
     }
 }
 
@@ -63,17 +65,22 @@ impl Plane {
             state: watch::Sender::new(State::genesis(roster.specs()).unwrap()),
             wishes: watch::Sender::default(),
             reports: watch::Sender::default(),
+            heard: Mutex::default(),
         };
         plane.commit(Command::OpenSession);
         Arc::new(plane)
     }
 
     pub fn serve(self: &Arc<Self>, listener: TcpListener, own: &Credentials) -> Voter {
-        let incoming = accept(listener, own).unwrap();
-        let control = MembershipServer::new(Control(self.clone()));
-        Voter(tokio::spawn(async move {
+        let runtime = Runtime::new().unwrap();
+        let (control, own) = (MembershipServer::new(Control(self.clone())), own.clone());
+        listener.set_nonblocking(true).unwrap();
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let incoming = accept(listener, &own).unwrap();
             Server::builder().serve_with_incoming(control, incoming).await.unwrap();
-        }))
+        });
+        Voter(Some(runtime))
     }
 
     pub fn commit(&self, command: Command) -> Applied {
@@ -121,18 +128,20 @@ impl Plane {
         self.wishes.send_modify(|wishes| wishes.dismissed = true);
     }
 
-    /// The first report from here on that is as described.
+    /// The first report that is as described, after the last one that was waited for.
     pub async fn reported(
         &self,
         what: &str,
         is: impl Fn(&wire::HeartbeatReport) -> bool,
     ) -> wire::HeartbeatReport {
-        let seen = self.reports.borrow().len();
+        let from = *self.heard.lock().unwrap();
         let mut reports = self.reports.subscribe();
-        let all = timeout(PATIENCE, reports.wait_for(|all| all[seen..].iter().any(&is))).await;
+        let all = timeout(PATIENCE, reports.wait_for(|all| all[from..].iter().any(&is))).await;
         let last = || self.reports.borrow().last().cloned();
         let all = all.unwrap_or_else(|_| panic!("never {what}, but at last {:?}", last())).unwrap();
-        all[seen..].iter().find(|report| is(report)).unwrap().clone()
+        let at = from + all[from..].iter().position(is).unwrap();
+        *self.heard.lock().unwrap() = at + 1;
+        all[at].clone()
     }
 
     fn answer(
@@ -252,8 +261,4 @@ pub fn pack(experts: &BTreeSet<ExpertKey>) -> Vec<u8> {
 
 pub fn experts(layer: u16, ids: std::ops::Range<u16>) -> BTreeSet<ExpertKey> {
     ids.map(|id| (LayerId(layer), ExpertId(id))).collect()
-}
-
-pub async fn listen(address: SocketAddr) -> TcpListener {
-    TcpListener::bind(address).await.unwrap()
 }

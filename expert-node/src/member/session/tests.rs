@@ -139,12 +139,11 @@ fn what_is_wanted_is_loaded_and_told_and_the_node_is_ready_once_it_is_active() {
 }
 
 #[test]
-fn a_node_is_not_ready_before_there_is_a_placement() {
+fn a_node_of_which_nothing_is_wanted_is_ready_once_it_is_active() {
     let mut node = Node::connected();
-    node.order(0, &[]);
-    assert_eq!(node.commit(0, &[], Some(START)), []);
-    node.order(1, &[]);
-    assert_eq!(node.commit(1, &[], Some(START)), [Command::Ready]);
+    assert_eq!(node.order(0, &[]), []);
+    assert_eq!(node.commit(0, &[], None), []);
+    assert_eq!(node.commit(0, &[], Some(START)), [Command::Ready]);
 }
 
 #[test]
