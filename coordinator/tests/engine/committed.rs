@@ -216,3 +216,20 @@ fn replicas_that_move_under_load_change_nothing(transport: Transport) {
     assert!(moved > MOVES as i64, "the engine is at placement {moved}");
     assert!(finish(running) == reference());
 }
+
+/// A step that finds no replica is given up after 50 ms. What is committed right then must not be
+/// taken for something that the attempt knew already.
+#[test]
+fn a_commit_at_the_moment_when_a_step_is_given_up_is_noticed() {
+    const ROUNDS: usize = 30;
+    let mut live = Live::start(Transport::Stream, 2, 1, PATIENCE);
+    let mut running = live.engine.begin_all();
+    let everything = (**live.state.placement()).clone();
+    for round in 0..ROUNDS {
+        live.commit(Command::SetPlacement(Placement::new()));
+        thread::sleep(Duration::from_micros(49_500 + 100 * round as u64));
+        live.commit(Command::SetPlacement(everything.clone()));
+        running.iter_mut().for_each(|running| running.hear(1));
+    }
+    assert!(finish(running) == reference());
+}

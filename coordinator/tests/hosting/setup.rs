@@ -131,20 +131,6 @@ impl Lonely {
         Running { http, stop, ended: tokio::spawn(run) }
     }
 
-    pub fn debug(&self) {
-        let identity = "spiffe://test/region/fr/role/operator/node/somebody2";
-        let issued = self.authority.issue(&identity.parse().unwrap(), HOUR).unwrap();
-        let credentials = self.authority.credentials(issued).unwrap();
-        let client = Client::new(&credentials, vec![self.control.to_string()]).unwrap();
-        let mut states = client.watch();
-        let began = std::time::Instant::now();
-        tokio::spawn(async move { while states.changed().await.is_ok() {
-            let s = states.borrow_and_update().clone().unwrap();
-            let n: Vec<_> = s.nodes().map(|n| (n.spec.name.to_string(), n.state, n.incarnation)).collect();
-            eprintln!("{:?} epochs {:?} {:?} {n:?} placed {:?}", began.elapsed(), s.membership_epoch(), s.placement_epoch(), s.placement().nodes());
-        }});
-    }
-
     /// Starts an expert node, which joins.
     pub fn join(&self, name: &str) -> Node {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
