@@ -212,7 +212,7 @@ fn replicas_that_move_under_load_change_nothing(transport: Transport) {
     }
     let generated = live.engine.started.api.metrics.generation_tokens.get();
     assert!(generated < u64::from(REQUESTS) * TOKENS as u64, "all ended while replicas moved");
-    let moved = live.engine.started.api.metrics.placement_epoch.get();
+    let moved = live.engine.started.api.metrics.cluster.placement_epoch.get();
     assert!(moved > MOVES as i64, "the engine is at placement {moved}");
     assert!(finish(running) == reference());
 }

@@ -122,12 +122,6 @@ impl Lonely {
             |_| {},
             until_told,
         );
-        // An end that nobody expected shows in the output of the test that fails for it.
-        let run = async {
-            let ended = run.await;
-            eprintln!("the coordinator has ended: {ended:?}");
-            ended
-        };
         Running { http, stop, ended: tokio::spawn(run) }
     }
 
