@@ -103,10 +103,7 @@ impl Metrics {
         };
         Self {
             requests_running: gauge("requests_running", "Sequences that hold KV blocks."),
-            requests_waiting: gauge(
-                "requests_waiting",
-                "Sequences that wait for blocks or a slot.",
-            ),
+            requests_waiting: gauge("requests_waiting", "Sequences that wait for blocks."),
             kv_blocks_used: gauge("kv_blocks_used", "KV cache blocks in use."),
             kv_blocks_total: gauge("kv_blocks_total", "KV cache blocks in all."),
             prompt_tokens: counter("prompt_tokens_total", "Prompt tokens computed."),
