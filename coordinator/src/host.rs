@@ -115,8 +115,8 @@ pub(crate) async fn show(mut status: watch::Receiver<raft::Status>, metrics: Arc
     loop {
         {
             let now = status.borrow_and_update();
-            metrics.raft_leader.set(now.is_leader.into());
-            metrics.raft_term.set(i64::try_from(now.term).unwrap_or(i64::MAX));
+            metrics.cluster.raft_leader.set(now.is_leader.into());
+            metrics.cluster.raft_term.set(i64::try_from(now.term).unwrap_or(i64::MAX));
         }
         if status.changed().await.is_err() {
             return;

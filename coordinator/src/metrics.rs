@@ -42,14 +42,8 @@ pub struct Metrics {
     pub hedged_rows: IntCounter,
     /// (row, expert) pairs sent again because the first attempt came to nothing.
     pub retried_rows: IntCounter,
-    /// The committed membership that the engine works by.
-    pub membership_epoch: IntGauge,
-    /// The committed placement that the engine works by.
-    pub placement_epoch: IntGauge,
-    /// Whether this process leads the raft group.
-    pub raft_leader: IntGauge,
-    /// The raft term that this process is in.
-    pub raft_term: IntGauge,
+    /// What the cluster has agreed on, as this process knows it.
+    pub cluster: ClusterMetrics,
     /// Whether a step waits for experts that are missing.
     pub step_waiting: IntGauge,
     /// Attempts at a step that came to nothing, and were or will be made again.
@@ -60,6 +54,29 @@ pub struct Metrics {
     pub ttft_seconds: Histogram,
     gate_rows: IntCounterVec,
     cache_config: IntGaugeVec,
+}
+
+/// Gauges of the control plane.
+pub struct ClusterMetrics {
+    /// The committed membership that the engine works by.
+    pub membership_epoch: IntGauge,
+    /// The committed placement that the engine works by.
+    pub placement_epoch: IntGauge,
+    /// Whether this process leads the raft group.
+    pub raft_leader: IntGauge,
+    /// The raft term that this process is in.
+    pub raft_term: IntGauge,
+}
+
+impl ClusterMetrics {
+    fn new(gauge: &impl Fn(&str, &str) -> IntGauge) -> Self {
+        Self {
+            membership_epoch: gauge("membership_epoch", "Committed membership in use."),
+            placement_epoch: gauge("placement_epoch", "Committed placement in use."),
+            raft_leader: gauge("raft_leader", "1 while this process leads the raft group."),
+            raft_term: gauge("raft_term", "Raft term that this process is in."),
+        }
+    }
 }
 
 /// From a small model's step on one machine to a large prefill over a network.
@@ -86,10 +103,7 @@ impl Metrics {
         };
         Self {
             requests_running: gauge("requests_running", "Sequences that hold KV blocks."),
-            requests_waiting: gauge(
-                "requests_waiting",
-                "Sequences that wait for blocks or a slot.",
-            ),
+            requests_waiting: gauge("requests_waiting", "Sequences that wait for blocks."),
             kv_blocks_used: gauge("kv_blocks_used", "KV cache blocks in use."),
             kv_blocks_total: gauge("kv_blocks_total", "KV cache blocks in all."),
             prompt_tokens: counter("prompt_tokens_total", "Prompt tokens computed."),
@@ -116,10 +130,7 @@ impl Metrics {
             link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
             hedged_rows: counter("hedged_rows_total", "Rows asked of a second, faster replica."),
             retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),
-            membership_epoch: gauge("membership_epoch", "Committed membership in use."),
-            placement_epoch: gauge("placement_epoch", "Committed placement in use."),
-            raft_leader: gauge("raft_leader", "1 while this process leads the raft group."),
-            raft_term: gauge("raft_term", "Raft term that this process is in."),
+            cluster: ClusterMetrics::new(&gauge),
             step_waiting: gauge("step_waiting", "1 while a step waits for missing experts."),
             steps_held: counter(
                 "steps_held_total",

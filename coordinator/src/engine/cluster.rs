@@ -267,8 +267,8 @@ impl Cluster {
 
     /// Tells who wants to know what can be served now.
     fn publish(&self) {
-        self.metrics.membership_epoch.set(self.view.membership_epoch.0 as i64);
-        self.metrics.placement_epoch.set(self.view.placement_epoch.0 as i64);
+        self.metrics.cluster.membership_epoch.set(self.view.membership_epoch.0 as i64);
+        self.metrics.cluster.placement_epoch.set(self.view.placement_epoch.0 as i64);
         let now = match self.view.missing(&self.allowed_regions) {
             None => Readiness::Ready,
             Some((layer, _)) => {

@@ -19,9 +19,9 @@ pub(super) struct Hold {
     /// When the first of the attempts began that came to nothing.
     since: Instant,
     failure: Failure,
-    /// What the cluster's counter of changes showed when the attempt failed for want of a replica:
-    /// until it shows something else another attempt would fail as well. Absent where replicas are
-    /// there, and only slow.
+    /// What the cluster's counter of changes showed when the attempt began that failed for want of a
+    /// replica: until it shows something else another attempt would fail as well. Absent where
+    /// replicas are there, and only slow.
     changes: Option<u64>,
 }
 

@@ -349,7 +349,8 @@ impl Engine {
         if chunks.is_empty() {
             return;
         }
-        let began = Instant::now();
+        // What changes while the step is computed may come too late for it.
+        let (began, changes) = (Instant::now(), self.exchanger.changes());
         // A step that computes prompts is not made longer, since somebody waits for its end.
         let decodes = chunks.iter().all(Chunk::decodes);
         if decodes && self.speculator.draft_tokens_max() > 0 {
@@ -362,7 +363,7 @@ impl Engine {
                 self.deliver(&chunks, &logit_rows, &logits);
                 self.forward.reuse(logits);
             }
-            Err(failure) => return self.hold(failure, &chunks, began),
+            Err(failure) => return self.hold(failure, &chunks, (began, changes)),
         }
         if let Some(hold) = self.hold.take() {
             tracing::info!(waited = ?hold.since().elapsed(), "steps are computed again");
@@ -374,14 +375,15 @@ impl Engine {
         }
     }
 
-    /// Holds a step that failed, or fails its requests if waiting cannot mend it.
-    fn hold(&mut self, failure: Failure, chunks: &[Chunk], began: Instant) {
+    /// Holds a step that failed, or fails its requests if waiting cannot mend it. When it began, and
+    /// what the counter of changes showed then, say how long it is held.
+    fn hold(&mut self, failure: Failure, chunks: &[Chunk], (began, changes): (Instant, u64)) {
         let since = self.hold.as_ref().map_or(began, Hold::since);
         if self.hold.is_none() {
             tracing::warn!(%failure, requests = chunks.len(), "a step has to wait");
         }
         self.metrics.steps_held.inc();
-        match Hold::of(failure, since, self.exchanger.changes()) {
+        match Hold::of(failure, since, changes) {
             Ok(hold) => self.hold = Some(hold),
             Err(failure) => {
                 for chunk in chunks {

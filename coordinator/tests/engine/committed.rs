@@ -74,6 +74,16 @@ impl Live {
         self.commit(Command::SetState(id(number), NodeState::Active));
     }
 
+    /// Waits until the engine works by the placement that was committed last.
+    fn wait_until_followed(&self) {
+        let committed = self.state.placement_epoch().0 as i64;
+        let began = Instant::now();
+        while self.engine.started.api.metrics.cluster.placement_epoch.get() != committed {
+            assert!(began.elapsed() < PATIENCE, "the engine does not follow");
+            thread::yield_now();
+        }
+    }
+
     /// Waits until the engine holds a step.
     fn wait_until_held(&self) {
         let began = Instant::now();
@@ -198,21 +208,42 @@ fn replicas_that_move_under_load_change_nothing(transport: Transport) {
     live.lose(2);
     live.bring_back_with(2, Placement::new());
 
-    let mut running = live.engine.begin_all();
-    for round in 0..MOVES {
+    let mut all: Vec<_> = (0..REQUESTS).map(|number| live.engine.submit(number)).collect();
+    let ended = |live: &Live| {
+        let generated = live.engine.started.api.metrics.generation_tokens.get();
+        generated == u64::from(REQUESTS) * TOKENS as u64
+    };
+    let mut moves = 0;
+    while moves < MOVES && !ended(&live) {
         let mut placement = Placement::new();
         for (n, (expert, _)) in everything.iter().enumerate() {
-            placement.add(expert, id((n + round) % 2));
-            if (n + round).is_multiple_of(3) {
+            placement.add(expert, id((n + moves) % 2));
+            if (n + moves).is_multiple_of(3) {
                 placement.add(expert, id(2));
             }
         }
         live.commit(Command::SetPlacement(placement));
-        running.iter_mut().for_each(|running| running.hear(3));
+        live.wait_until_followed();
+        moves += 1;
     }
-    let generated = live.engine.started.api.metrics.generation_tokens.get();
-    assert!(generated < u64::from(REQUESTS) * TOKENS as u64, "all ended while replicas moved");
-    let moved = live.engine.started.api.metrics.placement_epoch.get();
-    assert!(moved > MOVES as i64, "the engine is at placement {moved}");
+    assert!(moves >= 3, "all ended after {moves} moves");
+    let answers: Vec<String> = all.iter_mut().map(rest).collect();
+    assert!(answers == reference());
+}
+
+/// A step that finds no replica is given up after 50 ms. What is committed right then must not be
+/// taken for something that the attempt knew already.
+#[test]
+fn a_commit_at_the_moment_when_a_step_is_given_up_is_noticed() {
+    const ROUNDS: usize = 30;
+    let mut live = Live::start(Transport::Stream, 2, 1, PATIENCE);
+    let mut running = live.engine.begin_all();
+    let everything = (**live.state.placement()).clone();
+    for round in 0..ROUNDS {
+        live.commit(Command::SetPlacement(Placement::new()));
+        thread::sleep(Duration::from_micros(49_500 + 100 * round as u64));
+        live.commit(Command::SetPlacement(everything.clone()));
+        running.iter_mut().for_each(|running| running.hear(1));
+    }
     assert!(finish(running) == reference());
 }

@@ -122,36 +122,7 @@ impl Lonely {
             |_| {},
             until_told,
         );
-        // An end that nobody expected shows in the output of the test that fails for it.
-        let run = async {
-            let ended = run.await;
-            eprintln!("the coordinator has ended: {ended:?}");
-            ended
-        };
         Running { http, stop, ended: tokio::spawn(run) }
-    }
-
-    pub fn debug(&self) {
-        let identity = "spiffe://test/region/fr/role/operator/node/somebody2";
-        let issued = self.authority.issue(&identity.parse().unwrap(), HOUR).unwrap();
-        let credentials = self.authority.credentials(issued).unwrap();
-        let client = Client::new(&credentials, vec![self.control.to_string()]).unwrap();
-        let mut states = client.watch();
-        let began = std::time::Instant::now();
-        tokio::spawn(async move {
-            while states.changed().await.is_ok() {
-                let s = states.borrow_and_update().clone().unwrap();
-                let n: Vec<_> =
-                    s.nodes().map(|n| (n.spec.name.to_string(), n.state, n.incarnation)).collect();
-                eprintln!(
-                    "{:?} epochs {:?} {:?} {n:?} placed {:?}",
-                    began.elapsed(),
-                    s.membership_epoch(),
-                    s.placement_epoch(),
-                    s.placement().nodes()
-                );
-            }
-        });
     }
 
     /// Starts an expert node, which joins.
