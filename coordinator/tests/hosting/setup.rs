@@ -138,11 +138,20 @@ impl Lonely {
         let client = Client::new(&credentials, vec![self.control.to_string()]).unwrap();
         let mut states = client.watch();
         let began = std::time::Instant::now();
-        tokio::spawn(async move { while states.changed().await.is_ok() {
-            let s = states.borrow_and_update().clone().unwrap();
-            let n: Vec<_> = s.nodes().map(|n| (n.spec.name.to_string(), n.state, n.incarnation)).collect();
-            eprintln!("{:?} epochs {:?} {:?} {n:?} placed {:?}", began.elapsed(), s.membership_epoch(), s.placement_epoch(), s.placement().nodes());
-        }});
+        tokio::spawn(async move {
+            while states.changed().await.is_ok() {
+                let s = states.borrow_and_update().clone().unwrap();
+                let n: Vec<_> =
+                    s.nodes().map(|n| (n.spec.name.to_string(), n.state, n.incarnation)).collect();
+                eprintln!(
+                    "{:?} epochs {:?} {:?} {n:?} placed {:?}",
+                    began.elapsed(),
+                    s.membership_epoch(),
+                    s.placement_epoch(),
+                    s.placement().nodes()
+                );
+            }
+        });
     }
 
     /// Starts an expert node, which joins.
