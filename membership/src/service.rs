@@ -143,7 +143,9 @@ impl Membership {
     /// tell. `None`: nobody could confirm it in time.
     pub async fn read(&self, deadline: Duration) -> Option<Arc<State>> {
         let confirmed = async {
-            while !self.shared.owner.read().await {
+            // A question that is lost on its way to the leader is never answered.
+            let ask = || timeout(self.shared.election, self.shared.owner.read());
+            while ask().await != Ok(true) {
                 sleep(self.shared.tick).await;
             }
         };

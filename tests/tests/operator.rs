@@ -2,8 +2,11 @@
 //! refused with an exit code of its own.
 //! Method: run the verbs of the built binary against real clusters and read their JSON.
 
-use entente_tests::cluster::{Finished, STOP_DEADLINE, run};
-use entente_tests::process::{Signal, wait_for};
+use std::fs;
+use std::process::{Child, Stdio};
+
+use entente_tests::cluster::{Finished, STOP_DEADLINE, entente, run};
+use entente_tests::process::{Signal, wait_for, wait_gone};
 use entente_tests::{Cluster, Golden, http};
 use serde_json::{Value, json};
 
@@ -156,4 +159,58 @@ fn a_region_that_is_cut_off_serves_on_and_heals() {
     wait_for_node(&cluster, "se-expert-1", |node| node["state"] == "active");
     let after: Vec<String> = endpoints.iter().map(|url| completion(url)).collect();
     assert_eq!(after, before);
+}
+
+#[test]
+fn a_decommissioned_node_is_gone_for_good() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--regions", "fr=3", "--no-restart"]);
+    let before = completion(cluster.http());
+    ask(&cluster, &["node", "drain", "fr-expert-3"]);
+    cluster.process("fr-expert-3").signal(Signal::TERM);
+    wait_for_node(&cluster, "fr-expert-3", |node| node["state"] == "down");
+    ask(&cluster, &["node", "decommission", "--yes", "fr-expert-3"]);
+    let listed = ask(&cluster, &["node", "ls"]);
+    let names: Vec<_> = listed["nodes"].as_array().unwrap().iter().map(|n| &n["name"]).collect();
+    assert!(!names.contains(&&json!("fr-expert-3")), "{names:?}");
+    assert_eq!(ask(&cluster, &["node", "show", "fr-expert-3"])["state"], "removed");
+    assert_eq!(completion(cluster.http()), before);
+}
+
+/// A process of the cluster that `up` does not know.
+struct Stranger(Child);
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_voter_that_lost_its_disk_comes_back_under_another_number() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--regions", "fr=2", "--no-restart"]);
+    let lost = ask(&cluster, &["raft", "remove", "--yes", "witness-2"])["voter"].clone();
+    let process = cluster.process("witness-2");
+    process.signal(Signal::KILL);
+    assert!(wait_gone(STOP_DEADLINE, &[process]).is_empty());
+
+    let file = format!("{}/witness-2.toml", cluster.data_dir());
+    let config = fs::read_to_string(&file).unwrap();
+    let empty = config.replace("join = false", "join = true").replace("raft/witness-2", "raft/new");
+    fs::write(&file, empty).unwrap();
+    let mut witness = entente(&["witness", "--config", &file]);
+    witness.stdout(Stdio::null()).stderr(Stdio::null());
+    let _witness = Stranger(witness.spawn().unwrap());
+    // It asks for a number first, and is promoted once it has the log.
+    for change in ["add", "promote"] {
+        let done =
+            || (verb(&cluster, &["raft", change, "witness-2"]).code() == Some(0)).then_some(());
+        assert!(wait_for(STOP_DEADLINE, done).is_some(), "raft {change} is refused");
+    }
+    let voters = ask(&cluster, &["raft", "status"])["voters"].as_array().unwrap().clone();
+    let back = voters.iter().find(|voter| voter["name"] == "witness-2").unwrap();
+    assert_eq!((voters.len(), &back["role"]), (3, &json!("voter")));
+    assert!(back["voter"].as_u64() > lost.as_u64(), "{back}");
 }

@@ -73,8 +73,11 @@ async fn finished(operator: &Operator) -> anyhow::Result<()> {
         if nodes.replicas_left == 0 && nodes.progress.is_empty() {
             return Ok(());
         }
-        let new = || Countdown::new("replicas".to_owned(), nodes.replicas_left);
-        countdown.get_or_insert_with(new).left(nodes.replicas_left);
+        // What is loaded may still have to be committed, and what is moved to be released.
+        if nodes.replicas_left > 0 {
+            let new = || Countdown::new("replicas to load".to_owned(), nodes.replicas_left);
+            countdown.get_or_insert_with(new).left(nodes.replicas_left);
+        }
         tokio::time::sleep(ASK_EVERY).await;
     }
 }

@@ -70,7 +70,7 @@ fn change(
             .await?;
         let changed = Changed { name: args.name.clone(), voter: reply.voter, role };
         operator.print(&changed, |changed| {
-            format!("{} is {} now, as voter {}", changed.name, changed.role, changed.voter)
+            format!("{}, voter {}: {}", changed.name, changed.voter, changed.role)
         })
     })
 }
