@@ -20,7 +20,7 @@ use entente_proto::ids::Region;
 use tokio::sync::watch;
 
 use crate::metrics::Metrics;
-use crate::start::credentials;
+use crate::start::{check_followable, credentials};
 use crate::{Config, Error};
 
 /// How long one attempt to read or to propose may take before the state is looked at anew.
@@ -36,6 +36,7 @@ pub(crate) async fn start(
     config: &Config,
     listener: Option<TcpListener>,
 ) -> Result<Service, Error> {
+    check_followable(config)?;
     let needed =
         |section| Error::Config(format!("[{section}] is needed where cluster.voters is not empty"));
     let membership = config.membership.clone().ok_or_else(|| needed("membership"))?;

@@ -115,11 +115,17 @@ pub async fn follow(
     states: watch::Receiver<Arc<State>>,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
+    check_followable(config)?;
+    start_in(config, Some(states), progress).await
+}
+
+/// Nodes of this process would not follow what is committed.
+pub(crate) fn check_followable(config: &Config) -> Result<(), Error> {
     if config.transport == Transport::Inproc {
         let text = "transport: inproc is for clusters without cluster.voters";
         return Err(Error::Config(text.to_owned()));
     }
-    start_in(config, Some(states), progress).await
+    Ok(())
 }
 
 async fn start_in(

@@ -25,8 +25,9 @@ use crate::state::codec::Malformed;
 use addresses::Addresses;
 use propose::Session;
 
-/// How long the first attempt of a call may take; each that takes longer doubles the next one's.
-const ATTEMPT: Duration = Duration::from_secs(1);
+/// How long the first attempt of a call may take; each that takes longer doubles the next one's. A
+/// leader that hangs must be passed over before the next one takes its callers for dead.
+const ATTEMPT: Duration = Duration::from_millis(500);
 /// Pause after nobody could answer, at first and at most: an election takes some hundred
 /// milliseconds, and there is no event to wait for.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -165,7 +166,7 @@ impl Client {
                 Ok(Err(status)) => status,
                 Err(_) => {
                     attempt *= 2;
-                    self.addresses().forget_channel(&to);
+                    self.addresses().failed(&to);
                     Status::deadline_exceeded(format!("{to} did not answer"))
                 }
             };
@@ -200,7 +201,10 @@ impl Client {
             Some(channel) => channel,
             None => {
                 let dialled = self.0.dialler.dial(to).await;
-                let channel = dialled.map_err(|error| Status::unavailable(error.to_string()))?;
+                let channel = dialled.map_err(|error| {
+                    self.addresses().failed(to);
+                    Status::unavailable(error.to_string())
+                })?;
                 self.addresses().keep_channel(to, channel.clone());
                 channel
             }
@@ -210,7 +214,7 @@ impl Client {
             && Reason::of(status).is_none()
         {
             // The connection may be broken; the next attempt dials again.
-            self.addresses().forget_channel(to);
+            self.addresses().failed(to);
         }
         result
     }

@@ -159,22 +159,45 @@ fn hedges_of_healthy_nodes_stay_within_their_budget() {
 }
 
 #[test]
-fn experts_without_a_live_replica_are_told_and_the_coordinator_lives() {
+fn what_only_the_lost_node_held_is_loaded_elsewhere_and_nothing_fails() {
     let golden = Golden::load("mixtral");
     let cluster = start(&golden, &["--replicas", "1"]);
+    let url = format!("{}/v1/completions", cluster.http());
+    let request = generation(&golden, 0, 1_000);
+    let text = |chunks: &mut dyn Iterator<Item = Value>| -> Vec<String> {
+        chunks.map(|chunk| http::chunk_text(&chunk).to_owned()).collect()
+    };
+    let undisturbed = text(&mut http::stream(&url, &request)).concat();
+    let mut running = http::stream(&url, &request);
+    let first = running.next().expect("a first chunk");
+    kill(&cluster, "fr-expert-1");
+    let disturbed = http::chunk_text(&first).to_owned() + &text(&mut running).concat();
+    assert_eq!(undisturbed, disturbed);
+    assert_eq!(http::get(&format!("{}/readyz", cluster.http())).status, 200);
+}
+
+#[test]
+fn experts_that_do_not_come_back_are_told_and_the_coordinator_lives() {
+    let golden = Golden::load("mixtral");
+    let model = ["--no-restart", "--model", golden.path(), "--regions", "fr=1"];
+    let cluster = Cluster::start(&model);
     let url = format!("{}/v1/completions", cluster.http());
     let mut running = http::stream(&url, &generation(&golden, 0, 3_000));
     running.next().expect("a first chunk");
     kill(&cluster, "fr-expert-1");
 
-    // What runs is told once the expert has not come back in time, and does not hang.
-    let failure = running.failure();
+    // What runs, and what comes meanwhile, is told once the experts have not come back in time.
+    let (reply, failure) = thread::scope(|scope| {
+        let asked = scope.spawn(|| http::post(&url, &generation(&golden, 0, 4)));
+        let failure = running.failure();
+        (asked.join().unwrap(), failure)
+    });
     assert_eq!(failure["error"]["code"], 503, "{failure}");
+    assert_eq!(reply.status, 503, "{}", reply.text);
+    let message = reply.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("no permitted replica"), "{message}");
     let readyz = http::get(&format!("{}/readyz", cluster.http()));
     assert_eq!(readyz.status, 503, "{}", readyz.text);
     assert!(readyz.text.contains("expert"), "{}", readyz.text);
-    let reply = http::post(&url, &generation(&golden, 0, 4));
-    assert_eq!(reply.status, 503, "{}", reply.text);
-    assert!(reply.json()["error"]["message"].is_string(), "{}", reply.text);
     assert_eq!(http::get(&format!("{}/livez", cluster.http())).status, 200);
 }

@@ -61,6 +61,7 @@ fn a_ready_cluster_shows_and_publishes_what_runs() {
             "se-coordinator coordinator se",
             "se-expert-1 expert-node se",
             "se-expert-2 expert-node se",
+            "witness witness de",
         ]
     );
     for endpoint in cluster.endpoints() {
@@ -86,7 +87,7 @@ fn a_ready_cluster_shows_and_publishes_what_runs() {
         assert!(row.contains(process["address"].as_str().unwrap()), "{row}");
         assert!(row.ends_with("MiB"), "{row}");
         // 4 layers of 8 experts, spread evenly over the two nodes of the region.
-        let experts = if process["role"] == "coordinator" { "0" } else { "16" };
+        let experts = if process["role"] == "expert-node" { "16" } else { "0" };
         assert!(row.split_whitespace().any(|cell| cell == experts), "{row}");
     }
     check_curl_line(&stdout);
@@ -112,7 +113,7 @@ fn no_process_is_left_after_sigterm() {
 fn no_process_is_left_after_the_parent_is_killed() {
     let golden = Golden::load("mixtral");
     let cluster = Cluster::start(&["--model", golden.path(), "--regions", "fr=2,se=1"]);
-    assert_eq!(cluster.processes().len(), 5);
+    assert_eq!(cluster.processes().len(), 6);
     assert_eq!(cluster.stop(Signal::KILL).code(), None);
 }
 
@@ -129,8 +130,8 @@ fn no_process_is_left_when_it_is_interrupted_while_starting() {
         .spawn()
         .unwrap();
     let parent = u64::from(up.id());
-    let children = || Some(children_of(parent)).filter(|children| children.len() == 6);
-    let children = wait_for(STOP_DEADLINE, children).expect("six children");
+    let children = || Some(children_of(parent)).filter(|children| children.len() == 7);
+    let children = wait_for(STOP_DEADLINE, children).expect("seven children");
     Process::find(parent).unwrap().signal(Signal::INT);
     let status = wait_for(STOP_DEADLINE, || up.try_wait().unwrap()).expect("it stops");
     assert_eq!(status.code(), Some(130));

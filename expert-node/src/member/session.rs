@@ -386,14 +386,13 @@ impl Session {
         self.ready_once(out);
     }
 
-    /// Before there is a placement a node may be active and yet of no use.
+    /// It becomes active only once it is decided what it holds, which may be nothing.
     fn ready_once(&mut self, out: &mut Vec<Command>) {
         let (Some(wanted), Some(committed)) = (&self.wanted, &self.committed) else { return };
         let active = committed.active.is_some()
             && committed.active == self.start.map(|(_, incarnation)| incarnation);
-        let placed = committed.placement_epoch > PlacementEpoch::default();
         let holds = wanted.is_subset(&self.held) && committed.placed.is_subset(&self.held);
-        if !self.ready && active && placed && holds {
+        if !self.ready && active && holds {
             self.ready = true;
             out.push(Command::Ready);
         }

@@ -88,8 +88,11 @@ impl Addresses {
         self.channels.insert(address.to_owned(), channel);
     }
 
-    pub(super) fn forget_channel(&mut self, address: &str) {
+    /// The next call dials, and does not begin there.
+    pub(super) fn failed(&mut self, address: &str) {
         self.channels.remove(address);
+        self.leader = self.leader.take().filter(|leader| leader != address);
+        self.answered = self.answered.take().filter(|answered| answered != address);
     }
 }
 

@@ -55,20 +55,19 @@ impl admin_server::Admin for Admin {
         let missing = || Status::invalid_argument("there is no change");
         let wanted = request.into_inner().change.ok_or_else(missing)?;
         let (state, status) = (self.0.state(), self.0.status());
-        let (voter, change) = match wanted {
-            Wanted::AddLearner(name) => {
-                let id = voter_to_add(&state, &status, &name)?;
-                (id, Change::AddLearner(id))
-            }
-            Wanted::Promote(name) => {
-                let id = member(&state, &status, &name)?;
-                (id, Change::Promote(id))
-            }
-            Wanted::Remove(name) => {
-                let id = member(&state, &status, &name)?;
-                (id, Change::Remove(id))
-            }
+        let change = match wanted {
+            Wanted::AddLearner(name) => Change::AddLearner(voter_to_add(&state, &name)?),
+            Wanted::Promote(name) => Change::Promote(member(&state, &status, &name)?),
+            Wanted::Remove(name) => Change::Remove(voter_to_remove(&state, &status, &name)?),
         };
+        let (Change::AddLearner(voter) | Change::Promote(voter) | Change::Remove(voter)) = change
+        else {
+            return Err(Status::internal("another change than was asked for"));
+        };
+        // A call that is repeated because its answer got lost is answered alike.
+        if in_effect(change, &status) {
+            return Ok(Response::new(wire::ChangeGroupReply { voter }));
+        }
         let proposed = self.0.owner.change(change).await;
         proposed.map_err(|error| not_proposed(&self.0, &error))?;
         self.wait_for(|status| in_effect(change, status)).await?;
@@ -218,7 +217,7 @@ impl Admin {
 fn in_effect(change: Change, status: &raft::Status) -> bool {
     let group = &status.group;
     match change {
-        Change::AddLearner(id) => group.learners.contains(&id),
+        Change::AddLearner(id) => group.learners.contains(&id) || group.voters.contains(&id),
         Change::Promote(id) => group.voters.contains(&id) && group.outgoing.is_empty(),
         Change::Remove(id) => !group.contains(id),
         Change::Replace { promote, remove } => {
@@ -269,16 +268,24 @@ fn member(state: &State, status: &raft::Status, name: &str) -> Result<u64, Statu
 
 /// The number that the node's empty disk has got: its latest. Only the process whose disk it is asks
 /// for a number, when it starts, so there is never one without a disk.
-fn voter_to_add(state: &State, status: &raft::Status, name: &str) -> Result<u64, Status> {
+fn voter_to_add(state: &State, name: &str) -> Result<u64, Status> {
     let node = node(state, name)?;
     let own = state.voters().filter(|(_, voter)| voter.node == node && !voter.retired);
-    match own.last() {
-        Some((id, _)) if !status.group.contains(id.0) => Ok(id.0),
-        Some(_) => Err(Status::failed_precondition(format!("{name} is in the raft group already"))),
-        None => Err(Status::failed_precondition(format!(
+    let latest = own.last().map(|(id, _)| id.0);
+    latest.ok_or_else(|| {
+        Status::failed_precondition(format!(
             "{name} has no disk that could join; start it with membership.join = true"
-        ))),
-    }
+        ))
+    })
+}
+
+/// The number of this node in the group, or the one that was removed from it.
+fn voter_to_remove(state: &State, status: &raft::Status, name: &str) -> Result<u64, Status> {
+    member(state, status, name).or_else(|error| {
+        let node = node(state, name)?;
+        let own = state.voters().filter(|(_, voter)| voter.node == node && voter.retired);
+        own.last().map(|(id, _)| id.0).ok_or(error)
+    })
 }
 
 fn rebalance(state: &State, request: &wire::RebalanceRequest) -> Result<Rebalance, Status> {

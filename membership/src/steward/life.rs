@@ -57,12 +57,18 @@ impl Leading {
         match node.state {
             NodeState::Active if view.leaving => Some(NodeState::Draining),
             // Before there is a placement nobody knows what the node must hold.
-            NodeState::Joining if self.state.placement_epoch().0 > 0 => {
+            NodeState::Joining if self.is_placed() => {
                 let ready = |expert| held.contains(expert) && !view.releasing.contains(expert);
                 self.placed(node.id).iter().all(ready).then_some(NodeState::Active)
             }
             _ => None,
         }
+    }
+
+    /// Whether it is decided what nodes hold. A model without experts has nothing to decide.
+    fn is_placed(&self) -> bool {
+        let is_dense = self.model.as_ref().is_some_and(|model| model.shape.expert_count() == 0);
+        is_dense || self.state.placement_epoch().0 > 0
     }
 
     /// Whether the node has not reported for so long that it counts as down.

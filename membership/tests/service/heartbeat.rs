@@ -1,6 +1,7 @@
 //! Expert nodes register and report.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use entente_membership::net::Reason;
 use entente_membership::served::{SERVED_MODEL_KEY, ServedModel};
@@ -121,20 +122,68 @@ fn an_earlier_start_of_a_node_is_fenced() {
 #[test]
 fn a_node_with_another_model_is_turned_away() {
     let world = World::of(1);
+    world.runtime.block_on(async {
+        agree_on_model(&world).await;
+        let other = wire::RegisterRequest { model_digest: vec![1; 32].into(), ..request() };
+        let refused = register(&world, "fr-expert-1", other).await.unwrap_err();
+        assert_eq!(refused.reason(), Some(Reason::OtherModel), "{refused}");
+        register(&world, "fr-expert-1", request()).await.unwrap();
+    });
+}
+
+fn model() -> ServedModel {
     let shape = ModelShape { layers: vec![(LayerId(0), 4)], expert_bytes: 1 };
-    let model = ServedModel { digest: ModelDigest([1; 32]), shape };
+    ServedModel { digest: ModelDigest([7; 32]), shape }
+}
+
+/// What a coordinator says first.
+async fn agree_on_model(world: &World) {
     let command = Command::PutRecord {
         kind: RecordKind::Model,
         key: SERVED_MODEL_KEY.to_owned(),
-        value: model.encode(),
+        value: model().encode(),
         revision: Some(0),
     };
+    let operator = world.operator();
+    operator.propose(LONG, Expect::default(), command).await.unwrap();
+    let replicas = Command::SetReplicas("fr".parse().unwrap(), 1);
+    operator.propose(LONG, Expect::default(), replicas).await.unwrap();
+}
+
+#[test]
+fn a_node_is_active_once_it_holds_what_it_is_told_to_and_down_when_it_falls_silent() {
+    let world = World::of(3);
+    let node_of = |state: &entente_membership::state::State| {
+        state.node(&crate::world::name("fr-expert-1")).unwrap().clone()
+    };
+    let registered = world.runtime.block_on(async {
+        agree_on_model(&world).await;
+        let registered = register(&world, "fr-expert-1", request()).await.unwrap();
+        let mut stream = stream(&world, "fr-expert-1").await;
+        let mut held = BTreeSet::new();
+        for sequence in 1.. {
+            let held_now = Some(pack_experts(&held));
+            let message = wire::HeartbeatReport { held: held_now, ..alive(registered, sequence) };
+            let orders = report(&mut stream, message).await.unwrap();
+            if let Some(wanted) = orders.wanted.as_deref().and_then(unpack_experts) {
+                held = wanted;
+            }
+            let state = world.handle(0).state().borrow().clone();
+            let placed = state.placement().experts_of(node_of(&state).id);
+            if node_of(&state).state == NodeState::Active && placed.len() == 4 {
+                break;
+            }
+            assert!(sequence < 500, "it does not become active: {state:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        registered
+    });
+    // From here on it says nothing.
+    world.everywhere("it is down", |state| node_of(state).state == NodeState::Down);
     world.runtime.block_on(async {
-        world.operator().propose(LONG, Expect::default(), command).await.unwrap();
-        let refused = register(&world, "fr-expert-1", request()).await.unwrap_err();
-        assert_eq!(refused.reason(), Some(Reason::OtherModel), "{refused}");
-        let right = wire::RegisterRequest { model_digest: vec![1; 32].into(), ..request() };
-        register(&world, "fr-expert-1", right).await.unwrap();
+        let mut stream = stream(&world, "fr-expert-1").await;
+        let refused = report(&mut stream, alive(registered, 1_000)).await.unwrap_err();
+        assert_eq!(Reason::of(&refused), Some(Reason::Fenced), "{refused}");
     });
 }
 
@@ -153,7 +202,7 @@ fn heartbeats_end_with_the_leadership_that_they_were_sent_to() {
             if let Err(status) = report(&mut stream, alive(registered, sequence)).await {
                 return status;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         unreachable!("the stream goes on for ever");
     });

@@ -8,5 +8,6 @@ mod group;
 mod heartbeat;
 mod linearizable;
 mod proposals;
+mod relay;
 mod table;
 mod world;

@@ -18,6 +18,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
+use crate::relay::Relay;
+
 /// Nothing in these tests takes so long unless it is broken.
 pub const LONG: Duration = Duration::from_secs(20);
 
@@ -27,12 +29,19 @@ pub struct World {
     pub runtime: Runtime,
     dir: tempfile::TempDir,
     running: Vec<Option<Running>>,
+    /// Where each founder listens, which is its address unless a relay is.
+    listens: Vec<String>,
+    relays: Vec<Relay>,
 }
 
 struct Running {
     runtime: Runtime,
     handle: Membership,
     ended: JoinHandle<Result<(), ServiceError>>,
+}
+
+fn runtime(threads: usize) -> Runtime {
+    Builder::new_multi_thread().worker_threads(threads).enable_all().build().unwrap()
 }
 
 /// An address that was free a moment ago.
@@ -47,13 +56,42 @@ pub fn name(text: &str) -> NodeName {
 impl World {
     /// A cluster of so many founders that do not run yet: two coordinators, the rest witnesses.
     pub fn founded_with(voters: usize) -> Self {
+        let addresses: Vec<_> = (0..voters).map(|_| free_address()).collect();
+        Self::founded(runtime(2), &addresses, addresses.clone(), Vec::new())
+    }
+
+    /// The same, each reached through a relay only.
+    pub fn behind_relays(voters: usize) -> Self {
+        let runtime = runtime(2);
+        let listens: Vec<_> = (0..voters).map(|_| free_address()).collect();
+        let relays: Vec<_> = {
+            let _inside = runtime.enter();
+            listens.iter().map(|address| Relay::start(address.clone())).collect()
+        };
+        let addresses: Vec<_> = relays.iter().map(|relay| relay.address.clone()).collect();
+        let mut world = Self::founded(runtime, &addresses, listens, relays);
+        (0..voters).for_each(|i| world.start(i));
+        world
+    }
+
+    /// Nothing reaches this voter while it is held.
+    pub fn hold(&self, i: usize, held: bool) {
+        self.relays[i].hold(held);
+    }
+
+    fn founded(
+        runtime: Runtime,
+        addresses: &[String],
+        listens: Vec<String>,
+        relays: Vec<Relay>,
+    ) -> Self {
         let voter = |i: usize| RosterVoter {
             name: name(&format!("voter-{i}")),
             region: "fr".parse().unwrap(),
             role: if i < 2 { VoterRole::Coordinator } else { VoterRole::Witness },
-            address: free_address(),
+            address: addresses[i].clone(),
         };
-        let voters: Vec<_> = (0..voters).map(voter).collect();
+        let voters: Vec<_> = (0..addresses.len()).map(voter).collect();
         let nodes = vec![entente_membership::roster::RosterNode {
             name: name("fr-expert-1"),
             region: "fr".parse().unwrap(),
@@ -64,9 +102,11 @@ impl World {
         Self {
             authority: Authority::new("demo", Duration::from_secs(3_600)).unwrap(),
             roster: roster.with_voters(voters).unwrap(),
-            runtime: Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap(),
+            runtime,
             dir: tempfile::tempdir().unwrap(),
             running,
+            listens,
+            relays,
         }
     }
 
@@ -97,7 +137,7 @@ impl World {
     }
 
     pub fn start(&mut self, i: usize) {
-        let config = self.config(&self.address(i), self.roster.voters()[i].name.as_str());
+        let config = self.config(&self.listens[i], self.roster.voters()[i].name.as_str());
         self.start_as(i, config);
     }
 
@@ -134,7 +174,7 @@ impl World {
         node: &str,
         credentials: Credentials,
     ) -> Result<Running, ServiceError> {
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = runtime(1);
         let service = runtime.block_on(start(config, &self.roster, &name(node), credentials, None));
         let Service { handle, ended } = service?;
         Ok(Running { runtime, handle, ended })

@@ -198,7 +198,8 @@ impl World {
         let mail = Mail::Report { leader, stream, report };
         if self.troubled && self.random.one_in(20) {
             // Once more, and much later.
-            self.post(2_000, mail.clone());
+            let again_ms = at_ms + self.random.below(2_000);
+            self.post_at(again_ms, mail.clone());
         }
         self.post_at(at_ms, mail);
         self.load(node);

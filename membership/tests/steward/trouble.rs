@@ -131,7 +131,10 @@ impl World {
         let leader = self.leader.unwrap();
         let progress = self.stewards[leader].progress();
         if !progress.is_idle() || progress.replicas_left() > 0 {
-            if self.chatty { println!("{:#?}", self.stewards[leader]); } return Err(format!("does not come to rest: {progress}"));
+            if self.chatty {
+                println!("{:#?}", self.stewards[leader]);
+            }
+            return Err(format!("does not come to rest: {progress}"));
         }
         for node in self.state.nodes().filter(|node| node.spec.role == Role::ExpertNode) {
             let placed = self.state.placement().experts_of(node.id);

@@ -1,0 +1,159 @@
+//! Goal: an operator sees and changes a running cluster from the command line, and what cannot be is
+//! refused with an exit code of its own.
+//! Method: run the verbs of the built binary against real clusters and read their JSON.
+
+use entente_tests::cluster::{Finished, STOP_DEADLINE, run};
+use entente_tests::process::{Signal, wait_for};
+use entente_tests::{Cluster, Golden, http};
+use serde_json::{Value, json};
+
+const REFUSED: Option<i32> = Some(3);
+const NO_QUORUM: Option<i32> = Some(4);
+
+fn start(golden: &Golden, args: &[&str]) -> Cluster {
+    let model = ["--model", golden.path(), "--weights", "f32", "--replicas", "2"];
+    Cluster::start(&[&model, args].concat())
+}
+
+fn verb(cluster: &Cluster, words: &[&str]) -> Finished {
+    run(&[words, &["--data-dir", cluster.data_dir()]].concat())
+}
+
+/// What a verb prints as JSON.
+fn ask(cluster: &Cluster, words: &[&str]) -> Value {
+    let end = verb(cluster, &[words, &["-o", "json"]].concat());
+    assert_eq!(end.code(), Some(0), "{words:?}: {end:#?}");
+    serde_json::from_str(&end.stdout).unwrap()
+}
+
+fn node(cluster: &Cluster, name: &str) -> Value {
+    let listed = ask(cluster, &["node", "ls"]);
+    let nodes = listed["nodes"].as_array().unwrap();
+    nodes.iter().find(|node| node["name"] == name).unwrap().clone()
+}
+
+/// Waits until a node is as it should be.
+fn wait_for_node(cluster: &Cluster, name: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+    let now = || Some(node(cluster, name)).filter(|node| is_so(node));
+    wait_for(STOP_DEADLINE, now).unwrap_or_else(|| panic!("{}", node(cluster, name)))
+}
+
+fn completion(endpoint: &str) -> String {
+    let body = json!({ "prompt": "a b c", "max_tokens": 16, "temperature": 0.0, "logprobs": 0 });
+    http::post(&format!("{endpoint}/v1/completions"), &body).choices()
+}
+
+#[test]
+fn a_drained_node_holds_nothing_and_gets_its_experts_back() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--regions", "fr=3"]);
+    let placed = |name| node(&cluster, name)["placed"].as_u64().unwrap();
+    let all: u64 = ["fr-expert-1", "fr-expert-2", "fr-expert-3"].into_iter().map(placed).sum();
+    let before = completion(cluster.http());
+
+    let drained = ask(&cluster, &["node", "drain", "fr-expert-1"]);
+    assert_eq!(drained["drained"], true);
+    assert!(drained["replicas"].as_u64().unwrap() > 0, "{drained}");
+    let shown = ask(&cluster, &["node", "show", "fr-expert-1"]);
+    assert_eq!((&shown["state"], &shown["placed"]), (&json!("draining"), &json!(0)));
+    assert_eq!(placed("fr-expert-2") + placed("fr-expert-3"), all, "a replica is missing");
+    assert_eq!(completion(cluster.http()), before);
+
+    ask(&cluster, &["node", "uncordon", "fr-expert-1"]);
+    wait_for_node(&cluster, "fr-expert-1", |node| node["state"] == "active");
+    ask(&cluster, &["experts", "rebalance"]);
+    assert!(placed("fr-expert-1") > 0, "nothing came back");
+    assert_eq!(completion(cluster.http()), before);
+}
+
+#[test]
+fn a_node_that_is_told_to_stop_drains_first_and_comes_back_as_another_incarnation() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--regions", "fr=2"]);
+    let before = node(&cluster, "fr-expert-2");
+    cluster.process("fr-expert-2").signal(Signal::TERM);
+    let after = wait_for_node(&cluster, "fr-expert-2", |node| {
+        node["incarnation"] != before["incarnation"] && node["state"] == "active"
+    });
+    assert!(after["incarnation"].as_u64() > before["incarnation"].as_u64());
+    assert_eq!(after["address"], before["address"]);
+}
+
+#[test]
+fn what_would_lose_an_expert_is_refused() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--regions", "fr=2"]);
+    assert_eq!(verb(&cluster, &["node", "ok-to-stop", "fr-expert-1"]).code(), Some(0));
+    let both = verb(&cluster, &["node", "ok-to-stop", "fr-expert-1", "fr-expert-2"]);
+    assert_eq!((both.code(), both.stdout.as_str()), (REFUSED, "no\n"), "{both:#?}");
+    assert!(both.stderr.contains("region fr: "), "{}", both.stderr);
+    let alive = verb(&cluster, &["node", "decommission", "--yes", "fr-expert-1"]);
+    assert_eq!(alive.code(), REFUSED, "{alive:#?}");
+    assert!(alive.stderr.contains("is not down"), "{}", alive.stderr);
+    let unasked = verb(&cluster, &["raft", "remove", "witness-1"]);
+    assert_eq!(unasked.code(), Some(2), "{unasked:#?}");
+    let plan = ask(&cluster, &["experts", "place", "--dry-run", "--replicas", "1"]);
+    assert!(plan["releases"].as_u64().unwrap() > 0, "{plan}");
+    let too_many = verb(&cluster, &["experts", "place", "--dry-run", "--replicas", "3"]);
+    assert_eq!(too_many.code(), REFUSED, "{too_many:#?}");
+}
+
+#[test]
+fn changes_wait_for_a_quorum_and_requests_do_not() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--regions", "fr=2"]);
+    let before = completion(cluster.http());
+    let witnesses = ["witness-1", "witness-2"].map(|name| cluster.process(name));
+    witnesses.iter().for_each(|process| process.signal(Signal::STOP));
+    let cordon = || verb(&cluster, &["node", "cordon", "fr-expert-1", "--call-timeout-s", "2"]);
+    // A leader finds out that it is alone when an election timeout has passed.
+    let refused = wait_for(STOP_DEADLINE, || Some(cordon()).filter(|end| end.code() == NO_QUORUM));
+    let answer = completion(cluster.http());
+    witnesses.iter().for_each(|process| process.signal(Signal::CONT));
+    let refused = refused.expect("a change was accepted without a quorum");
+    assert!(refused.stderr.contains("fewer than 2 of 3 voters"), "{}", refused.stderr);
+    assert_eq!(answer, before);
+    let healed = wait_for(STOP_DEADLINE, || Some(cordon()).filter(|end| end.code() == Some(0)));
+    assert!(healed.is_some(), "the control plane did not come back");
+}
+
+#[test]
+fn another_voter_leads_when_it_is_told_to() {
+    let golden = Golden::load("mixtral");
+    let cluster = start(&golden, &["--regions", "fr=2"]);
+    let status = || ask(&cluster, &["raft", "status"]);
+    let leader = status()["leader"].as_str().unwrap().to_owned();
+    let others = ["fr-coordinator", "witness-1", "witness-2"].into_iter();
+    let next = others.clone().find(|name| *name != leader).unwrap();
+    ask(&cluster, &["raft", "transfer-leader", next]);
+    let leads = wait_for(STOP_DEADLINE, || (status()["leader"] == next).then_some(()));
+    assert!(leads.is_some(), "{}", status());
+
+    let snapshot = ask(&cluster, &["raft", "snapshot"]);
+    assert!(snapshot["index"].as_u64().unwrap() > 1, "{snapshot}");
+    let voters = status()["voters"].as_array().unwrap().clone();
+    assert_eq!(voters.len(), 3);
+    for voter in voters {
+        assert_eq!((&voter["role"], &voter["error"]), (&json!("voter"), &Value::Null), "{voter}");
+    }
+}
+
+#[test]
+fn a_region_that_is_cut_off_serves_on_and_heals() {
+    let golden = Golden::load("mixtral");
+    let links = ["--regions", "fr=2,se=2", "--link", "fr-se=5ms"];
+    let cluster = start(&golden, &links);
+    let endpoints = cluster.endpoints();
+    let before: Vec<String> = endpoints.iter().map(|url| completion(url)).collect();
+    let cut = ask(&cluster, &["link", "set", "fr-se=cut", "se-de=cut"]);
+    assert_eq!(cut[0], json!({ "link": "de-se", "effect": "cut" }));
+    let is_down = |node: &Value| node["state"] == "down";
+    // Whoever leads on the other side takes the silent nodes for dead; their coordinator does not.
+    wait_for_node(&cluster, "se-expert-1", is_down);
+    let during: Vec<String> = endpoints.iter().map(|url| completion(url)).collect();
+    assert_eq!(during, before);
+    ask(&cluster, &["link", "set", "fr-se=clear", "se-de=clear"]);
+    wait_for_node(&cluster, "se-expert-1", |node| node["state"] == "active");
+    let after: Vec<String> = endpoints.iter().map(|url| completion(url)).collect();
+    assert_eq!(after, before);
+}
