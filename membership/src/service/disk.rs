@@ -67,7 +67,7 @@ pub(super) async fn open(
         }
         Err(StoreError::NotCreated) => {
             let identity = Identity { cluster, voter: founder(&beginning, own.name)?.0 };
-            expect_first_start(roster, own).await?;
+            expect_first_start(config, roster, own).await?;
             (RedbStore::create(&file, identity, &founding)?, identity, founding, beginning)
         }
         Err(error) => return Err(error.into()),
@@ -150,8 +150,12 @@ fn founder(genesis: &State, name: &NodeName) -> Result<VoterId, ServiceError> {
 /// A founder without a log has never voted, or has lost its disk. In the second case it must not
 /// begin again under its number, as it would vote again where it has voted. The others know: it has
 /// registered. Where none of them can be asked there is nothing to go by but the disk.
-async fn expect_first_start(roster: &Roster, own: &Own<'_>) -> Result<(), ServiceError> {
-    let dialler = Dialler::new(own.credentials, None)?;
+async fn expect_first_start(
+    config: &Config,
+    roster: &Roster,
+    own: &Own<'_>,
+) -> Result<(), ServiceError> {
+    let dialler = Dialler::new(own.credentials, None)?.through(config.via.clone());
     let mut asked = JoinSet::new();
     for voter in roster.voters().iter().filter(|voter| voter.name != *own.name) {
         let (dialler, address) = (dialler.clone(), voter.address.clone());
