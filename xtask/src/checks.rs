@@ -3,7 +3,7 @@
 //! The order has a second reason: the summary of the tests ends the output, where people and
 //! machines look for it.
 
-use crate::shell::{become_command, command, run};
+use crate::shell::{become_command, command, root, run};
 use crate::{setup, tidy};
 
 /// What the default build leaves out and the checks must not.
@@ -29,7 +29,22 @@ pub fn test() -> Result<(), String> {
     // dependencies, and these would be built twice.
     run(&mut all("build", "--bins --tests"))?;
     run(&mut all("test", "--doc --quiet"))?;
+    drills()?;
     Err(become_command(&mut all("nextest run", "")))
+}
+
+/// The short form of every drill, each on a cluster of its own.
+fn drills() -> Result<(), String> {
+    let folder = "tests/drills";
+    let entries = root().join(folder).read_dir().map_err(|error| format!("{folder}: {error}"))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| name.ends_with(".yaml")).collect();
+    names.sort();
+    for name in names {
+        let line = format!("target/release/entente --log warn drill run {folder}/{name} --short");
+        run(&mut command(&line))?;
+    }
+    Ok(())
 }
 
 /// Simulates clusters of voters for so many hours. The first seed that breaks an invariant ends

@@ -50,6 +50,8 @@ pub struct Struck {
     pub lasts_ms: f64,
     /// How long after that the cluster was ready again; absent when it was not, or nobody looked.
     pub recovery_ms: Option<f64>,
+    /// The servers whose streams it can touch; all when it is empty.
+    pub servers_near: Vec<usize>,
     /// The servers whose process it ended.
     pub servers_ended: Vec<usize>,
     /// When these processes were back.
@@ -113,8 +115,9 @@ fn overlaps(a: (f64, f64), b: (f64, f64)) -> bool {
 }
 
 /// How much longer than usual each stream waited for a token around each strike: of every answer
-/// that was under way when it struck, the longest gap that touches the strike's span, less the
-/// usual gap. An answer without a piece before the strike, or without one after it, has no such gap.
+/// that was under way near it when it struck, the longest gap that touches the strike's span, less
+/// the usual gap. An answer without a piece before the strike, or without one after it, has no such
+/// gap; one of another region would only make the figure look better.
 pub fn added_stalls_ms(
     answers: &[Answer],
     strikes: &[Struck],
@@ -123,7 +126,9 @@ pub fn added_stalls_ms(
 ) -> Vec<f64> {
     let longest = |answer: &Answer, strike: &Struck| {
         let (first, last) = (answer.pieces.first()?.0, answer.pieces.last()?.0);
-        let under_way = first < strike.at_ms && strike.at_ms < last;
+        let is_near = |servers: &[usize]| servers.is_empty() || servers.contains(&answer.server);
+        let under_way =
+            first < strike.at_ms && strike.at_ms < last && is_near(&strike.servers_near);
         let near = gaps(answer).filter(|gap| overlaps(*gap, strike.span(window_ms)));
         let longest = near.map(|(from, to)| to - from).reduce(f64::max)?;
         under_way.then_some((longest - usual_ms).max(0.0))
@@ -250,6 +255,8 @@ mod tests {
         let streams = [answer(&[10.0, 20.0]), answer(&[40.0, 90.0])];
         assert_eq!(added_stalls_ms(&streams, &[strike(30.0, 0.0)], 50.0, 5.0), [0.0; 0]);
         assert_eq!(added_stalls_ms(&streams, &[strike(45.0, 0.0)], 50.0, 5.0), [45.0]);
+        let near = |server| Struck { servers_near: vec![server], ..strike(45.0, 0.0) };
+        assert_eq!(added_stalls_ms(&streams, &[near(1), near(0)], 50.0, 5.0), [45.0]);
     }
 
     #[test]

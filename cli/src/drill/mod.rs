@@ -8,7 +8,7 @@
 //!
 //! Invariants: what a drill did to a running cluster (paused processes, links that were cut) it
 //! undoes before it ends, however it ends; a figure that could not be measured is a miss, never a
-//! pass; a drill that could not do what its file says has no verdict.
+//! pass, and so is a strike that could not be made.
 //!
 //! What it does not know: how the cluster works. It asks over the public API, reads `cluster.json`,
 //! and is an operator to the control plane, as a person would be.

@@ -20,6 +20,8 @@ use super::target;
 use super::verdict::{Figures, judge};
 use super::watch::{POLL_INTERVAL, Rows, Watch};
 use crate::client::Client;
+use crate::cluster::data_dir::ProcessEntry;
+use crate::cluster::plan::Role;
 use crate::exit::Misuse;
 use crate::load::{self, Mix, Outcome, Request, Sender};
 use crate::random::Random;
@@ -273,16 +275,31 @@ impl<'a> Drill<'a> {
         let ends = actions.iter().any(Action::ends_process);
         let ended = |server: &Server| server.name.as_ref().is_some_and(|name| names.contains(name));
         let servers = self.servers.iter().enumerate().filter(|(_, server)| ends && ended(server));
-        let words: Vec<String> = actions.iter().map(Action::to_string).collect();
+        let words: Vec<String> = actions.iter().map(Action::words).collect();
         Struck {
             fault: due.fault,
             number: due.number,
             action: words.join(", "),
             targets: names.iter().map(NodeName::to_string).collect(),
+            servers_near: self.servers_near(names),
             servers_ended: servers.map(|(number, _)| number).collect(),
             at_ms: board.ms(),
             ..Struck::default()
         }
+    }
+
+    /// The coordinators that use these expert nodes: those of their regions. None in particular
+    /// when others are among them, who may matter to everyone.
+    fn servers_near(&self, names: &[NodeName]) -> Vec<usize> {
+        let process = |name| self.place.process(name).ok();
+        let struck: Vec<ProcessEntry> = names.iter().filter_map(process).collect();
+        if struck.iter().any(|process| process.role != Role::ExpertNode) {
+            return Vec::new();
+        }
+        let is_near =
+            |server: &Server| struck.iter().any(|process| server.region == Some(process.region));
+        let servers = self.servers.iter().enumerate().filter(|(_, server)| is_near(server));
+        servers.map(|(number, _)| number).collect()
     }
 
     /// The pids that these processes have now; nothing of one that is not there.

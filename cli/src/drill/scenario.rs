@@ -3,19 +3,21 @@
 //! Everything that can be wrong with a file is found before anything is started: a key that is not
 //! known is an error that names it and its line, and so is a combination that makes no sense.
 
+mod action;
+mod time;
+
 use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use entente_proto::ids::{NodeName, Region};
-use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
-use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
+pub use self::action::{Action, Actions};
+pub use self::time::{Moment, Span};
 use super::place::Server;
 use crate::cluster::plan::Role;
-use crate::cluster::relay::rule::{Change, Link};
 use crate::exit::Misuse;
 use crate::load::{Lengths, Prompts};
 
@@ -24,9 +26,6 @@ const DISTINCT_MAX: usize = 10_000;
 
 /// Requests that differ when the load is given by its duration.
 const DISTINCT_DEFAULT: usize = 256;
-
-/// How long new connections are refused when those that there are shall end.
-const DISCONNECTED: Duration = Duration::from_millis(100);
 
 /// Requests at once, at most; each has a thread.
 const STREAMS_MAX: usize = 1_024;
@@ -210,246 +209,6 @@ impl Fault {
     }
 }
 
-/// One deed.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", deny_unknown_fields)]
-#[serde(remote = "Self")]
-pub enum Action {
-    /// SIGKILL.
-    Kill {},
-    /// SIGTERM: a node moves its replicas away and stops.
-    Term {},
-    /// SIGTERM, and wait until the process has ended.
-    Restart {},
-    /// SIGSTOP, and SIGCONT when the time is over; at the end of the drill without a time.
-    Pause {
-        /// How long.
-        #[serde(rename = "for")]
-        lasts: Option<Span>,
-    },
-    /// SIGCONT.
-    Resume {},
-    /// SIGKILL to the voter that leads.
-    KillLeader {},
-    /// `entente node drain`, to its end.
-    Drain {},
-    /// What a link carries, or what a process answers, takes longer.
-    Slow {
-        /// Which link; absent for all that the target speaks to.
-        link: Option<String>,
-        /// How many times as long the target's answers take.
-        factor: Option<u32>,
-        /// How much longer each direction takes.
-        delay: Option<Span>,
-        /// How long; to the end of the drill without.
-        #[serde(rename = "for")]
-        lasts: Option<Span>,
-    },
-    /// Connections end; new ones come up.
-    Disconnect {
-        /// Which link; absent for all that the target speaks to.
-        link: Option<String>,
-    },
-    /// Connections end, and no new ones come up.
-    Cut {
-        /// Which link; absent for all that the target speaks to.
-        link: Option<String>,
-        /// How long; to the end of the drill without.
-        #[serde(rename = "for")]
-        lasts: Option<Span>,
-    },
-    /// Connections stay, and what one side says does not arrive.
-    CutOneWay {
-        /// From where to where, such as `fr->se`.
-        link: Option<String>,
-        /// How long; to the end of the drill without.
-        #[serde(rename = "for")]
-        lasts: Option<Span>,
-    },
-    /// Whatever a drill did to a link is undone.
-    Heal {
-        /// Which link; absent for all that the target speaks to.
-        link: Option<String>,
-    },
-    /// A command of the user's own.
-    Exec {
-        /// Words for a shell; `{target}`, `{data-dir}` and `{entente}` are filled in.
-        command: String,
-        /// Whether it must fail.
-        #[serde(default)]
-        fails: bool,
-        /// What its output must contain.
-        says: Option<String>,
-    },
-}
-
-impl Action {
-    /// Whether it is done to a process; nothing when it may be either way.
-    fn needs_target(&self) -> Option<bool> {
-        match self {
-            Self::Exec { .. } => None,
-            Self::KillLeader {} => Some(false),
-            _ => Some(self.link().is_none()),
-        }
-    }
-
-    /// The link that it is done to.
-    fn link(&self) -> Option<&str> {
-        match self {
-            Self::Slow { link, .. }
-            | Self::Disconnect { link }
-            | Self::Cut { link, .. }
-            | Self::CutOneWay { link, .. }
-            | Self::Heal { link } => link.as_deref(),
-            _ => None,
-        }
-    }
-
-    /// What is said of a link for this, in the words of `entente link set`; nothing for an action
-    /// that is not about links.
-    fn effect(&self) -> Option<String> {
-        let words = |parts: [Option<String>; 2]| {
-            parts.into_iter().flatten().collect::<Vec<String>>().join("+")
-        };
-        match self {
-            Self::Slow { factor, delay, .. } => Some(words([
-                delay.map(|delay| format!("{}ms", delay.0.as_millis())),
-                factor.map(|factor| format!("slow:{factor}")),
-            ])),
-            Self::Disconnect { .. } | Self::Cut { .. } | Self::CutOneWay { .. } => {
-                Some("cut".to_owned())
-            }
-            Self::Heal { .. } => Some("clear".to_owned()),
-            _ => None,
-        }
-    }
-
-    /// What it says of its link, or of those of `names`; nothing for an action that is not about
-    /// links.
-    pub fn changes(&self, names: &[NodeName]) -> Vec<String> {
-        let Some(effect) = self.effect() else { return Vec::new() };
-        let of = |link: &str| format!("{link}={effect}");
-        match self.link() {
-            Some(link) => vec![of(link)],
-            None => names.iter().map(|name| of(name.as_str())).collect(),
-        }
-    }
-
-    fn check(&self, has_target: bool) -> Result<(), String> {
-        match (self.needs_target(), has_target) {
-            (Some(true), false) => return Err(format!("`{self}` needs a `target`")),
-            (Some(false), true) => return Err(format!("`{self}` takes no `target`")),
-            _ => {}
-        }
-        let example = ["fr-expert-1".parse().expect("a valid name")];
-        for change in self.changes(&example) {
-            let change = change.parse::<Change>().map_err(|error| format!("`{self}`: {error}"))?;
-            let is_one_way = matches!(change.link, Link::OneWay(..));
-            if is_one_way != matches!(self, Self::CutOneWay { .. }) && !is_heal(self) {
-                let text = "`cut-one-way` and no other wants a link such as fr->se";
-                return Err(text.to_owned());
-            }
-        }
-        Ok(())
-    }
-
-    /// How long it lasts before it is undone.
-    pub fn lasts(&self) -> Duration {
-        match self {
-            Self::Pause { lasts }
-            | Self::Slow { lasts, .. }
-            | Self::Cut { lasts, .. }
-            | Self::CutOneWay { lasts, .. } => lasts.map_or(Duration::ZERO, |span| span.0),
-            Self::Disconnect { .. } => DISCONNECTED,
-            _ => Duration::ZERO,
-        }
-    }
-
-    /// Whether a process ends by it, to be started again by whoever looks after it.
-    pub fn ends_process(&self) -> bool {
-        matches!(self, Self::Kill {} | Self::Term {} | Self::Restart {} | Self::KillLeader {})
-    }
-}
-
-fn is_heal(action: &Action) -> bool {
-    matches!(action, Action::Heal { .. })
-}
-
-impl fmt::Display for Action {
-    /// As it is called in the file.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Kill {} => "kill",
-            Self::Term {} => "term",
-            Self::Restart {} => "restart",
-            Self::Pause { .. } => "pause",
-            Self::Resume {} => "resume",
-            Self::KillLeader {} => "kill-leader",
-            Self::Drain {} => "drain",
-            Self::Slow { .. } => "slow",
-            Self::Disconnect { .. } => "disconnect",
-            Self::Cut { .. } => "cut",
-            Self::CutOneWay { .. } => "cut-one-way",
-            Self::Heal { .. } => "heal",
-            Self::Exec { .. } => "exec",
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for Action {
-    /// `kill` stands for `kill: {}`.
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = Action;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an action, such as `kill` or `pause: {for: 3s}`")
-            }
-
-            fn visit_str<E: de::Error>(self, name: &str) -> Result<Action, E> {
-                Action::deserialize(json!({ (name): {} })).map_err(E::custom)
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Action, A::Error> {
-                Action::deserialize(MapAccessDeserializer::new(map))
-            }
-        }
-        deserializer.deserialize_any(Either)
-    }
-}
-
-/// One action or a list of them.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Actions(pub Vec<Action>);
-
-impl<'de> Deserialize<'de> for Actions {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct OneOrMore;
-        impl<'de> Visitor<'de> for OneOrMore {
-            type Value = Actions;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an action or a list of actions")
-            }
-
-            fn visit_str<E: de::Error>(self, name: &str) -> Result<Actions, E> {
-                let action = de::value::StrDeserializer::new(name);
-                Ok(Actions(vec![Deserialize::deserialize(action)?]))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Actions, A::Error> {
-                Ok(Actions(vec![Deserialize::deserialize(MapAccessDeserializer::new(map))?]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Actions, A::Error> {
-                Ok(Actions(Deserialize::deserialize(SeqAccessDeserializer::new(seq))?))
-            }
-        }
-        deserializer.deserialize_any(OneOrMore)
-    }
-}
-
 /// Whom a fault strikes: by name, or by what is the same for several processes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, remote = "Self")]
@@ -546,86 +305,6 @@ pub struct Limits {
     /// Of the 99th percentile.
     pub p99: Option<f64>,
 }
-
-/// A stretch of time, in the file a number of seconds or `300ms`, `2.5s`, `1m`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span(pub Duration);
-
-impl FromStr for Span {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let text = text.trim();
-        let units = [("ms", 1e-3), ("s", 1.0), ("m", 60.0), ("", 1.0)];
-        let (number, unit_s) = units
-            .iter()
-            .find_map(|(unit, seconds)| Some((text.strip_suffix(unit)?, seconds)))
-            .expect("every text ends with nothing");
-        let number: Option<f64> = number.trim().parse().ok();
-        number
-            .and_then(|number| Duration::try_from_secs_f64(number * unit_s).ok())
-            .map(Self)
-            .ok_or(format!("{text:?} is no time, such as 300ms, 2.5s or 1m"))
-    }
-}
-
-/// A point of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Moment {
-    /// So long after the first request was sent.
-    After(Duration),
-    /// Once so many tokens have arrived, over all requests.
-    Tokens(u64),
-}
-
-impl FromStr for Moment {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.trim().strip_suffix("tokens") {
-            Some(count) => count
-                .trim()
-                .parse()
-                .map(Self::Tokens)
-                .map_err(|_| format!("{text:?} is no number of tokens, such as 400 tokens")),
-            None => text.parse().map(|Span(span)| Self::After(span)),
-        }
-    }
-}
-
-/// Lets a type be read from a text or a number, by way of its text.
-macro_rules! from_text_or_number {
-    ($type:ty, $expecting:literal) => {
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                struct Text;
-                impl Visitor<'_> for Text {
-                    type Value = $type;
-
-                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                        f.write_str($expecting)
-                    }
-
-                    fn visit_str<E: de::Error>(self, text: &str) -> Result<$type, E> {
-                        text.parse().map_err(E::custom)
-                    }
-
-                    fn visit_u64<E: de::Error>(self, number: u64) -> Result<$type, E> {
-                        self.visit_str(&number.to_string())
-                    }
-
-                    fn visit_f64<E: de::Error>(self, number: f64) -> Result<$type, E> {
-                        self.visit_str(&number.to_string())
-                    }
-                }
-                deserializer.deserialize_any(Text)
-            }
-        }
-    };
-}
-
-from_text_or_number!(Span, "a time, such as 300ms, 2.5s or 1m");
-from_text_or_number!(Moment, "a time, such as 2.5s, or a number of tokens, such as 400 tokens");
 
 impl Scenario {
     /// Reads a scenario, in its short form if so wanted, and checks that it makes sense.

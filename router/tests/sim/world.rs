@@ -16,7 +16,7 @@ use entente_router::exchanges::{Exchanges, Ticket};
 use entente_router::gate::Choice;
 use entente_router::pace::ROWS_PER_HEDGED_ROW;
 use entente_router::placement;
-use entente_router::view::{ClusterView, NodeView};
+use entente_router::view::{ClusterView, Member, Model, NodeView};
 
 use crate::bugs::{self, Bug};
 use crate::nodes::{Node, output};
@@ -239,7 +239,7 @@ impl World {
         if self.bug == Some(Bug::BudgetForgotten) {
             // Rows that nobody can compute are sent nowhere, and earn as many hedges.
             let mut nowhere = self.view.clone();
-            nowhere.nodes.values_mut().for_each(|node| node.live = None);
+            nowhere.nodes.values_mut().for_each(|node| node.linked = None);
             for _ in 0..ROWS_PER_HEDGED_ROW {
                 let (ticket, _) = self.exchanges.start(job.clone(), &nowhere, self.now_us);
                 self.exchanges.take(ticket);
@@ -268,7 +268,7 @@ impl World {
         for Command::Send { node, frame } in commands {
             self.trace((node.0, frame.exchange.0, frame.assignments.len()));
             self.sent_slots += frame.assignments.len() as u64;
-            if self.view.nodes[&node].region != self.view.home {
+            if self.view.nodes[&node].member.region != self.view.home {
                 return Err(format!("a frame left for node {node}, which is abroad"));
             }
             self.check_unanswered(&frame)?;
@@ -439,7 +439,7 @@ impl World {
     /// A link breaks, with all that travels on it; perhaps because the node was started again, and
     /// perhaps is what was there before still there.
     fn link_down(&mut self, id: NodeId, restarts: bool) -> Checked {
-        if self.view.nodes[&id].live.is_none() {
+        if self.view.nodes[&id].linked.is_none() {
             return Ok(());
         }
         self.links += 1;
@@ -469,7 +469,7 @@ impl World {
     fn link_up(&mut self, id: NodeId) -> Checked {
         let incarnation = self.nodes[&id].incarnation;
         if let Some(node) = self.view.nodes.get_mut(&id) {
-            node.live = Some(incarnation);
+            node.linked = Some(incarnation);
         }
         let commands = self.exchanges.on_view_changed(&self.view, self.now_us);
         self.carry_out(commands)
@@ -505,14 +505,18 @@ fn view(random: &mut Random, count: u32, experts: u16) -> ClusterView {
     let placement: Placement = placement::plan(&nodes, &shape, replicas).unwrap();
     let live = |node: &PlacementNode| {
         let name = format!("{}-expert-{}", node.region, node.id).parse().unwrap();
-        (node.id, NodeView { name, region: node.region, live: Some(Incarnation(1)) })
+        let member = Member { name, region: node.region, serves: true, incarnation: None };
+        (node.id, NodeView { member, linked: Some(Incarnation(1)) })
     };
     ClusterView {
         home: "fr".parse().unwrap(),
         membership_epoch: MembershipEpoch(1),
         placement_epoch: PlacementEpoch(1),
-        model_digest: ModelDigest([1; 32]),
-        kernel_class: KernelClass("test".to_owned()),
+        model: Model {
+            digest: ModelDigest([1; 32]),
+            kernel_class: KernelClass("test".to_owned()),
+            layers: (0..LAYERS).map(|layer| (LayerId(layer), experts)).collect(),
+        },
         nodes: nodes.iter().map(live).collect(),
         placement: Arc::new(placement),
     }
