@@ -25,6 +25,8 @@ mod disk;
 mod guard;
 mod heartbeat;
 mod members;
+#[cfg(feature = "etcd")]
+mod mirrored;
 mod owner;
 mod peers;
 mod raft_rpc;

@@ -146,6 +146,11 @@ impl State {
         self.revision
     }
 
+    /// What differs between two states that differ in more than their index.
+    pub fn changes(&self) -> (MembershipEpoch, PlacementEpoch, u64) {
+        (self.membership_epoch, self.placement_epoch, self.revision)
+    }
+
     /// All members, removed ones included, in order of number.
     pub fn nodes(&self) -> impl Iterator<Item = &Node> {
         self.nodes.values()

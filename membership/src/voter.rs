@@ -54,6 +54,8 @@ pub struct Settings {
     pub snapshot_entries: u64,
     /// Entries before a snapshot that are kept, for followers that are a little behind.
     pub snapshot_keep: u64,
+    /// Whether somebody wants every state that was committed, and not only the last.
+    pub tells_changes: bool,
 }
 
 /// The voter cannot go on. The process must stop.
@@ -135,6 +137,8 @@ pub struct Done {
     pub installed: bool,
     /// Members that left the group.
     pub left: BTreeSet<u64>,
+    /// The states in which epochs or records had changed, if [`Settings::tells_changes`].
+    pub changes: Vec<State>,
 }
 
 /// One process of the raft group.
@@ -318,7 +322,11 @@ impl Voter {
             .transpose()
             .map_err(|source| VoterError::Entry { index, source })?;
         let name = request.as_ref().map(|request| (request.session, request.sequence));
+        let before = self.state.changes();
         let outcome = self.state.apply_entry(index, request)?;
+        if self.settings.tells_changes && self.state.changes() != before {
+            done.changes.push(self.state.clone());
+        }
         if let (Some((session, sequence)), Some(outcome)) = (name, outcome) {
             done.answers.push(Answer { index, session, sequence, outcome });
         }

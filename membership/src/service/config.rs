@@ -52,6 +52,10 @@ pub struct Config {
     /// Where to dial others, if not where the cluster says that they are.
     #[serde(default, skip_serializing_if = "Via::is_empty")]
     pub via: Via,
+    /// An etcd that shows the membership to others.
+    #[cfg(feature = "etcd")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etcd: Option<crate::mirror::Config>,
 }
 
 fn heartbeat_ms() -> u64 {
@@ -93,6 +97,8 @@ impl Config {
             restore_after_ms: restore_after_ms(),
             join: false,
             via: Via::default(),
+            #[cfg(feature = "etcd")]
+            etcd: None,
         }
     }
 
@@ -147,6 +153,10 @@ impl Config {
             cluster: identity.cluster,
             snapshot_entries: SNAPSHOT_ENTRIES,
             snapshot_keep: SNAPSHOT_KEEP,
+            #[cfg(feature = "etcd")]
+            tells_changes: self.etcd.is_some(),
+            #[cfg(not(feature = "etcd"))]
+            tells_changes: false,
         }
     }
 }

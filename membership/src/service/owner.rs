@@ -134,9 +134,13 @@ pub(super) struct Thread {
     state: watch::Sender<Arc<State>>,
     status: watch::Sender<Status>,
     stopping: watch::Receiver<bool>,
+    #[cfg(feature = "etcd")]
+    mirrored: Option<super::mirrored::Mirrored>,
 }
 
 pub(super) fn prepare(parts: Parts<'_>) -> Result<(Thread, Shared), ServiceError> {
+    #[cfg(feature = "etcd")]
+    let cluster = parts.credentials.identity().cluster.clone();
     let (sender, inputs) = sync_channel(INPUTS_MAX);
     let (state, states) = watch::channel(Arc::new(parts.voter.state().clone()));
     let (status, statuses) = watch::channel(parts.voter.status());
@@ -167,6 +171,12 @@ pub(super) fn prepare(parts: Parts<'_>) -> Result<(Thread, Shared), ServiceError
         state,
         status,
         stopping: parts.stopping,
+        #[cfg(feature = "etcd")]
+        mirrored: parts
+            .config
+            .etcd
+            .clone()
+            .map(|etcd| super::mirrored::Mirrored::start(etcd, &cluster)),
     };
     Ok((thread, shared))
 }
@@ -263,10 +273,12 @@ impl Thread {
             if let Some(batch) = &ready.batch {
                 self.store.persist(batch)?;
             }
-            let Done { messages, answers, reads, installed, left } = self.voter.persisted()?;
+            let Done { messages, answers, reads, installed, left, changes } =
+                self.voter.persisted()?;
             self.peers.send(messages);
             self.peers.close(&left);
             self.publish();
+            self.mirror(changes);
             answers.into_iter().for_each(|answer| self.answer(answer));
             for number in reads {
                 self.reads.remove(&number).map(|answer| answer.send(()));
@@ -283,8 +295,19 @@ impl Thread {
             self.waiting.clear();
         }
         self.led = leads;
+        self.mirror(Vec::new());
         Ok(())
     }
+
+    #[cfg(feature = "etcd")]
+    fn mirror(&mut self, changes: Vec<State>) {
+        if let Some(mirrored) = &mut self.mirrored {
+            mirrored.take(changes, self.voter.state(), self.voter.is_leader());
+        }
+    }
+
+    #[cfg(not(feature = "etcd"))]
+    fn mirror(&mut self, _: Vec<State>) {}
 
     fn answer(&mut self, answer: Answer) {
         let Answer { index, session, sequence, outcome } = answer;

@@ -19,7 +19,8 @@ fn voter(of: usize) -> Voter {
     let names = ["a", "b", "c"].iter().take(of);
     let (cluster, durable) = genesis(names.map(|name| coordinator(name)).collect()).unwrap();
     let raft = Config { id: 1, heartbeat_ticks: 2, election_ticks: 10, seed: 1 };
-    let settings = Settings { raft, cluster, snapshot_entries: 8, snapshot_keep: 2 };
+    let settings =
+        Settings { raft, cluster, snapshot_entries: 8, snapshot_keep: 2, tells_changes: false };
     Voter::open(settings, durable).unwrap()
 }
 

@@ -551,6 +551,7 @@ fn job(random: &mut Random, layer: LayerId, experts: u16, deadline_us: u64) -> J
         policies: vec![regions(&["fr"]), regions(&["fr", "se"])],
         policy_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
         deadline_us,
+        stranded_max_us: deadline_us,
     }
 }
 

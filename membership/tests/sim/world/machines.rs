@@ -16,7 +16,13 @@ impl World {
             machine.durable = bugs::reopened(bug, id, machine.durable.clone(), &genesis);
         }
         let raft = Config { id, heartbeat_ticks: 2, election_ticks: 8, seed };
-        let settings = Settings { raft, cluster, snapshot_entries: 24, snapshot_keep: 6 };
+        let settings = Settings {
+            raft,
+            cluster,
+            snapshot_entries: 24,
+            snapshot_keep: 6,
+            tells_changes: false,
+        };
         let voter = Voter::open(settings, machine.durable.clone());
         let voter = voter.map_err(|error| format!("{id} does not start: {error}"))?;
         machine.voter = Some(voter);

@@ -2,100 +2,24 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod etcd;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use entente_membership::mirror::{Config, QUEUE_LEN_MAX, keys, run};
+use entente_membership::mirror::{QUEUE_LEN_MAX, keys, run};
 use entente_membership::state::{self, NodeSpec, NodeState, Role, State};
 use entente_proto::ids::{ExpertId, LayerId, NodeId};
 use entente_proto::placement::Placement;
-use etcd_client::{Client, Event, EventType, GetOptions, WatchOptions, WatchStream};
+use etcd::Etcd;
+use etcd_client::{Event, EventType};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const ROOT: &str = "/entente/test/";
-
-/// An etcd of its own, gone with the value.
-struct Etcd {
-    process: Child,
-    endpoint: String,
-    _dir: tempfile::TempDir,
-}
-
-impl Etcd {
-    async fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        // Ports that were free a moment ago; nobody else on this machine starts etcd now.
-        let port =
-            || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().map(|address| address.port());
-        let (client, peer) = (port().unwrap(), port().unwrap());
-        let (endpoint, peer) =
-            (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
-        let process = Command::new("etcd")
-            .args(["--data-dir", dir.path().to_str().unwrap(), "--log-level", "error"])
-            .args(["--listen-client-urls", &endpoint, "--advertise-client-urls", &endpoint])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}")])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd is installed by `cargo xtask setup`");
-        let etcd = Self { process, endpoint, _dir: dir };
-        etcd.answers().await;
-        etcd
-    }
-
-    /// Waits until it answers. It has no other way to say so.
-    async fn answers(&self) {
-        let asked = async {
-            loop {
-                let client = self.client().await;
-                if let Ok(mut client) = client
-                    && client.get("any", None).await.is_ok()
-                {
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        timeout(PATIENCE, asked).await.expect("etcd answers");
-    }
-
-    async fn client(&self) -> Result<Client, etcd_client::Error> {
-        Client::connect([&self.endpoint], None).await
-    }
-
-    fn config(&self) -> Config {
-        let (endpoints, prefix) = (vec![self.endpoint.clone()], "/entente".to_owned());
-        Config { endpoints, prefix, tls: None }
-    }
-
-    async fn watch(&self) -> WatchStream {
-        let options = WatchOptions::new().with_prefix().with_start_revision(1);
-        self.client().await.unwrap().watch(ROOT, Some(options)).await.unwrap()
-    }
-
-    async fn all(&self) -> BTreeMap<String, String> {
-        let options = GetOptions::new().with_prefix();
-        let answer = self.client().await.unwrap().get(ROOT, Some(options)).await.unwrap();
-        let pair = |pair: &etcd_client::KeyValue| {
-            (pair.key_str().unwrap().to_owned(), pair.value_str().unwrap().to_owned())
-        };
-        answer.kvs().iter().map(pair).collect()
-    }
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 /// A leader's mirror.
 struct Leader {
@@ -175,7 +99,7 @@ fn history() -> Vec<State> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watcher_sees_every_committed_change_in_order() {
     let etcd = Etcd::start().await;
-    let mut watcher = etcd.watch().await;
+    let mut watcher = etcd.watch(ROOT).await;
     let history = history();
     let leader = Leader::of(&etcd);
     for state in &history {
@@ -223,7 +147,7 @@ async fn a_leader_that_was_replaced_overwrites_nothing() {
     // It still believes that it leads, and has read etcd before.
     late.show(&history[3]).await;
     late.end().await;
-    assert_eq!(etcd.all().await, keys(ROOT, history.last().unwrap()));
+    assert_eq!(etcd.all(ROOT).await, keys(ROOT, history.last().unwrap()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -233,5 +157,5 @@ async fn who_does_not_lead_writes_nothing() {
     follower.leads.send_replace(false);
     follower.show(&history()[0]).await;
     follower.end().await;
-    assert_eq!(etcd.all().await, BTreeMap::new());
+    assert_eq!(etcd.all(ROOT).await, BTreeMap::new());
 }
