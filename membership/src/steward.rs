@@ -16,7 +16,7 @@
 //!
 //! Invariants:
 //! - **An expert that has had a replica that serves keeps one**: no commit and no order takes the
-//!   last one of a region away; what comes to harm is what nodes lose themselves ([`moving`]).
+//!   last one of a region away; what comes to harm is what nodes lose themselves (`moving`).
 //! - What a node is told to hold has all that the committed placement names for it.
 //! - What a node holds, loads and has not yet released fits into its memory.
 //! - Each region is planned by itself and moves by itself: trouble in one does not wait in another.

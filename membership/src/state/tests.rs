@@ -205,6 +205,41 @@ fn a_fenced_command_is_refused() {
 }
 
 #[test]
+fn whoever_wakes_up_two_epochs_late_changes_nothing_with_10_000_proposals() {
+    let mut log = Log(founded());
+    let session = log.session();
+    let slept = Expect {
+        incarnation: None,
+        membership_epoch: Some(log.0.membership_epoch()),
+        placement_epoch: None,
+    };
+    let before = Some((NodeId(0), Incarnation(1)));
+    for (sequence, command) in
+        [Command::Register(NodeId(0)), Command::Register(NodeId(0)), placed_on(1)]
+            .into_iter()
+            .enumerate()
+    {
+        log.apply(request(session, sequence as u64 + 1, command)).unwrap();
+    }
+    let awake = log.0.clone();
+    for sequence in 10..10_010 {
+        let command = match sequence % 4 {
+            0 => Command::SetState(NodeId(0), NodeState::Active),
+            1 => Command::Cordon(NodeId(1), true),
+            2 => placed_on(0),
+            _ => put("tenant", "late", None),
+        };
+        // Half of them are of the coordinator that slept, half of a start of a node that is over.
+        let node = Expect { incarnation: before, ..Expect::default() };
+        let expect = if sequence % 8 < 4 { slept } else { node };
+        let outcome = log.apply(Request { expect, ..request(session, sequence, command) });
+        assert!(outcome.is_err(), "proposal {sequence}");
+    }
+    assert_eq!(log.0.changes(), awake.changes());
+    assert!(log.0.nodes().eq(awake.nodes()) && log.0.placement() == awake.placement());
+}
+
+#[test]
 fn entries_are_applied_one_by_one() {
     let mut state = founded();
     state.apply_entry(1, None).unwrap();
