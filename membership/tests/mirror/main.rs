@@ -9,9 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use entente_membership::mirror::{QUEUE_LEN_MAX, keys, run};
+use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
+use entente_membership::service::{self, Membership};
 use entente_membership::state::{self, NodeSpec, NodeState, Role, State};
 use entente_proto::ids::{ExpertId, LayerId, NodeId};
 use entente_proto::placement::Placement;
+use entente_tls::Authority;
 use etcd::Etcd;
 use etcd_client::{Event, EventType};
 use tokio::sync::{mpsc, watch};
@@ -158,4 +161,57 @@ async fn who_does_not_lead_writes_nothing() {
     follower.show(&history()[0]).await;
     follower.end().await;
     assert_eq!(etcd.all(ROOT).await, BTreeMap::new());
+}
+
+/// A voter that leads alone, and mirrors what it commits.
+async fn voter(etcd: &Etcd, dir: &std::path::Path) -> Membership {
+    let authority = Authority::new("test", Duration::from_secs(3_600)).unwrap();
+    let identity = "spiffe://test/region/fr/role/coordinator/node/fr-1".parse().unwrap();
+    let issued = authority.issue(&identity, Duration::from_secs(3_600)).unwrap();
+    let credentials = authority.credentials(issued).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let founder = RosterVoter {
+        name: identity.node.clone(),
+        region: identity.region,
+        role: VoterRole::Coordinator,
+        address: address.clone(),
+    };
+    let mut file = service::Config::new(address, dir.to_owned());
+    file.etcd = Some(etcd.config());
+    let node = RosterNode {
+        name: "fr-2".parse().unwrap(),
+        region: identity.region,
+        address: "127.0.0.1:1".to_owned(),
+    };
+    let roster = Roster::new("test".to_owned(), 1, vec![node]).unwrap();
+    let roster = roster.with_voters(vec![founder]).unwrap();
+    let started = service::start(file, &roster, &identity.node, credentials, Some(listener)).await;
+    started.unwrap().handle
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_voter_commits_is_shown_each_change_once_and_in_order() {
+    let (etcd, dir) = (Etcd::start().await, tempfile::tempdir().unwrap());
+    let membership = voter(&etcd, dir.path()).await;
+    let node = membership.state().borrow().node(&"fr-2".parse().unwrap()).unwrap().id;
+    for cordoned in [true, false, true, false, true] {
+        let command = state::Command::Cordon(node, cordoned);
+        membership.propose(PATIENCE, state::Expect::default(), command).await.unwrap();
+    }
+    let last = membership.read(PATIENCE).await.unwrap();
+    let (mut watcher, mut epochs) = (etcd.watch(ROOT).await, Vec::new());
+    while epochs.last() != Some(&last.membership_epoch().0) {
+        let answer = timeout(PATIENCE, watcher.message()).await.unwrap().unwrap().unwrap();
+        for pair in answer.events().iter().filter_map(Event::kv) {
+            if pair.key_str().unwrap().ends_with("/epochs") {
+                let value: serde_json::Value = serde_json::from_slice(pair.value()).unwrap();
+                epochs.push(value["membership"].as_u64().unwrap());
+            }
+        }
+    }
+    epochs.dedup();
+    // The first may be late: what was committed before there was a leader to show it.
+    assert!(epochs.windows(2).all(|pair| pair[1] == pair[0] + 1), "{epochs:?}");
+    assert!(epochs.len() > 5, "{epochs:?}");
 }
