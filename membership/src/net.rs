@@ -143,7 +143,7 @@ fn in_words(error: io::Error) -> io::Error {
 }
 
 /// An error with all that it was caused by: on its own tonic's says only "transport error".
-pub(crate) fn causes(error: &dyn std::error::Error) -> String {
+pub fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -13,6 +13,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use entente_membership::net::causes;
 use entente_proto::frame::{Dispatch, MESSAGE_BYTES_MAX};
 use entente_proto::ids::NodeName;
 use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo, NotSent};
@@ -93,21 +94,6 @@ enum Broken {
     Stranger(NodeName),
     #[error("the node ended the stream")]
     Ended,
-}
-
-/// An error with all that it was caused by: on its own tonic's says only "transport error".
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let further = error.to_string();
-        // Some errors say what they were caused by, and are then asked again.
-        if !text.ends_with(&further) {
-            text = format!("{text}: {further}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 struct Dialler {

@@ -1,10 +1,8 @@
 //! Between the session's words and the wire's.
 
-use std::collections::BTreeSet;
-
-use bytes::Bytes;
+use entente_membership::service::{pack_experts, unpack_experts};
 use entente_membership::state::{NodeState, State};
-use entente_proto::ids::{ExpertId, LayerId, NodeName, PlacementEpoch};
+use entente_proto::ids::{NodeName, PlacementEpoch};
 use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
 
@@ -12,7 +10,7 @@ use super::session::{Committed, Orders, Report};
 
 /// Orders that make no sense.
 #[derive(Debug, thiserror::Error)]
-#[error("the orders' experts have {0} bytes, which is no whole number of pairs")]
+#[error("the orders' experts, {0} bytes, are no ascending list of pairs")]
 pub(super) struct Malformed(usize);
 
 pub(super) fn report(report: &Report, rows: &[(ExpertKey, u64)]) -> wire::HeartbeatReport {
@@ -30,7 +28,7 @@ pub(super) fn report(report: &Report, rows: &[(ExpertKey, u64)]) -> wire::Heartb
         node: report.node.0,
         incarnation: report.incarnation.0,
         sequence: report.sequence,
-        held: report.held.as_ref().map(pack),
+        held: report.held.as_ref().map(pack_experts),
         failed: report.failed.iter().map(failure).collect(),
         leaving: report.leaving,
         rows: rows.iter().map(rows_of).collect(),
@@ -38,10 +36,11 @@ pub(super) fn report(report: &Report, rows: &[(ExpertKey, u64)]) -> wire::Heartb
 }
 
 pub(super) fn orders(orders: wire::HeartbeatOrders) -> Result<Orders, Malformed> {
+    let unpack = |bytes: bytes::Bytes| unpack_experts(&bytes).ok_or(Malformed(bytes.len()));
     Ok(Orders {
         sequence: orders.sequence,
         placement_epoch: PlacementEpoch(orders.placement_epoch),
-        wanted: orders.wanted.map(|wanted| unpack(&wanted)).transpose()?,
+        wanted: orders.wanted.map(unpack).transpose()?,
         dismissed: orders.dismissed,
     })
 }
@@ -56,20 +55,4 @@ pub(super) fn committed(state: &State, name: &NodeName) -> Committed {
             .filter(|node| node.state == NodeState::Active)
             .and_then(|node| node.incarnation),
     }
-}
-
-fn pack(experts: &BTreeSet<ExpertKey>) -> Bytes {
-    let pair = |(layer, expert): &ExpertKey| [layer.0.to_le_bytes(), expert.0.to_le_bytes()];
-    experts.iter().flat_map(pair).flatten().collect()
-}
-
-fn unpack(bytes: &[u8]) -> Result<BTreeSet<ExpertKey>, Malformed> {
-    let (pairs, rest) = bytes.as_chunks::<4>();
-    if !rest.is_empty() {
-        return Err(Malformed(bytes.len()));
-    }
-    let pair = |[l0, l1, e0, e1]: &[u8; 4]| {
-        (LayerId(u16::from_le_bytes([*l0, *l1])), ExpertId(u16::from_le_bytes([*e0, *e1])))
-    };
-    Ok(pairs.iter().map(pair).collect())
 }
