@@ -307,6 +307,7 @@ fn start_engine(
         context_len,
         vocab,
         created_s: api::now_s(),
+        home: config.region,
         metrics,
     })
 }

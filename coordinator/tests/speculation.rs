@@ -6,9 +6,11 @@
 // Everything here is a test, which clippy sees in #[test] functions only.
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use entente_coordinator::config::{EngineConfig, Speculation, Transport};
+use entente_coordinator::engine::origin::Origin;
 use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::Sampling;
 use entente_coordinator::engine::{Event, Readiness, Request};
@@ -60,6 +62,7 @@ fn speculation(speculation: Speculation, kv_cache_mib: usize) -> EngineConfig {
 /// once by stop conditions, with lengths on both sides of a block's border.
 fn requests(stop: &StopConditions) -> Vec<Request> {
     let request = |number: usize| Request {
+        origin: Arc::new(Origin::anonymous("fr".parse().unwrap())),
         prompt: (0..2 * BLOCK_LEN + number).map(|i| 100 + (i % (5 + number)) as u32).collect(),
         sampling: Sampling {
             temperature: [0.0, 0.3, 1.0][number % 3],

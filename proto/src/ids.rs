@@ -15,8 +15,8 @@ pub struct InvalidId {
     rule: &'static str,
 }
 
-/// Longest node name in bytes: names end up in certificates and in metric labels.
-pub const NODE_NAME_LEN_MAX: usize = 63;
+/// Longest name of a node or a tenant in bytes: names end up in certificates and metric labels.
+pub const NAME_LEN_MAX: usize = 63;
 
 /// A country, as a lower-case ISO 3166 alpha-2 code: the unit of residency policy.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -65,21 +65,46 @@ impl FromStr for NodeName {
     type Err = InvalidId;
 
     fn from_str(text: &str) -> Result<Self, InvalidId> {
-        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        let bytes = text.as_bytes();
-        let valid = (1..=NODE_NAME_LEN_MAX).contains(&bytes.len())
-            && bytes.iter().all(|b| allowed(*b))
-            && !text.starts_with('-')
-            && !text.ends_with('-');
-        if valid {
-            return Ok(Self(text.to_owned()));
-        }
-        Err(InvalidId {
-            what: "node name",
-            text: text.chars().take(80).collect(),
-            rule: "1 to 63 of a-z, 0-9 and -, not starting or ending with -",
-        })
+        label("node name", text).map(Self)
     }
+}
+
+/// The name of a customer of the cluster, such as `tax-office`; written like a node's.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TenantName(String);
+
+impl TenantName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for TenantName {
+    type Err = InvalidId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidId> {
+        label("tenant name", text).map(Self)
+    }
+}
+
+/// A DNS label.
+fn label(what: &'static str, text: &str) -> Result<String, InvalidId> {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    let bytes = text.as_bytes();
+    let valid = (1..=NAME_LEN_MAX).contains(&bytes.len())
+        && bytes.iter().all(|b| allowed(*b))
+        && !text.starts_with('-')
+        && !text.ends_with('-');
+    if valid {
+        return Ok(text.to_owned());
+    }
+    Err(InvalidId {
+        what,
+        text: text.chars().take(80).collect(),
+        rule: "1 to 63 of a-z, 0-9 and -, not starting or ending with -",
+    })
 }
 
 macro_rules! text_id {
@@ -108,7 +133,7 @@ macro_rules! text_id {
     )+};
 }
 
-text_id!(Region, NodeName);
+text_id!(Region, NodeName, TenantName);
 
 macro_rules! number_id {
     ($($(#[$doc:meta])* $name:ident($inner:ty)),+ $(,)?) => {$(
@@ -142,6 +167,37 @@ number_id! {
     Incarnation(u64),
     /// Numbers the exchanges of one coordinator; never reused while the coordinator lives.
     ExchangeId(u64),
+}
+
+/// Names one request of a client for ever: random, so that nobody can count or guess others'.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u128);
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for RequestId {
+    type Err = InvalidId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidId> {
+        let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        let valid = text.len() == 32 && text.bytes().all(hex);
+        let number = valid.then(|| u128::from_str_radix(text, 16).ok()).flatten();
+        number.map(Self).ok_or_else(|| InvalidId {
+            what: "request id",
+            text: text.chars().take(80).collect(),
+            rule: "32 digits of 0-9 and a-f",
+        })
+    }
 }
 
 /// SHA-256 that tells one model from another.
@@ -199,9 +255,19 @@ mod tests {
     #[test]
     fn a_node_name_is_a_dns_label() {
         assert!("fr-expert-1".parse::<NodeName>().is_ok());
-        let long = "a".repeat(NODE_NAME_LEN_MAX + 1);
+        let long = "a".repeat(NAME_LEN_MAX + 1);
         for bad in ["", "-a", "a-", "A", "a.b", "a b", "é", long.as_str()] {
             assert!(bad.parse::<NodeName>().is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn a_request_id_is_read_as_it_is_written_and_in_no_other_way() {
+        let id = RequestId(0xA5);
+        let text = id.to_string();
+        assert_eq!(text.parse(), Ok(id));
+        for bad in ["", "a5", "+00000000000000000000000000000a5", &text.to_uppercase()] {
+            assert!(bad.parse::<RequestId>().is_err(), "{bad:?} was accepted");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use entente_model::{ChatMessage, TemplateError};
 use serde_json::{Value, json};
@@ -19,12 +20,13 @@ use crate::engine::{Event, Request};
 /// Answers a chat request.
 pub async fn create(
     State(api): State<Arc<Api>>,
+    headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = super::json(body)?;
     let common: Common = super::read(&body)?;
     let chat: Chat = super::read(&body)?;
-    api.admit(common.model.as_ref())?;
+    let origin = api.admit(&headers, &common)?;
     let prompt = render(&api, &chat)?;
     let rest = api.check_prompt(&prompt)?;
     let max_tokens = chat.max_tokens(rest)?;
@@ -33,13 +35,14 @@ pub async fn create(
     let (sampling, stop) =
         (common.sampling(&api.generation)?, common.stop(max_tokens, &api.generation)?);
     let pending = api.submit(n, || Request {
+        origin: origin.clone(),
         prompt: prompt.clone(),
         sampling: sampling.clone(),
         stop: stop.clone(),
         logprobs,
         prompt_logprobs: None,
     })?;
-    let envelope = Envelope::new(api, "chatcmpl", &common, prompt.len());
+    let envelope = Envelope::new(api, "chatcmpl", origin.id, &common, prompt.len());
     let writer = Writer { envelope, begun: vec![false; pending.len()], prompt };
     stream::respond(pending, writer, common.stream).await
 }

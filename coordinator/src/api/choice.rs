@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use entente_proto::ids::RequestId;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -116,11 +117,17 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    /// Begins a response; its id starts with `prefix`.
-    pub fn new(api: Arc<Api>, prefix: &str, common: &Common, prompt_tokens: usize) -> Self {
+    /// Begins a response to the request `id`; its own id is that after `prefix`.
+    pub fn new(
+        api: Arc<Api>,
+        prefix: &str,
+        id: RequestId,
+        common: &Common,
+        prompt_tokens: usize,
+    ) -> Self {
         Self {
             api,
-            id: format!("{prefix}-{}", uuid::Uuid::new_v4()),
+            id: format!("{prefix}-{id}"),
             created_s: super::now_s(),
             return_token_ids: common.return_token_ids,
             include_usage: common.include_usage(),

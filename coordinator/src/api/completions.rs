@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 
@@ -18,12 +19,13 @@ use crate::engine::{Event, Request};
 /// Answers a completion request.
 pub async fn create(
     State(api): State<Arc<Api>>,
+    headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = super::json(body)?;
     let common: Common = super::read(&body)?;
     let completion: Completion = super::read(&body)?;
-    api.admit(common.model.as_ref())?;
+    let origin = api.admit(&headers, &common)?;
     let prompts = prompts(&api, &completion.prompt)?;
     let (max_tokens, logprobs, n) =
         (completion.max_tokens()?, completion.top_logprobs()?, common.n()?);
@@ -36,6 +38,7 @@ pub async fn create(
     }
     for prompt in &prompts {
         pending.extend(api.submit(n, || Request {
+            origin: origin.clone(),
             prompt: prompt.clone(),
             sampling: sampling.clone(),
             stop: stop.clone(),
@@ -45,7 +48,7 @@ pub async fn create(
     }
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
     let writer = Writer {
-        envelope: Envelope::new(api, "cmpl", &common, prompt_tokens),
+        envelope: Envelope::new(api, "cmpl", origin.id, &common, prompt_tokens),
         echo: completion.echo,
         wants_logprobs: logprobs.is_some(),
         states: pending.iter().map(|p| ChoiceState::new(p.prompt.clone())).collect(),

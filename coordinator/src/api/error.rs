@@ -2,7 +2,7 @@
 //!
 //! The text is for the client: it names the field and the cause, and nothing of the inside.
 
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
@@ -15,6 +15,9 @@ pub struct ApiError {
     kind: &'static str,
     message: String,
     param: Option<String>,
+    /// For programs; the HTTP status when absent.
+    code: Option<&'static str>,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 #[derive(Serialize)]
@@ -28,7 +31,14 @@ struct Inner<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
     param: Option<&'a str>,
-    code: u16,
+    code: Code,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Code {
+    Name(&'static str),
+    Status(u16),
 }
 
 impl ApiError {
@@ -52,7 +62,18 @@ impl ApiError {
         message: String,
         param: Option<String>,
     ) -> Self {
-        Self { status, kind, message, param }
+        Self { status, kind, message, param, code: None, headers: Vec::new() }
+    }
+
+    /// The same with a code that programs can rely on.
+    pub fn coded(self, code: &'static str) -> Self {
+        Self { code: Some(code), ..self }
+    }
+
+    /// The same with a further header.
+    pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.push((name, value));
+        self
     }
 
     /// The body, which is also the last event of a stream that fails.
@@ -61,7 +82,7 @@ impl ApiError {
             message: &self.message,
             kind: self.kind,
             param: self.param.as_deref(),
-            code: self.status.as_u16(),
+            code: self.code.map_or(Code::Status(self.status.as_u16()), Code::Name),
         };
         serde_json::to_string(&Body { error }).unwrap_or_default()
     }
@@ -75,6 +96,7 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
+        response.headers_mut().extend(self.headers);
         response
     }
 }

@@ -4,6 +4,7 @@
 //! Every limit on what a client may send is a constant of `request` or of this file. What this
 //! module does not know: scheduling, nodes, weights.
 
+mod admission;
 mod chat;
 mod choice;
 mod completions;
@@ -21,6 +22,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use entente_model::{ChatTemplate, GenerationConfig, Tokenizer, TokenizerError};
+use entente_proto::ids::Region;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -49,6 +51,8 @@ pub struct Api {
     pub vocab: usize,
     /// When this process started, in seconds since the epoch.
     pub created_s: u64,
+    /// The country that this coordinator stands in.
+    pub home: Region,
     /// What is measured.
     pub metrics: Arc<Metrics>,
 }
@@ -121,15 +125,6 @@ fn unreadable(error: TokenizerError) -> String {
 }
 
 impl Api {
-    /// Refuses requests for other models. Whether experts are there is not asked: a request waits
-    /// for those that it needs.
-    fn admit(&self, model: Option<&String>) -> Result<(), ApiError> {
-        match model.filter(|model| **model != self.model_name) {
-            Some(model) => Err(ApiError::unknown_model(model)),
-            None => Ok(()),
-        }
-    }
-
     /// Checks a prompt's length and ids; gives the tokens that may follow it.
     fn check_prompt(&self, prompt: &[u32]) -> Result<usize, ApiError> {
         if prompt.is_empty() {

@@ -18,6 +18,7 @@ pub mod forward;
 mod generation;
 mod hold;
 pub mod logits;
+pub mod origin;
 pub mod output;
 pub mod sampler;
 pub mod scheduler;
@@ -37,6 +38,7 @@ use self::exchanger::Exchanger;
 use self::forward::{Forward, StepRows};
 use self::generation::Generation;
 use self::hold::Hold;
+use self::origin::Origin;
 use self::output::{Finish, StopConditions, TextStream};
 use self::sampler::{Sampling, ScoredToken};
 use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
@@ -52,6 +54,8 @@ const GONE_CHECK: Duration = Duration::from_millis(250);
 
 /// One generation that the engine is asked for.
 pub struct Request {
+    /// Whose it is and where its rows may go.
+    pub origin: Arc<Origin>,
     /// Token ids, not empty.
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
@@ -287,7 +291,7 @@ impl Engine {
             tokens: request.prompt.clone(),
             positions_max,
             reuses: request.prompt_logprobs.is_none(),
-            salt: Vec::new(),
+            salt: request.origin.cache_salt.clone(),
         })?;
         Ok(TextStream::new(detokenizer, request.stop.strings.clone()))
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use entente_coordinator::Started;
 pub use entente_coordinator::config::Transport;
 use entente_coordinator::config::{Config, EngineConfig};
+use entente_coordinator::engine::origin::Origin;
 use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::Sampling;
 use entente_coordinator::engine::{Event, Readiness, Request};
@@ -178,6 +179,7 @@ pub const TOKENS: usize = 200;
 fn request(number: u32) -> Request {
     let temperature = if number.is_multiple_of(2) { 0.0 } else { 0.8 };
     Request {
+        origin: Arc::new(Origin::anonymous("fr".parse().unwrap())),
         prompt: (0..20 + 17 * number).map(|i| 3 + (i * 7 + number * 31) % 200).collect(),
         sampling: Sampling { temperature, top_p: 1.0, top_k: 0, min_p: 0.0, seed: number.into() },
         stop: StopConditions { max_tokens: TOKENS, ..StopConditions::default() },

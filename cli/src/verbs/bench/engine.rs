@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
@@ -19,6 +20,7 @@ use clap::{Args, ValueEnum};
 use comfy_table::Table;
 use entente_coordinator::Started;
 use entente_coordinator::config::Speculation as EngineSpeculation;
+use entente_coordinator::engine::origin::Origin;
 use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::Sampling;
 use entente_coordinator::engine::{EngineHandle, Event, Readiness, Request};
@@ -218,6 +220,7 @@ fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Resul
     let mut session = Session {
         args,
         engine: &started.api.engine,
+        origin: Arc::new(Origin::anonymous(started.api.home)),
         // A step gives a sequence so many tokens at most.
         step_tokens_max: match args.speculation {
             Speculation::Auto => 1 + config.engine.draft_tokens_max,
@@ -251,6 +254,7 @@ pub async fn links_up(engine: &EngineHandle) -> anyhow::Result<()> {
 struct Session<'a> {
     args: &'a EngineArgs,
     engine: &'a EngineHandle,
+    origin: Arc<Origin>,
     step_tokens_max: usize,
     vocab: usize,
     random: Random,
@@ -313,6 +317,7 @@ impl Session<'_> {
     fn submit(&self, prompt: Vec<u32>, tokens_max: usize) -> anyhow::Result<Receiver<Event>> {
         let temperature = self.args.temperature;
         let request = Request {
+            origin: self.origin.clone(),
             prompt,
             sampling: Sampling { temperature, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
             // No token ends it.

@@ -8,14 +8,17 @@
 //! What it does not know: whether the text makes sense. `entente eval` marks answers.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
 use comfy_table::Table;
+use entente_coordinator::api::Api;
+use entente_coordinator::engine::origin::Origin;
 use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::{Sampling, TokenLogprob};
-use entente_coordinator::engine::{EngineHandle, Event, Request};
+use entente_coordinator::engine::{Event, Request};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
@@ -114,22 +117,24 @@ fn scores(
     let mut positions = Vec::new();
     for _ in 0..args.prompts {
         let prompt = random.tokens(args.prompt.into(), started.api.vocab);
-        positions.extend(score(&started.api.engine, prompt, started.api.vocab)?);
+        positions.extend(score(&started.api, prompt)?);
     }
     runtime.block_on(nodes.stop());
     Ok(Scores { kernel_class: started.kernel_class.to_string(), positions })
 }
 
 /// Log-probabilities of all tokens at each position of a prompt but the first.
-fn score(engine: &EngineHandle, prompt: Vec<u32>, vocab: usize) -> anyhow::Result<Vec<Vec<f32>>> {
+fn score(api: &Api, prompt: Vec<u32>) -> anyhow::Result<Vec<Vec<f32>>> {
+    let vocab = api.vocab;
     let request = Request {
+        origin: Arc::new(Origin::anonymous(api.home)),
         prompt,
         sampling: Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
         stop: StopConditions::default(),
         logprobs: None,
         prompt_logprobs: Some(vocab),
     };
-    let mut events = engine.submit(request)?;
+    let mut events = api.engine.submit(request)?;
     let scored = match events.blocking_recv() {
         Some(Event::Prompt(scored)) => scored,
         Some(Event::Failed(error)) => return Err(error.into()),
