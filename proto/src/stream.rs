@@ -9,7 +9,8 @@
 //! ways. Without TLS, whose ALPN name tells this protocol from HTTP/2 to the same port, the
 //! coordinator sends [`PREFACE`] before that.
 //!
-//! Invariant: no length is believed beyond its bound, and none is allocated before that.
+//! Invariants: no length is believed beyond its bound, and none is allocated before that; of a long
+//! frame no more is allocated than a small multiple of what has come of it.
 //!
 //! What it does not know: sockets and TLS. It takes bytes and gives bytes.
 
@@ -27,6 +28,10 @@ pub const PREFACE: [u8; 8] = *b"ENTENTE1";
 const PREFIX_LEN: usize = 8;
 /// The message and the first rows are one piece of this length: what one record of TLS holds.
 pub const FIRST_PIECE_BYTES: usize = 16 << 10;
+
+/// Bytes of a frame that are allocated on the word of its prefix. Longer frames get more room as
+/// they come; it is set so that most need none, since each time costs a copy.
+pub const BELIEVED_BYTES_MAX: usize = 1 << 20;
 
 /// A message and the rows that came with it.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,8 +99,9 @@ impl FrameReader {
         let Some((message, rows)) = self.lengths()? else { return Ok(None) };
         let frame_len = PREFIX_LEN + message + rows;
         if self.buffer.len() < frame_len {
+            let believed = frame_len.min(BELIEVED_BYTES_MAX.max(3 * self.buffer.len()));
             // Takes the old allocation over once nobody holds rows of earlier frames.
-            self.buffer.reserve(frame_len - self.buffer.len());
+            self.buffer.reserve(believed - self.buffer.len());
             return Ok(None);
         }
         let mut frame = self.buffer.split_to(frame_len).freeze();

@@ -11,7 +11,7 @@ use entente_model::{ChatMessage, TemplateError};
 use serde_json::{Value, json};
 
 use super::choice::{Answer, Envelope, finish_reason};
-use super::request::{Chat, Common, MESSAGES_MAX};
+use super::request::{Chat, Common};
 use super::stream::{self, Format};
 use super::{Api, ApiError};
 use crate::engine::sampler::ScoredToken;
@@ -23,9 +23,9 @@ pub async fn create(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let body = super::json(body)?;
-    let common: Common = super::read(&body)?;
-    let chat: Chat = super::read(&body)?;
+    let body = super::body::bytes(body)?;
+    let common: Common = super::body::read(&body)?;
+    let chat: Chat = super::body::read(&body)?;
     let origin = api.admit(&headers, &common)?;
     let prompt = render(&api, &chat)?;
     let rest = api.check_prompt(&prompt)?;
@@ -49,13 +49,12 @@ pub async fn create(
 
 /// The conversation as tokens.
 fn render(api: &Api, chat: &Chat) -> Result<Vec<u32>, ApiError> {
-    let count = chat.messages.len();
-    if !(1..=MESSAGES_MAX).contains(&count) {
-        let message = format!("{count} messages, allowed is 1 to {MESSAGES_MAX}");
-        return Err(ApiError::invalid("messages", message));
+    if chat.messages.0.is_empty() {
+        return Err(ApiError::invalid("messages", "there are no messages"));
     }
     let messages = chat
         .messages
+        .0
         .iter()
         .map(|m| Ok(ChatMessage { role: m.role.clone(), content: m.content.text()? }))
         .collect::<Result<Vec<_>, ApiError>>()?;

@@ -10,7 +10,7 @@ use axum::response::Response;
 use serde_json::{Map, Value, json};
 
 use super::choice::{Answer, Envelope, finish_reason};
-use super::request::{Common, Completion, PROMPTS_MAX, Prompt};
+use super::request::{Common, Completion, Prompt};
 use super::stream::{self, Format};
 use super::{Api, ApiError};
 use crate::engine::sampler::ScoredToken;
@@ -22,9 +22,9 @@ pub async fn create(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let body = super::json(body)?;
-    let common: Common = super::read(&body)?;
-    let completion: Completion = super::read(&body)?;
+    let body = super::body::bytes(body)?;
+    let common: Common = super::body::read(&body)?;
+    let completion: Completion = super::body::read(&body)?;
     let origin = api.admit(&headers, &common)?;
     let prompts = prompts(&api, &completion.prompt)?;
     let (max_tokens, logprobs, n) =
@@ -68,11 +68,10 @@ fn prompts(api: &Api, prompt: &Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
         Prompt::Ids(ids) => vec![ids.clone()],
         Prompt::IdLists(lists) => lists.clone(),
     };
-    if (1..=PROMPTS_MAX).contains(&prompts.len()) {
-        return Ok(prompts);
+    if prompts.is_empty() {
+        return Err(ApiError::invalid("prompt", "there is no prompt in the list"));
     }
-    let message = format!("{} prompts, allowed is 1 to {PROMPTS_MAX}", prompts.len());
-    Err(ApiError::invalid("prompt", message))
+    Ok(prompts)
 }
 
 /// Where one answer stands while it is streamed.

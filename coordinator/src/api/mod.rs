@@ -5,26 +5,23 @@
 //! module does not know: scheduling, nodes, weights.
 
 mod admission;
+pub mod body;
 mod chat;
 mod choice;
 mod completions;
 mod error;
 mod meta;
-mod request;
+pub mod request;
 mod stream;
 
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::Bytes;
 use axum::extract::DefaultBodyLimit;
-use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use entente_model::{ChatTemplate, GenerationConfig, Tokenizer, TokenizerError};
 use entente_proto::ids::Region;
-use serde::Deserialize;
-use serde_json::Value;
 
 pub use self::error::ApiError;
 use crate::engine::EngineHandle;
@@ -82,34 +79,6 @@ async fn unknown_path() -> ApiError {
 async fn wrong_method() -> ApiError {
     let message = "this path does not take this method".to_owned();
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message, None)
-}
-
-/// Reads a body as JSON, once, for the several types that look at it.
-fn json(body: Result<Bytes, BytesRejection>) -> Result<Value, ApiError> {
-    let body = body.map_err(|rejection| {
-        let message = format!("the body could not be read; it may have {BODY_LEN_MAX} bytes");
-        ApiError::new(rejection.status(), "invalid_request_error", message, None)
-    })?;
-    let value = serde_json::from_slice(&body)
-        .map_err(|error| ApiError::invalid("", format!("the body is not JSON: {error}")))?;
-    match value {
-        Value::Object(_) => Ok(value),
-        _ => Err(ApiError::invalid("", "the body is not a JSON object")),
-    }
-}
-
-/// Reads one type out of a body, naming the field that does not fit or is not there.
-fn read<'de, T: Deserialize<'de>>(body: &'de Value) -> Result<T, ApiError> {
-    serde_path_to_error::deserialize(body).map_err(|error| {
-        let (path, reason) = (error.path().to_string(), error.inner().to_string());
-        // A field that is missing has no path of its own; serde names it between backticks.
-        let field = match reason.strip_prefix("missing field `") {
-            Some(rest) if path == "." => rest.split('`').next(),
-            _ => path.split(['.', '[']).next(),
-        };
-        let message = if path == "." { reason.clone() } else { format!("{path}: {reason}") };
-        ApiError::invalid(field.unwrap_or_default(), message)
-    })
 }
 
 /// Seconds since the epoch, for the `created` field.

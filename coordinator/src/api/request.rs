@@ -3,12 +3,13 @@
 //! Unknown fields are accepted, as other servers do. Known fields that would change the answer and
 //! that this server does not implement are refused by name rather than ignored.
 
-use std::collections::BTreeMap;
+use std::fmt;
 
 use entente_model::GenerationConfig;
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::{Deserializer, Error, IgnoredAny, SeqAccess, Unexpected, Visitor};
 
+use super::body::{Anything, AtMost, TextOr, extend};
 use super::error::ApiError;
 use crate::engine::output::StopConditions;
 use crate::engine::sampler::Sampling;
@@ -25,9 +26,11 @@ pub const STOP_STRING_LEN_MAX: usize = 64;
 pub const TOP_LOGPROBS_MAX: usize = 20;
 /// Messages of a conversation at most.
 pub const MESSAGES_MAX: usize = 1_024;
+/// Parts of a message at most.
+pub const PARTS_MAX: usize = 256;
 
 /// Fields that `/v1/completions` and `/v1/chat/completions` share.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Deserialize)]
 pub struct Common {
     /// Must be the served model when given.
     pub model: Option<String>,
@@ -38,7 +41,7 @@ pub struct Common {
     seed: Option<i64>,
     /// Mistral's name for `seed`.
     random_seed: Option<i64>,
-    stop: Option<OneOrMany<String>>,
+    stop: Option<TextOr<String, STOP_STRINGS_MAX>>,
     ignore_eos: Option<bool>,
     n: Option<u32>,
     /// Whether the answer comes as server-sent events.
@@ -51,29 +54,25 @@ pub struct Common {
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     repetition_penalty: Option<f32>,
-    logit_bias: Option<BTreeMap<String, f32>>,
+    logit_bias: Option<Anything>,
     best_of: Option<u32>,
     suffix: Option<String>,
     min_tokens: Option<u32>,
-    response_format: Option<Value>,
-    tools: Option<Vec<Value>>,
-    structured_outputs: Option<Value>,
+    response_format: Option<ResponseFormat>,
+    tools: Option<Anything>,
+    structured_outputs: Option<IgnoredAny>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ResponseFormat {
+    #[serde(rename = "type")]
+    kind: String,
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 struct StreamOptions {
     #[serde(default)]
     include_usage: bool,
-}
-
-/// A value or a list of them.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged, expecting = "expected one value or a list of them")]
-pub enum OneOrMany<T> {
-    /// Just one.
-    One(T),
-    /// Several.
-    Many(Vec<T>),
 }
 
 /// `/v1/completions`, beside the fields of [`Common`].
@@ -91,8 +90,7 @@ pub struct Completion {
 }
 
 /// One or several prompts, as text or token ids.
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected text, a list of texts, token ids, or lists of token ids")]
+#[derive(Debug)]
 pub enum Prompt {
     /// Text.
     Text(String),
@@ -104,11 +102,78 @@ pub enum Prompt {
     IdLists(Vec<Vec<u32>>),
 }
 
+impl<'de> Deserialize<'de> for Prompt {
+    fn deserialize<D: Deserializer<'de>>(value: D) -> Result<Self, D::Error> {
+        value.deserialize_any(PromptVisitor)
+    }
+}
+
+/// The first value of a list says what the list is of, so that none is kept in a form that could be
+/// all of it.
+struct PromptVisitor;
+
+/// The first value of a list.
+enum First {
+    Id(u32),
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+impl<'de> Deserialize<'de> for First {
+    fn deserialize<D: Deserializer<'de>>(value: D) -> Result<Self, D::Error> {
+        value.deserialize_any(FirstVisitor)
+    }
+}
+
+struct FirstVisitor;
+
+impl<'de> Visitor<'de> for FirstVisitor {
+    type Value = First;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a text, a token id, or a list of token ids")
+    }
+
+    fn visit_u64<E: Error>(self, id: u64) -> Result<First, E> {
+        let unfit = || E::invalid_value(Unexpected::Unsigned(id), &"a token id");
+        u32::try_from(id).map(First::Id).map_err(|_| unfit())
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<First, E> {
+        Ok(First::Text(text.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, ids: A) -> Result<First, A::Error> {
+        extend(Vec::new(), ids, usize::MAX).map(First::Ids)
+    }
+}
+
+impl<'de> Visitor<'de> for PromptVisitor {
+    type Value = Prompt;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("text, a list of texts, token ids, or lists of token ids")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Prompt, E> {
+        Ok(Prompt::Text(text.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Prompt, A::Error> {
+        Ok(match list.next_element()? {
+            None => Prompt::Texts(Vec::new()),
+            Some(First::Id(id)) => Prompt::Ids(extend(vec![id], list, usize::MAX)?),
+            Some(First::Text(text)) => Prompt::Texts(extend(vec![text], list, PROMPTS_MAX)?),
+            Some(First::Ids(ids)) => Prompt::IdLists(extend(vec![ids], list, PROMPTS_MAX)?),
+        })
+    }
+}
+
 /// `/v1/chat/completions`, beside the fields of [`Common`].
 #[derive(Debug, Deserialize)]
 pub struct Chat {
     /// The conversation.
-    pub messages: Vec<Message>,
+    pub messages: AtMost<Message, MESSAGES_MAX>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
     #[serde(default)]
@@ -126,14 +191,7 @@ pub struct Message {
 }
 
 /// Text, or a list of parts of which only text is supported.
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected text or a list of text parts")]
-pub enum Content {
-    /// Text.
-    Text(String),
-    /// Parts.
-    Parts(Vec<Part>),
-}
+pub type Content = TextOr<Part, PARTS_MAX>;
 
 /// One part of a turn.
 #[derive(Debug, Deserialize)]
@@ -148,7 +206,7 @@ impl Content {
     pub fn text(&self) -> Result<String, ApiError> {
         let parts = match self {
             Self::Text(text) => return Ok(text.clone()),
-            Self::Parts(parts) => parts,
+            Self::List(parts) => parts,
         };
         let text = |part: &Part| match (part.kind.as_str(), &part.text) {
             ("text", Some(text)) => Ok(text.clone()),
@@ -173,17 +231,17 @@ fn within(param: &str, value: f32, min: f32, max: f32) -> Result<f32, ApiError> 
 impl Common {
     /// Refuses what is not implemented rather than answering something else.
     fn check_supported(&self) -> Result<(), ApiError> {
-        let text_format = |format: &Value| format["type"] == "text";
+        let text_format = |format: &ResponseFormat| format.kind == "text";
         let unsupported = [
             ("presence_penalty", self.presence_penalty.is_some_and(|p| p != 0.0)),
             ("frequency_penalty", self.frequency_penalty.is_some_and(|p| p != 0.0)),
             ("repetition_penalty", self.repetition_penalty.is_some_and(|p| p != 1.0)),
-            ("logit_bias", self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty())),
+            ("logit_bias", self.logit_bias.is_some_and(|bias| bias.0)),
             ("best_of", self.best_of.is_some_and(|best| best != self.n.unwrap_or(1))),
             ("suffix", self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty())),
             ("min_tokens", self.min_tokens.is_some_and(|min| min > 0)),
             ("response_format", self.response_format.as_ref().is_some_and(|f| !text_format(f))),
-            ("tools", self.tools.as_ref().is_some_and(|tools| !tools.is_empty())),
+            ("tools", self.tools.is_some_and(|tools| tools.0)),
             ("structured_outputs", self.structured_outputs.is_some()),
         ];
         match unsupported.into_iter().find(|(_, set)| *set) {
@@ -251,13 +309,9 @@ impl Common {
     ) -> Result<StopConditions, ApiError> {
         let strings = match self.stop.clone() {
             None => Vec::new(),
-            Some(OneOrMany::One(one)) => vec![one],
-            Some(OneOrMany::Many(many)) => many,
+            Some(TextOr::Text(one)) => vec![one],
+            Some(TextOr::List(many)) => many,
         };
-        if strings.len() > STOP_STRINGS_MAX {
-            let message = format!("{} stop strings, at most {STOP_STRINGS_MAX}", strings.len());
-            return Err(ApiError::invalid("stop", message));
-        }
         if let Some(bad) = strings.iter().find(|s| !(1..=STOP_STRING_LEN_MAX).contains(&s.len())) {
             let message = format!(
                 "a stop string has {} bytes, allowed is 1 to {STOP_STRING_LEN_MAX}",
