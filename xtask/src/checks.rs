@@ -4,10 +4,13 @@
 //! machines look for it.
 
 use crate::shell::{become_command, command, root, run};
-use crate::{setup, tidy};
+use crate::{fuzz, setup, tidy};
 
 /// What the default build leaves out and the checks must not.
 const FEATURES: &str = "--features entente/etcd";
+
+/// How long each fuzz target runs here; what that misses, longer runs by hand are for.
+const FUZZ_SECONDS: &str = "30";
 
 /// Runs every check; the first that fails ends the run.
 pub fn test() -> Result<(), String> {
@@ -30,6 +33,7 @@ pub fn test() -> Result<(), String> {
     run(&mut all("build", "--bins --tests"))?;
     run(&mut all("test", "--doc --quiet"))?;
     drills()?;
+    fuzz::run_all(FUZZ_SECONDS)?;
     Err(become_command(&mut all("nextest run", "")))
 }
 

@@ -2,6 +2,7 @@
 //!
 //! - `cargo xtask test` sets up what the checks need and runs all of them ([`checks`]).
 //! - `cargo xtask sim --hours N` simulates clusters with fresh seeds for so long.
+//! - `cargo xtask fuzz --seconds N` runs each fuzz target for so long ([`fuzz`]).
 //! - `cargo xtask tidy` runs the house rules alone ([`tidy`]).
 //!
 //! It depends on nothing but the standard library, so that it is built in seconds and can set up a
@@ -11,6 +12,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod checks;
+mod fuzz;
 mod setup;
 mod shell;
 mod tidy;
@@ -23,6 +25,7 @@ usage: cargo xtask COMMAND
   setup   install what the checks need, where it is missing
   test    set up what is missing, then run every check and every test
   sim     --hours N: simulate clusters of voters with fresh seeds for so long
+  fuzz    --seconds N: run each fuzz target for so long
   tidy    check the house rules: sizes, essays, left-overs";
 
 fn main() -> ExitCode {
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         ["setup"] => setup::run_all(),
         ["test"] => checks::test(),
         ["sim", "--hours", hours] => checks::sim(hours),
+        ["fuzz", "--seconds", seconds] => fuzz::run_all(seconds),
         ["tidy"] => tidy::run(),
         _ => Err(USAGE.to_owned()),
     };
