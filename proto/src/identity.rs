@@ -2,7 +2,8 @@
 //! `spiffe://<cluster>/region/<cc>/role/<role>/node/<name>`.
 //!
 //! There is exactly one way to write an identity; what differs in a single byte is none. The
-//! region in here is the one that counts, whatever a configuration file says.
+//! region in here is the one that counts, whatever a configuration file says. A CA is named by the
+//! region that it speaks for, `spiffe://<cluster>/region/<cc>`.
 //!
 //! What it does not know: certificates. It reads the text that was found in one.
 
@@ -101,6 +102,47 @@ fn parse(text: &str) -> Option<Identity> {
     parts.next().is_none().then_some(Identity { cluster, region, role, node })
 }
 
+/// What a CA speaks for: the processes of one cluster in one region.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Domain {
+    /// The cluster.
+    pub cluster: NodeName,
+    /// The country.
+    pub region: Region,
+}
+
+impl fmt::Display for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "spiffe://{}/region/{}", self.cluster, self.region)
+    }
+}
+
+/// A text that names no region of a cluster.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not spiffe://<cluster>/region/<cc>")]
+pub struct InvalidDomain {
+    text: String,
+}
+
+impl FromStr for Domain {
+    type Err = InvalidDomain;
+
+    fn from_str(text: &str) -> Result<Self, InvalidDomain> {
+        let parse = || {
+            let (cluster, region) = text.strip_prefix("spiffe://")?.split_once("/region/")?;
+            Some(Self { cluster: cluster.parse().ok()?, region: region.parse().ok()? })
+        };
+        parse().ok_or_else(|| InvalidDomain { text: text.chars().take(80).collect() })
+    }
+}
+
+impl Identity {
+    /// Where it is at home: what a CA must speak for to speak of it.
+    pub fn domain(&self) -> Domain {
+        Domain { cluster: self.cluster.clone(), region: self.region }
+    }
+}
+
 /// What the process at the other end must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
@@ -194,6 +236,26 @@ mod tests {
             let text = GOOD.replacen(from, to, 1);
             assert_ne!(text, GOOD);
             assert!(text.parse::<Identity>().is_err(), "{text:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn a_ca_is_named_by_its_cluster_and_region_and_by_nothing_else() {
+        let domain: Domain = "spiffe://production/region/fr".parse().unwrap();
+        assert_eq!(domain.to_string(), "spiffe://production/region/fr");
+        assert_eq!(GOOD.parse::<Identity>().unwrap().domain(), domain);
+        for text in [
+            GOOD,
+            "spiffe://production",
+            "spiffe://production/region/",
+            "spiffe://production/region/fr/",
+            "spiffe://production/region/FR",
+            "spiffe://Production/region/fr",
+            "spiffe:///region/fr",
+            "https://production/region/fr",
+            "",
+        ] {
+            assert!(text.parse::<Domain>().is_err(), "{text:?} was accepted");
         }
     }
 

@@ -22,8 +22,8 @@ use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, UnbufferedStatus};
 use rustls::{ClientConfig, ServerConfig};
 
-use crate::Error;
 use crate::records::{Opened, Records};
+use crate::{Error, peer_certificate_sha256};
 
 /// What is sealed before it is written. Larger frames are written in several calls, so that the
 /// peer opens some of it while the rest is sealed.
@@ -77,6 +77,8 @@ pub struct Channel {
     state: State,
     /// Records of the handshake that are to be sent.
     owed: Vec<u8>,
+    /// The fingerprint of what the peer has shown, once the handshake is over.
+    peer_certificate_sha256: Option<[u8; 32]>,
 }
 
 enum State {
@@ -101,7 +103,7 @@ enum Step {
 impl Channel {
     /// Bytes as they are, without TLS.
     pub fn plain() -> Self {
-        Self { state: State::Plain, owed: Vec::new() }
+        Self::with(State::Plain)
     }
 
     /// The end that dialled. The handshake starts with the first [`Channel::shake`].
@@ -110,13 +112,23 @@ impl Channel {
         let name =
             ServerName::try_from("entente").map_err(|error| Error::Room(error.to_string()))?;
         let connection = UnbufferedClientConnection::new(config, name)?;
-        Ok(Self { state: State::Client(connection), owed: Vec::new() })
+        Ok(Self::with(State::Client(connection)))
     }
 
     /// The end that was dialled.
     pub fn server(config: Arc<ServerConfig>) -> Result<Self, Error> {
         let connection = UnbufferedServerConnection::new(config)?;
-        Ok(Self { state: State::Server(connection), owed: Vec::new() })
+        Ok(Self::with(State::Server(connection)))
+    }
+
+    fn with(state: State) -> Self {
+        Self { state, owed: Vec::new(), peer_certificate_sha256: None }
+    }
+
+    /// The fingerprint of the peer's certificate; there is none before the handshake is over, and
+    /// never where nothing is encrypted.
+    pub fn peer_certificate_sha256(&self) -> Option<[u8; 32]> {
+        self.peer_certificate_sha256
     }
 
     /// Whether this passes bytes as they are.
@@ -223,10 +235,14 @@ impl Channel {
     fn end_handshake(&mut self) -> Result<(), Error> {
         let records = match std::mem::replace(&mut self.state, State::Failed) {
             State::Client(tls) => {
+                self.peer_certificate_sha256 =
+                    peer_certificate_sha256(tls.peer_certificates()).ok();
                 let (secrets, keys) = tls.dangerous_into_kernel_connection()?;
                 Records::new(secrets, keys)?
             }
             State::Server(tls) => {
+                self.peer_certificate_sha256 =
+                    peer_certificate_sha256(tls.peer_certificates()).ok();
                 let (secrets, keys) = tls.dangerous_into_kernel_connection()?;
                 Records::new(secrets, keys)?
             }

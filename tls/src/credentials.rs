@@ -1,26 +1,38 @@
 //! A process's own certificate and key, the CAs that it believes, and the configurations that
 //! follow from them.
+//!
+//! Certificates live for a day, processes for months: both parts can be replaced, and every
+//! configuration that was made before looks at the latest when a connection is made. Connections
+//! that are there already go on. A replacement that would not do is refused, and the last good one
+//! stays.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
+use arc_swap::ArcSwap;
 use entente_proto::identity::{Expected, Identity};
-use rustls::client::Resumption;
+use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::CryptoProvider;
+use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::NoServerSessionStorage;
-use rustls::{CipherSuite, ClientConfig, RootCertStore, ServerConfig};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::{CipherSuite, ClientConfig, ServerConfig, SignatureScheme};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::verify::{PeerVerifier, identity_in};
+use crate::certificate::{self, Unfit, Validity, fingerprint};
+use crate::roots::{Roots, certificates};
+use crate::signature::{SCHEMES, Signed, covered};
+use crate::verify::PeerVerifier;
 
 /// The section `[tls]` of a configuration: paths of PEM files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Files {
-    /// The CAs of the cluster.
+    /// The CAs of all regions of the cluster.
     pub ca: PathBuf,
     /// This process's certificate, and those between it and a CA, if there are any.
     pub certificate: PathBuf,
@@ -28,16 +40,23 @@ pub struct Files {
     pub key: PathBuf,
 }
 
-/// What a process shows, and whom it believes. Cheap to clone.
-#[derive(Clone)]
+/// What a process shows, and whom it believes. Cheap to clone; all clones are replaced together.
+#[derive(Clone, Debug)]
 pub struct Credentials(Arc<Inner>);
 
-struct Inner {
+pub(crate) struct Inner {
+    /// Stays what it is: a process does not become another one.
     identity: Identity,
-    roots: Arc<RootCertStore>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-    provider: Arc<CryptoProvider>,
+    latest: ArcSwap<Latest>,
+    /// Held while one half is replaced, so that the other is not an older one.
+    replacing: Mutex<()>,
+}
+
+#[derive(Clone)]
+struct Latest {
+    roots: Arc<Roots>,
+    own: Arc<CertifiedKey>,
+    validity: Validity,
 }
 
 impl Credentials {
@@ -46,33 +65,22 @@ impl Credentials {
     /// # Errors
     /// Names the file.
     pub fn load(files: &Files) -> Result<Self, Error> {
-        let roots = certificates(&files.ca)?;
-        let chain = certificates(&files.certificate)?;
-        let key = PrivateKeyDer::from_pem_file(&files.key)
-            .map_err(|error| unusable(&files.key, &error))?;
-        Self::new(roots, chain, key).map_err(|error| unusable(&files.certificate, &error))
+        let (identity, latest) = read(files)?;
+        Ok(Self::of(identity, latest))
     }
 
     /// The same from what the files hold.
-    pub fn new(
-        cas: Vec<CertificateDer<'static>>,
-        chain: Vec<CertificateDer<'static>>,
-        key: PrivateKeyDer<'static>,
-    ) -> Result<Self, Error> {
-        let mut roots = RootCertStore::empty();
-        cas.into_iter().try_for_each(|ca| roots.add(ca))?;
-        let own = chain.first().ok_or(rustls::Error::NoCertificatesPresented)?;
-        let (identity, roots) = (identity_in(own)?, Arc::new(roots));
-        let credentials =
-            Self(Arc::new(Inner { identity, roots, chain, key, provider: Arc::new(provider()) }));
-        // Finds a key that is not the certificate's now rather than at the first connection.
-        let anyone = Expected {
-            cluster: credentials.identity().cluster.clone(),
-            roles: vec![credentials.identity().role],
-            member: None,
-        };
-        credentials.server(anyone, &[])?;
-        Ok(credentials)
+    ///
+    /// # Errors
+    /// The key is not the certificate's, or no CA of its region says that it is good now.
+    pub fn new(roots: Roots, chain_pem: &str, key_pem: &str) -> Result<Self, Error> {
+        let (identity, latest) = checked(Arc::new(roots), chain_pem.as_bytes(), key_pem)?;
+        Ok(Self::of(identity, latest))
+    }
+
+    fn of(identity: Identity, latest: Latest) -> Self {
+        let (latest, replacing) = (ArcSwap::from_pointee(latest), Mutex::new(()));
+        Self(Arc::new(Inner { identity, latest, replacing }))
     }
 
     /// Who this process is.
@@ -80,9 +88,25 @@ impl Credentials {
         &self.0.identity
     }
 
-    #[cfg(test)]
-    pub(crate) fn roots(&self) -> Arc<RootCertStore> {
-        self.0.roots.clone()
+    /// When the certificate ends.
+    pub fn expires(&self) -> SystemTime {
+        self.0.latest.load().validity.end
+    }
+
+    /// When half of the certificate's life is over.
+    pub fn half_life(&self) -> SystemTime {
+        let Validity { start, end } = self.0.latest.load().validity;
+        start + end.duration_since(start).unwrap_or_default() / 2
+    }
+
+    /// The certificate's fingerprint.
+    pub fn certificate_sha256(&self) -> [u8; 32] {
+        fingerprint(&self.0.latest.load().own.cert[0])
+    }
+
+    /// The CAs that are believed.
+    pub fn roots(&self) -> Arc<Roots> {
+        self.0.roots()
     }
 
     /// Checks that these are the credentials of the process that is meant.
@@ -90,15 +114,54 @@ impl Credentials {
         Ok(process.check(self.identity())?)
     }
 
+    /// Shows another certificate of the same identity from now on.
+    ///
+    /// # Errors
+    /// It is not good, or another's; nothing has changed then.
+    pub fn replace(&self, chain_pem: &str, key_pem: &str) -> Result<(), Error> {
+        self.0.change(|latest| checked(latest.roots.clone(), chain_pem.as_bytes(), key_pem))
+    }
+
+    /// Believes these CAs from now on.
+    ///
+    /// # Errors
+    /// They do not speak for this process's own certificate; nothing has changed then.
+    pub fn replace_roots(&self, roots: Roots) -> Result<(), Error> {
+        self.0.change(|latest| {
+            let latest = Latest { roots: Arc::new(roots), ..latest.clone() };
+            Ok((latest.identify()?, latest))
+        })
+    }
+
+    /// Reads all files again.
+    ///
+    /// # Errors
+    /// As [`Credentials::load`] and [`Credentials::replace`]; nothing has changed then.
+    pub fn reload(&self, files: &Files) -> Result<(), Error> {
+        self.0.change(|_| read(files))
+    }
+
+    /// Signs a message with the certificate's key. `context` names the purpose, and whoever verifies
+    /// must name the same.
+    ///
+    /// # Errors
+    /// The key is of a kind that cannot.
+    pub fn sign(&self, context: &'static str, message: &[u8]) -> Result<Signed, Error> {
+        let latest = self.0.latest.load();
+        let signer = latest.own.key.choose_scheme(&SCHEMES);
+        let signer = signer.ok_or(Unfit::Usage("has a key that signs nothing of ours"))?;
+        let signature = signer.sign(&covered(context, message))?;
+        Ok(Signed { signature, certificate_der: latest.own.cert[0].to_vec() })
+    }
+
     /// For dialling a peer that must be `expected`.
     pub fn client(&self, expected: Expected, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, Error> {
-        let own = &self.0;
-        let verifier = Arc::new(PeerVerifier::new(own.roots.clone(), &own.provider, expected)?);
-        let mut config = ClientConfig::builder_with_provider(own.provider.clone())
+        let verifier = Arc::new(PeerVerifier::new(self.0.clone(), expected));
+        let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(verifier)
-            .with_client_auth_cert(own.chain.clone(), own.key.clone_key())?;
+            .with_client_cert_resolver(self.0.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         config.resumption = Resumption::disabled();
         // Once the handshake is over our own records need the keys.
@@ -109,18 +172,97 @@ impl Credentials {
 
     /// For being dialled by peers that must be `expected`.
     pub fn server(&self, expected: Expected, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>, Error> {
-        let own = &self.0;
-        let verifier = Arc::new(PeerVerifier::new(own.roots.clone(), &own.provider, expected)?);
-        let mut config = ServerConfig::builder_with_provider(own.provider.clone())
+        let verifier = Arc::new(PeerVerifier::new(self.0.clone(), expected));
+        let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(verifier)
-            .with_single_cert(own.chain.clone(), own.key.clone_key())?;
+            .with_cert_resolver(self.0.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.enable_secret_extraction = true;
         Ok(Arc::new(config))
     }
+
+    #[cfg(test)]
+    pub(crate) fn verifier(&self, expected: Expected) -> PeerVerifier {
+        PeerVerifier::new(self.0.clone(), expected)
+    }
+}
+
+impl Inner {
+    pub(crate) fn roots(&self) -> Arc<Roots> {
+        self.latest.load().roots.clone()
+    }
+
+    /// Puts in what `make` makes of the latest, if that is of the same identity.
+    fn change(
+        &self,
+        make: impl FnOnce(&Latest) -> Result<(Identity, Latest), Error>,
+    ) -> Result<(), Error> {
+        let _replacing = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (identity, latest) = make(&self.latest.load())?;
+        let Identity { cluster, region, role, node } = self.identity.clone();
+        Expected { cluster, roles: vec![role], member: Some((region, node)) }.check(&identity)?;
+        self.latest.store(Arc::new(latest));
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Credentials({})", self.identity)
+    }
+}
+
+impl ResolvesClientCert for Inner {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.latest.load().own.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl ResolvesServerCert for Inner {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.latest.load().own.clone())
+    }
+}
+
+impl Latest {
+    /// Whose certificate ours is, in the eyes of others who believe the same CAs.
+    fn identify(&self) -> Result<Identity, Error> {
+        let (own, intermediates) =
+            self.own.cert.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
+        self.roots.identify(own, intermediates, SystemTime::now())
+    }
+}
+
+fn read(files: &Files) -> Result<(Identity, Latest), Error> {
+    let roots = Roots::load(&files.ca)?;
+    let text = |file: &PathBuf| std::fs::read(file).map_err(|error| unusable(file, &error));
+    let (chain, key) = (text(&files.certificate)?, text(&files.key)?);
+    let key = String::from_utf8(key).map_err(|_| unusable(&files.key, &"it is not PEM"))?;
+    PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|error| unusable(&files.key, &error))?;
+    checked(Arc::new(roots), &chain, &key).map_err(|error| unusable(&files.certificate, &error))
+}
+
+/// What everybody will find wrong is better found now than at the first connection.
+fn checked(
+    roots: Arc<Roots>,
+    chain_pem: &[u8],
+    key_pem: &str,
+) -> Result<(Identity, Latest), Error> {
+    let chain = certificates(chain_pem)?;
+    let own = chain.first().ok_or(rustls::Error::NoCertificatesPresented)?;
+    let (_, validity) = certificate::leaf(own)?;
+    let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
+        .map_err(|error| Unfit::Encoding(error.to_string()))?;
+    let own = Arc::new(CertifiedKey::from_der(chain, key, &provider())?);
+    let latest = Latest { roots, own, validity };
+    Ok((latest.identify()?, latest))
 }
 
 /// The cryptography, AES-128-GCM first: half of an exchange's bytes are encrypted by a processor
@@ -135,16 +277,6 @@ pub(crate) fn provider() -> CryptoProvider {
     provider
 }
 
-fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let certificates = CertificateDer::pem_file_iter(file)
-        .and_then(|pem| pem.collect::<Result<Vec<_>, _>>())
-        .map_err(|error| unusable(file, &error))?;
-    if certificates.is_empty() {
-        return Err(unusable(file, &"no certificate is in it"));
-    }
-    Ok(certificates)
-}
-
-fn unusable(file: &Path, reason: &dyn std::fmt::Display) -> Error {
+pub(crate) fn unusable(file: &Path, reason: &dyn fmt::Display) -> Error {
     Error::File { file: file.to_owned(), reason: reason.to_string() }
 }

@@ -1,24 +1,29 @@
 //! TLS 1.3 between the processes of a cluster, and who may speak to whom.
 //!
-//! - [`Files`], [`Credentials`]: a process's certificate and key, and the CA bundle of its cluster;
-//! - `verify`: the peer's certificate is of our cluster's CA and names exactly the process that it
-//!   should be ([`entente_proto::identity`]);
+//! - [`Files`], [`Credentials`]: a process's certificate and key, and whom it believes; replaceable;
+//! - [`Roots`]: the CAs of a cluster, one or more for each region, and whom they speak for;
+//! - `verify`: the peer is exactly the process that it should be ([`entente_proto::identity`]);
 //! - [`Channel`]: the records of one connection, without its socket;
+//! - [`verify_signature`]: what a process has signed, checked by somebody else;
 //! - [`Authority`] (feature `mint`): makes CAs and certificates.
 //!
 //! Invariants:
 //! - TLS 1.3 only, both ends authenticated, always; there is no option for less;
 //! - sessions are never resumed: a resumed one would carry an old answer to the question of who the
 //!   peer is past the end of its certificate. Links live long, so a full handshake costs nothing;
+//! - a certificate is believed only if a CA of its own cluster and its own region signed it;
 //! - the host name that was dialled decides nothing, and is not sent.
 //!
 //! What it does not know: sockets, threads, tokio, frames, and where members are listed.
 
+mod certificate;
 mod channel;
 mod credentials;
 #[cfg(feature = "mint")]
 mod mint;
 mod records;
+mod roots;
+mod signature;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -26,13 +31,16 @@ mod verify;
 use std::io;
 use std::path::PathBuf;
 
-use entente_proto::identity::{Identity, InvalidIdentity, Stranger};
+use entente_proto::identity::{Identity, Stranger};
 
+pub use certificate::{Unfit, fingerprint};
 pub use channel::{Channel, Incoming, PIECE_BYTES};
 pub use credentials::{Credentials, Files};
 #[cfg(feature = "mint")]
-pub use mint::{Authority, Issued};
+pub use mint::{Authority, Issued, SigningRequest};
+pub use roots::Roots;
 use rustls::pki_types::CertificateDer;
+pub use signature::{Signed, verify_signature};
 
 /// The ALPN name of exchange frames on a byte stream.
 pub const ALPN_STREAM: &[u8] = b"entente/1";
@@ -50,9 +58,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// A certificate that does not say who its holder is.
+    /// A certificate that is not of the kind that it should be.
     #[error(transparent)]
-    Unidentified(#[from] Unidentified),
+    Unfit(#[from] Unfit),
     /// A certificate of somebody else.
     #[error(transparent)]
     Stranger(#[from] Stranger),
@@ -83,17 +91,21 @@ impl From<Error> for io::Error {
 /// There is no certificate, or it does not say. Neither can be where the configuration was one of
 /// [`Credentials`].
 pub fn peer_identity(certificates: Option<&[CertificateDer<'_>]>) -> Result<Identity, Error> {
-    let own = certificates.and_then(<[_]>::first);
-    verify::identity_in(own.ok_or(rustls::Error::NoCertificatesPresented)?)
+    Ok(certificate::identity_in(leaf_of(certificates)?)?)
 }
 
-/// A certificate without exactly one identity.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unidentified {
-    /// None or several.
-    #[error("the certificate has {0} URI names, one identity is needed")]
-    Count(usize),
-    /// One that is no identity of ours.
-    #[error("the certificate's URI name {0}")]
-    Invalid(#[from] InvalidIdentity),
+/// The fingerprint of the certificate that the peer of a finished handshake has shown.
+///
+/// # Errors
+/// There is no certificate.
+pub fn peer_certificate_sha256(
+    certificates: Option<&[CertificateDer<'_>]>,
+) -> Result<[u8; 32], Error> {
+    Ok(fingerprint(leaf_of(certificates)?))
+}
+
+fn leaf_of<'a, 'b>(
+    certificates: Option<&'a [CertificateDer<'b>]>,
+) -> Result<&'a CertificateDer<'b>, Error> {
+    Ok(certificates.and_then(<[_]>::first).ok_or(rustls::Error::NoCertificatesPresented)?)
 }

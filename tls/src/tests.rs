@@ -1,8 +1,11 @@
-//! Handshakes in memory: who is taken, who is refused, and what arrives.
+//! Handshakes in memory, and what arrives after them.
+
+mod identities;
+mod replacing;
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use entente_proto::identity::{Expected, Identity, Role};
 use rustls::{ClientConfig, ServerConfig};
@@ -12,21 +15,17 @@ use crate::{ALPN_STREAM, Authority, Channel, Credentials, Error, Incoming, PIECE
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
-fn a_minute_ago() -> SystemTime {
-    SystemTime::now() - Duration::from_secs(60)
-}
-
 fn identity(role: Role, node: &str) -> Identity {
     format!("spiffe://demo/region/fr/role/{role}/node/{node}").parse().unwrap()
 }
 
 fn authority() -> Authority {
-    Authority::new("demo", HOUR).unwrap()
+    Authority::new(&"demo".parse().unwrap(), "fr".parse().unwrap(), HOUR).unwrap()
 }
 
 fn credentials(authority: &Authority, role: Role, node: &str) -> Credentials {
     let issued = authority.issue(&identity(role, node), HOUR).unwrap();
-    authority.credentials(issued).unwrap()
+    authority.credentials(&issued).unwrap()
 }
 
 /// What a coordinator expects of the node that it dials.
@@ -260,166 +259,6 @@ fn with_provider(
         .with_no_client_auth();
     other.enable_secret_extraction = true;
     other.client_auth_cert_resolver = config.client_auth_cert_resolver.clone();
-    let verifier = crate::verify::PeerVerifier::new(
-        credentials.roots(),
-        &Arc::new(super::credentials::provider()),
-        the_node(),
-    );
-    other.dangerous().set_certificate_verifier(Arc::new(verifier.unwrap()));
+    other.dangerous().set_certificate_verifier(Arc::new(credentials.verifier(the_node())));
     other
-}
-
-#[test]
-fn a_node_that_is_not_the_one_that_was_dialled_is_refused() {
-    let (ours, theirs) = (authority(), authority());
-    let coordinator = credentials(&ours, Role::Coordinator, "fr-coordinator");
-    let names = |uris: &[&str], end| {
-        let uris: Vec<String> = uris.iter().map(|uri| (*uri).to_owned()).collect();
-        ours.issue_names(&uris, end).unwrap()
-    };
-    let good = "spiffe://demo/region/fr/role/expert/node/fr-expert-1";
-    let one = |from: &str, to: &str| names(&[&good.replace(from, to)], SystemTime::now() + HOUR);
-    let cases = [
-        ("BadSignature", theirs.issue(&good.parse().unwrap(), HOUR).unwrap()),
-        ("expert fr-expert-1 of demo in fr", one("fr-expert-1", "fr-expert-2")),
-        ("expert fr-expert-1 of demo in fr", one("/fr/", "/se/")),
-        ("expert fr-expert-1 of demo in fr", one("role/expert", "role/coordinator")),
-        ("expert fr-expert-1 of demo in fr", one("//demo", "//other")),
-        ("expired", names(&[good], a_minute_ago())),
-    ];
-    for (reason, issued) in cases {
-        let node = ours.credentials(issued).unwrap();
-        let (client, server) = shake(
-            coordinator.client(the_node(), &[ALPN_STREAM]).unwrap(),
-            node.server(a_coordinator(), &[ALPN_STREAM]).unwrap(),
-        );
-        let error = client.err().expect(reason).to_string();
-        assert!(error.contains(reason), "{error} does not say {reason}");
-        // The node learns of it too, and does not take the connection for a good one.
-        assert!(server.is_err(), "{reason}: the node was not told");
-    }
-}
-
-#[test]
-fn a_certificate_names_exactly_one_process() {
-    let authority = authority();
-    let good = "spiffe://demo/region/fr/role/expert/node/fr-expert-1".to_owned();
-    let other = "https://example.com/".to_owned();
-    for (uris, reason) in [
-        (vec![], "has 0 URI names"),
-        (vec![good.clone(), good.clone()], "has 2 URI names"),
-        (vec![good, other.clone()], "has 2 URI names"),
-        (vec![other], "is not spiffe://"),
-    ] {
-        let issued = authority.issue_names(&uris, SystemTime::now() + HOUR).unwrap();
-        let error = authority.credentials(issued).err().expect(reason).to_string();
-        assert!(error.contains(reason), "{error} does not say {reason}");
-    }
-}
-
-#[test]
-fn whoever_is_no_coordinator_of_the_cluster_is_refused_by_a_node() {
-    let (ours, theirs) = (authority(), authority());
-    let node = credentials(&ours, Role::Expert, "fr-expert-1");
-    let server = || node.server(a_coordinator(), &[ALPN_STREAM]).unwrap();
-    let coordinator = identity(Role::Coordinator, "fr-coordinator");
-    let expired = ours.issue_names(&[coordinator.to_string()], a_minute_ago()).unwrap();
-    let elsewhere = "spiffe://other/region/fr/role/coordinator/node/fr-coordinator";
-    for (reason, issued) in [
-        ("BadSignature", theirs.issue(&coordinator, HOUR).unwrap()),
-        ("a coordinator of demo", ours.issue(&identity(Role::Expert, "x"), HOUR).unwrap()),
-        ("a coordinator of demo", ours.issue(&identity(Role::Operator, "x"), HOUR).unwrap()),
-        ("a coordinator of demo", ours.issue(&elsewhere.parse().unwrap(), HOUR).unwrap()),
-        ("expired", expired),
-    ] {
-        let peer = ours.credentials(issued).unwrap();
-        let (_, server) = shake(peer.client(the_node(), &[ALPN_STREAM]).unwrap(), server());
-        let error = server.err().expect(reason).to_string();
-        assert!(error.contains(reason), "{error} does not say {reason}");
-    }
-}
-
-/// A client with a verifier like ours but with nothing to show, or with old versions only.
-fn odd_client(versions: &[&'static rustls::SupportedProtocolVersion]) -> Arc<ClientConfig> {
-    let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
-        .with_protocol_versions(versions)
-        .unwrap()
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth();
-    let verifier = Arc::new(Anyone);
-    config.dangerous().set_certificate_verifier(verifier);
-    Arc::new(config)
-}
-
-/// Believes every server.
-#[derive(Debug)]
-struct Anyone;
-
-mod anyone {
-    use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-    use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-    use rustls::{DigitallySignedStruct, Error, SignatureScheme};
-
-    impl ServerCertVerifier for super::Anyone {
-        fn verify_server_cert(
-            &self,
-            _: &CertificateDer<'_>,
-            _: &[CertificateDer<'_>],
-            _: &ServerName<'_>,
-            _: &[u8],
-            _: UnixTime,
-        ) -> Result<ServerCertVerified, Error> {
-            Ok(ServerCertVerified::assertion())
-        }
-
-        fn verify_tls12_signature(
-            &self,
-            _: &[u8],
-            _: &CertificateDer<'_>,
-            _: &DigitallySignedStruct,
-        ) -> Result<HandshakeSignatureValid, Error> {
-            Ok(HandshakeSignatureValid::assertion())
-        }
-
-        fn verify_tls13_signature(
-            &self,
-            _: &[u8],
-            _: &CertificateDer<'_>,
-            _: &DigitallySignedStruct,
-        ) -> Result<HandshakeSignatureValid, Error> {
-            Ok(HandshakeSignatureValid::assertion())
-        }
-
-        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            vec![SignatureScheme::ECDSA_NISTP256_SHA256]
-        }
-    }
-}
-
-#[test]
-fn a_peer_without_a_certificate_is_refused() {
-    let node = credentials(&authority(), Role::Expert, "fr-expert-1");
-    let client = odd_client(&[&rustls::version::TLS13]);
-    let (_, server) = shake(client, node.server(a_coordinator(), &[]).unwrap());
-    let error = server.err().unwrap().to_string();
-    assert!(error.contains("no certificates"), "{error}");
-}
-
-#[test]
-fn a_peer_that_knows_tls_1_2_only_is_refused() {
-    let node = credentials(&authority(), Role::Expert, "fr-expert-1");
-    let client = odd_client(&[&rustls::version::TLS12]);
-    let (client, server) = shake(client, node.server(a_coordinator(), &[]).unwrap());
-    let error = server.err().unwrap().to_string();
-    assert!(error.contains("Tls12NotOfferedOrEnabled"), "{error}");
-    assert!(client.is_err());
-}
-
-#[test]
-fn a_key_that_is_not_the_certificates_is_refused_at_once() {
-    let authority = authority();
-    let one = authority.issue(&identity(Role::Expert, "a"), HOUR).unwrap();
-    let two = authority.issue(&identity(Role::Expert, "a"), HOUR).unwrap();
-    let error = authority.credentials(one.with_key_of(two)).err().unwrap().to_string();
-    assert!(error.contains("Inconsistent") || error.contains("match"), "{error}");
 }

@@ -1,8 +1,15 @@
 //! Certificates for the processes of a cluster on one machine, new at each start.
 //!
-//! The CA's key never leaves this process and is gone once the certificates are written: nothing can
-//! be issued for this cluster later, and nothing of an earlier one is believed.
+//! Each region has a CA of its own, and nothing of an earlier start is believed.
+//!
+//! ```text
+//!   ca.pem                the certificates of all CAs: what every process believes
+//!   ca/<region>.pem,.key  one CA: what a coordinator of the region may sign with
+//!   <name>.pem,.key       one process
+//! ```
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -12,7 +19,7 @@ use std::time::Duration;
 use anyhow::Context;
 use entente_membership::roster::Roster;
 use entente_proto::identity::{Identity, Role as IdentityRole};
-use entente_proto::ids::NodeName;
+use entente_proto::ids::{NodeName, Region};
 use entente_tls::{Authority, Files};
 
 use super::plan::{Member, Role};
@@ -20,6 +27,9 @@ use super::plan::{Member, Role};
 /// A certificate is looked at when a connection is made, and processes of one machine connect when
 /// they start; this only has to outlast redialling after a fault.
 const VALID: Duration = Duration::from_secs(30 * 24 * 3_600);
+
+/// No process of one start lives for so long.
+const CA_VALID: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
 
 /// Where the files of the process `name` are in `folder`.
 pub fn files(folder: &Path, name: &NodeName) -> Files {
@@ -36,12 +46,26 @@ pub fn operator() -> NodeName {
     "operator".parse().expect("the word is a valid name")
 }
 
-/// Makes a CA and writes a certificate and a key for each of `members`, and for an operator in the
-/// first one's region, to `folder`.
+/// The folder with the CAs' certificates and keys.
+pub fn ca_dir(folder: &Path) -> PathBuf {
+    folder.join("ca")
+}
+
+/// Makes a CA for each region and writes a certificate and a key for each of `members`, and for an
+/// operator in the first one's region, to `folder`.
 pub fn mint(folder: &Path, roster: &Roster, members: &[Member]) -> anyhow::Result<()> {
     let cannot = || format!("cannot write certificates to {}", folder.display());
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).with_context(cannot)?;
-    let authority = Authority::new(roster.name(), VALID)?;
+    let make_dir = |dir: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    make_dir(&ca_dir(folder)).with_context(cannot)?;
+    let authorities = authorities(roster, members)?;
+    let mut all = String::new();
+    for (region, authority) in &authorities {
+        let ca = ca_dir(folder).join(region.as_str());
+        all.push_str(authority.certificate_pem());
+        write(&ca.with_extension("pem"), authority.certificate_pem(), 0o644)
+            .with_context(cannot)?;
+        write(&ca.with_extension("key"), &authority.key_pem(), 0o600).with_context(cannot)?;
+    }
     let operator = members.first().map(|member| Identity {
         role: IdentityRole::Operator,
         node: operator(),
@@ -50,12 +74,24 @@ pub fn mint(folder: &Path, roster: &Roster, members: &[Member]) -> anyhow::Resul
     let members = members.iter().map(|member| identity(roster, member));
     for identity in members.chain(operator) {
         let files = files(folder, &identity.node);
-        let issued = authority.issue(&identity, VALID)?;
-        write(&files.ca, &authority.certificate_pem(), 0o644).with_context(cannot)?;
+        let issued = authorities[&identity.region].issue(&identity, VALID)?;
+        write(&files.ca, &all, 0o644).with_context(cannot)?;
         write(&files.certificate, &issued.certificate_pem, 0o644).with_context(cannot)?;
         write(&files.key, &issued.key_pem, 0o600).with_context(cannot)?;
     }
     Ok(())
+}
+
+/// One CA for each region that has a member.
+fn authorities(roster: &Roster, members: &[Member]) -> anyhow::Result<BTreeMap<Region, Authority>> {
+    let mut authorities = BTreeMap::new();
+    for member in members {
+        let Identity { cluster, region, .. } = identity(roster, member);
+        if let Entry::Vacant(free) = authorities.entry(region) {
+            free.insert(Authority::new(&cluster, region, CA_VALID)?);
+        }
+    }
+    Ok(authorities)
 }
 
 fn identity(roster: &Roster, member: &Member) -> Identity {
@@ -101,6 +137,13 @@ mod tests {
             let credentials = Credentials::load(&files).unwrap();
             assert_eq!(*credentials.identity(), identity(&roster, member));
             let mode = fs::metadata(&files.key).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
+            let ca = ca_dir(dir.path()).join(member.region.as_str());
+            let key = fs::read_to_string(ca.with_extension("key")).unwrap();
+            let certificate = fs::read_to_string(ca.with_extension("pem")).unwrap();
+            let authority = Authority::from_pem(&certificate, &key).unwrap();
+            assert_eq!(*authority.domain(), credentials.identity().domain());
+            let mode = fs::metadata(ca.with_extension("key")).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600);
         }
         let operator = Credentials::load(&files(dir.path(), &operator())).unwrap();

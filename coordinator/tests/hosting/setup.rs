@@ -58,8 +58,9 @@ impl Lonely {
             }],
         });
         let roster = serde_json::from_value(roster).unwrap();
-        let (disk, authority) =
-            (tempfile::tempdir().unwrap(), Authority::new("test", HOUR).unwrap());
+        let disk = tempfile::tempdir().unwrap();
+        let (cluster, region) = ("test".parse().unwrap(), "fr".parse().unwrap());
+        let authority = Authority::new(&cluster, region, HOUR).unwrap();
         let lonely = Self { disk, authority, roster, control, listener: Some(listener).into() };
         let ca = lonely.authority.certificate_pem();
         std::fs::write(lonely.file("ca.pem"), ca).unwrap();
@@ -160,7 +161,7 @@ impl Lonely {
     pub async fn committed(&self, wanted: impl Fn(&State) -> bool) -> Arc<State> {
         let identity = "spiffe://test/region/fr/role/operator/node/somebody";
         let issued = self.authority.issue(&identity.parse().unwrap(), HOUR).unwrap();
-        let credentials = self.authority.credentials(issued).unwrap();
+        let credentials = self.authority.credentials(&issued).unwrap();
         let client = Client::new(&credentials, vec![self.control.to_string()]).unwrap();
         let mut states = client.watch();
         let committed = states.wait_for(|state| state.as_ref().is_some_and(|state| wanted(state)));

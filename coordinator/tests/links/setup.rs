@@ -47,13 +47,17 @@ pub fn load(weights: WeightFormat) -> NodeHandle {
 }
 
 /// The CA of the cluster, and of another one.
-pub static OURS: LazyLock<Authority> = LazyLock::new(|| Authority::new("test", HOUR).unwrap());
-pub static THEIRS: LazyLock<Authority> = LazyLock::new(|| Authority::new("test", HOUR).unwrap());
+pub static OURS: LazyLock<Authority> = LazyLock::new(authority);
+pub static THEIRS: LazyLock<Authority> = LazyLock::new(authority);
 pub const HOUR: Duration = Duration::from_secs(3_600);
+
+fn authority() -> Authority {
+    Authority::new(&"test".parse().unwrap(), "fr".parse().unwrap(), HOUR).unwrap()
+}
 
 pub fn credentials(authority: &Authority, role: Role, name: &str) -> Credentials {
     let identity = format!("spiffe://test/region/fr/role/{role}/node/{name}").parse().unwrap();
-    authority.credentials(authority.issue(&identity, HOUR).unwrap()).unwrap()
+    authority.credentials(&authority.issue(&identity, HOUR).unwrap()).unwrap()
 }
 
 /// One way to reach a node over a network.

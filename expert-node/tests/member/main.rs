@@ -59,12 +59,13 @@ impl Cluster {
     }
 
     async fn serving(digest: &[u8]) -> Self {
-        let authority = Authority::new("test", HOUR).unwrap();
+        let (cluster, region) = ("test".parse().unwrap(), "fr".parse().unwrap());
+        let authority = Authority::new(&cluster, region, HOUR).unwrap();
         let issue = |role: Role, name: &str| -> Issued {
             let identity = format!("spiffe://test/region/fr/role/{role}/node/{name}");
             authority.issue(&identity.parse().unwrap(), HOUR).unwrap()
         };
-        let own = authority.credentials(issue(Role::Coordinator, "fr-coordinator")).unwrap();
+        let own = authority.credentials(&issue(Role::Coordinator, "fr-coordinator")).unwrap();
         let control = TcpListener::bind("127.0.0.1:0").unwrap();
         let voter = RosterVoter {
             name: "fr-coordinator".parse().unwrap(),
@@ -159,7 +160,7 @@ fn write(dir: &std::path::Path, authority: &Authority, issued: &Issued) -> Files
         path
     };
     Files {
-        ca: file("ca.pem", &authority.certificate_pem()),
+        ca: file("ca.pem", authority.certificate_pem()),
         certificate: file("node.pem", &issued.certificate_pem),
         key: file("node.key", &issued.key_pem),
     }

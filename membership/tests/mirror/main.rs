@@ -12,6 +12,7 @@ use entente_membership::mirror::{QUEUE_LEN_MAX, keys, run};
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
 use entente_membership::service::{self, Membership};
 use entente_membership::state::{self, NodeSpec, NodeState, Role, State};
+use entente_proto::identity::Identity;
 use entente_proto::ids::{ExpertId, LayerId, NodeId};
 use entente_proto::placement::Placement;
 use entente_tls::Authority;
@@ -165,10 +166,11 @@ async fn who_does_not_lead_writes_nothing() {
 
 /// A voter that leads alone, and mirrors what it commits.
 async fn voter(etcd: &Etcd, dir: &std::path::Path) -> Membership {
-    let authority = Authority::new("test", Duration::from_secs(3_600)).unwrap();
-    let identity = "spiffe://test/region/fr/role/coordinator/node/fr-1".parse().unwrap();
-    let issued = authority.issue(&identity, Duration::from_secs(3_600)).unwrap();
-    let credentials = authority.credentials(issued).unwrap();
+    let identity: Identity = "spiffe://test/region/fr/role/coordinator/node/fr-1".parse().unwrap();
+    let hour = Duration::from_secs(3_600);
+    let authority = Authority::new(&identity.cluster, identity.region, hour).unwrap();
+    let issued = authority.issue(&identity, hour).unwrap();
+    let credentials = authority.credentials(&issued).unwrap();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let founder = RosterVoter {

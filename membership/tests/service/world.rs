@@ -53,6 +53,12 @@ pub fn name(text: &str) -> NodeName {
     text.parse().unwrap()
 }
 
+/// A CA of the region in which everybody stands.
+fn authority() -> Authority {
+    let (cluster, region) = ("demo".parse().unwrap(), "fr".parse().unwrap());
+    Authority::new(&cluster, region, Duration::from_secs(3_600)).unwrap()
+}
+
 impl World {
     /// A cluster of so many founders that do not run yet: two coordinators, the rest witnesses.
     pub fn founded_with(voters: usize) -> Self {
@@ -100,7 +106,7 @@ impl World {
         let running = voters.iter().map(|_| None).collect();
         let roster = Roster::new("demo".to_owned(), 1, nodes).unwrap();
         Self {
-            authority: Authority::new("demo", Duration::from_secs(3_600)).unwrap(),
+            authority: authority(),
             roster: roster.with_voters(voters).unwrap(),
             runtime,
             dir: tempfile::tempdir().unwrap(),
@@ -125,7 +131,7 @@ impl World {
             node: name(node),
         };
         let issued = self.authority.issue(&identity, Duration::from_secs(3_600)).unwrap();
-        self.authority.credentials(issued).unwrap()
+        self.authority.credentials(&issued).unwrap()
     }
 
     pub fn config(&self, address: &str, node: &str) -> Config {

@@ -78,7 +78,8 @@ struct Tls {
 
 impl Tls {
     fn new(roster: Roster) -> anyhow::Result<Self> {
-        let authority = Authority::new(roster.name(), VALID)?;
+        let cluster = roster.expect(Role::Coordinator, None).cluster;
+        let authority = Authority::new(&cluster, "fr".parse()?, VALID)?;
         let coordinator =
             issue(&authority, &roster, Role::Coordinator, &"fr-coordinator".parse()?)?;
         Ok(Self { authority, coordinator, roster })
@@ -106,7 +107,7 @@ fn issue(
 ) -> anyhow::Result<Credentials> {
     let cluster = roster.expect(role, None).cluster;
     let identity = Identity { cluster, region: "fr".parse()?, role, node: node.clone() };
-    Ok(authority.credentials(authority.issue(&identity, VALID)?)?)
+    Ok(authority.credentials(&authority.issue(&identity, VALID)?)?)
 }
 
 /// Times of one transport.
