@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use entente_membership::raft;
 use entente_membership::roster::{Roster, VoterRole};
-use entente_membership::served::{SERVED_MODEL_KEY, ServedModel};
+use entente_membership::served::{Differs, SERVED_MODEL_KEY, ServedModel};
 use entente_membership::service::{self, Membership, Service};
 use entente_membership::state::{Command, Expect, RecordKind, State};
 use entente_proto::ids::Region;
@@ -86,12 +86,17 @@ pub(crate) async fn agree(
     }
 }
 
-/// Refuses a cluster that serves another model.
+/// Refuses a cluster that serves another model, or other weights of it.
 fn check(state: &State, model: &ServedModel) -> Result<(), Error> {
     match ServedModel::of(state) {
         None => Ok(()),
-        Some(Ok(agreed)) if agreed.digest == model.digest => Ok(()),
-        Some(Ok(agreed)) => Err(Error::OtherModel { agreed: agreed.digest, ours: model.digest }),
+        Some(Ok(agreed)) => {
+            let ours = model.manifest_sha256.as_ref().map(<[u8; 32]>::as_slice);
+            agreed.admits(&model.digest.0, ours).map_err(|differs| match differs {
+                Differs::Model => Error::OtherModel { agreed: agreed.digest, ours: model.digest },
+                Differs::Weights => Error::OtherWeights,
+            })
+        }
         Some(Err(error)) => {
             Err(Error::Config(format!("the cluster's record of its model: {error}")))
         }
@@ -133,7 +138,7 @@ mod tests {
 
     fn model(digest: u8) -> ServedModel {
         let shape = ModelShape { layers: vec![(LayerId(0), 8)], expert_bytes: 10 };
-        ServedModel { digest: ModelDigest([digest; 32]), shape }
+        ServedModel { digest: ModelDigest([digest; 32]), shape, manifest_sha256: Some([4; 32]) }
     }
 
     /// Coordinators in fr and se, a witness in de.
@@ -187,5 +192,9 @@ mod tests {
         assert!(check(&state, &ours).is_ok());
         let refused = check(&state, &model(2)).unwrap_err().to_string();
         assert!(refused.starts_with("the cluster serves the model 0101"), "{refused}");
+        let other = ServedModel { manifest_sha256: Some([5; 32]), ..ours.clone() };
+        let refused = check(&state, &other).unwrap_err().to_string();
+        assert!(refused.contains("manifest.json"), "{refused}");
+        assert!(check(&state, &ServedModel { manifest_sha256: None, ..ours }).is_ok());
     }
 }

@@ -63,6 +63,12 @@ pub enum Error {
         /// This coordinator's.
         ours: ModelDigest,
     },
+    /// The cluster has agreed on another manifest.
+    #[error(
+        "the cluster serves other weights of this model than manifest.json beside them names, or in \
+         another format"
+    )]
+    OtherWeights,
     /// The system refused a thread or a task died.
     #[error("cannot start: {0}")]
     Start(String),
@@ -190,7 +196,11 @@ fn load(
         layers: checkpoint.architecture().moe_layers().collect(),
         expert_bytes: expert_bytes(&checkpoint, config.weights)?,
     };
-    let served = ServedModel { digest: checkpoint.digest(), shape };
+    let served = ServedModel {
+        digest: checkpoint.digest(),
+        shape,
+        manifest_sha256: checkpoint.manifest(config.weights).map(|manifest| manifest.sha256()),
+    };
     let mut local = BTreeMap::new();
     if config.transport == Transport::Inproc {
         let state = states.borrow().clone();

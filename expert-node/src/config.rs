@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use entente_membership::net::Via;
 use entente_membership::roster::Roster;
@@ -20,6 +21,10 @@ const HEARTBEAT_MS_MAX: u64 = 10_000;
 /// How long leaving may take unless the configuration says otherwise, and at most.
 const DRAIN_DEADLINE_MS: u64 = 30_000;
 const DRAIN_DEADLINE_MS_MAX: u64 = 86_400_000;
+/// How often each expert in memory is looked at unless the configuration says otherwise, and how
+/// rarely it may be.
+const SCRUB_INTERVAL_S: u64 = 3_600;
+const SCRUB_INTERVAL_S_MAX: u64 = 31_536_000;
 /// Longest address or site in bytes.
 const TEXT_LEN_MAX: usize = 260;
 
@@ -60,6 +65,9 @@ pub struct Config {
     /// Certificate, key and CAs; without them the node listens on loopback only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<entente_tls::Files>,
+    /// How often each expert in memory is compared with its SHA-256; 0: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub_interval_s: Option<u64>,
     /// How the node speaks to the voters.
     #[serde(default, skip_serializing_if = "is_default")]
     pub membership: MembershipConfig,
@@ -168,6 +176,7 @@ impl Config {
             site: None,
             advertise: None,
             drain_deadline_ms: None,
+            scrub_interval_s: None,
             tls: None,
             membership: MembershipConfig::default(),
             cluster,
@@ -186,6 +195,10 @@ impl Config {
                 return Err(ConfigError::Threads(threads));
             }
             _ => {}
+        }
+        if let Some(have) = self.scrub_interval_s.filter(|have| *have > SCRUB_INTERVAL_S_MAX) {
+            let (key, min, max) = ("scrub_interval_s", 0, SCRUB_INTERVAL_S_MAX);
+            return Err(ConfigError::Bounds { key, have, min, max });
         }
         if self.is_live() { self.check_live() } else { self.check_listed() }
     }
@@ -228,6 +241,12 @@ impl Config {
     /// How often the node tells that it lives.
     pub(crate) fn heartbeat_ms(&self) -> u64 {
         self.membership.heartbeat_ms.unwrap_or(HEARTBEAT_MS)
+    }
+
+    /// How often each expert in memory is looked at, if it is.
+    pub(crate) fn scrub_interval(&self) -> Option<Duration> {
+        let interval_s = self.scrub_interval_s.unwrap_or(SCRUB_INTERVAL_S);
+        (interval_s > 0).then(|| Duration::from_secs(interval_s))
     }
 
     /// How long leaving may take.
@@ -310,6 +329,8 @@ mod tests {
             ("threads = 2", "threads = 0", "threads: is 0"),
             ("threads = 2", "threads = 2000", "threads: is 2000"),
             ("threads = 2", "", ""),
+            ("threads = 2", "scrub_interval_s = 0", ""),
+            ("threads = 2", "scrub_interval_s = 31536001", "scrub_interval_s: is 31536001"),
             ("key = ", "keys = ", "unknown field `keys`"),
             ("ca = \"/etc/entente/ca.pem\"", "", "missing field `ca`"),
             ("model = \"/models/demo\"", "", "missing field `model`"),

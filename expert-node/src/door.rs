@@ -16,7 +16,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use entente_proto::identity::{Expected, Role};
+use entente_proto::identity::{Expected, Identity, Role};
 use entente_proto::ids::Incarnation;
 use entente_proto::stream::PREFACE;
 use entente_tls::{ALPN_GRPC, ALPN_STREAM, Channel, Credentials, Incoming};
@@ -48,13 +48,16 @@ pub(crate) struct Tls {
 }
 
 impl Tls {
-    /// Coordinators of our cluster may come in, and nobody else.
+    /// Coordinators of our cluster may come in, and to the gRPC server also expert nodes: what each
+    /// may call there is the service's to say.
     pub(crate) fn new(credentials: &Credentials) -> Result<Self, entente_tls::Error> {
-        let cluster = credentials.identity().cluster.clone();
-        let coordinator = Expected { cluster, roles: vec![Role::Coordinator], member: None };
+        let cluster = &credentials.identity().cluster;
+        let one_of = |roles| Expected { cluster: cluster.clone(), roles, member: None };
+        let stream = one_of(vec![Role::Coordinator]);
+        let grpc = one_of(vec![Role::Coordinator, Role::Expert]);
         Ok(Self {
-            stream: credentials.server(coordinator.clone(), &[ALPN_STREAM])?,
-            grpc: credentials.server(coordinator, &[ALPN_GRPC])?,
+            stream: credentials.server(stream, &[ALPN_STREAM])?,
+            grpc: credentials.server(grpc, &[ALPN_GRPC])?,
         })
     }
 }
@@ -62,7 +65,8 @@ impl Tls {
 /// A connection that has said who it is and what it speaks.
 enum Guest {
     Stream(TcpStream, Box<Channel>, Incoming),
-    Grpc(Pin<Box<dyn Duplex>>),
+    /// With who it is, where certificates say it.
+    Grpc(Pin<Box<dyn Duplex>>, Option<Arc<Identity>>),
 }
 
 impl Door {
@@ -115,7 +119,9 @@ impl Door {
                 let (read, write) = socket.into_split();
                 let read = Cursor::new(incoming.unopened().to_vec()).chain(read);
                 let secured = TlsAcceptor::from(tls.grpc.clone()).accept(join(read, write)).await?;
-                Ok(Guest::Grpc(Box::pin(secured)))
+                let certificates = secured.get_ref().1.peer_certificates();
+                let peer = Arc::new(entente_tls::peer_identity(certificates)?);
+                Ok(Guest::Grpc(Box::pin(secured), Some(peer)))
             }
         }
     }
@@ -127,8 +133,9 @@ impl Door {
                 self.connections.serve(node, socket, *channel, incoming)
             }
             // Fails only when the server has ended.
-            Guest::Grpc(io) => {
-                let greeted = *self.node.incarnation().borrow();
+            Guest::Grpc(io, peer) => {
+                let incarnation = *self.node.incarnation().borrow();
+                let greeted = Greeted { incarnation, peer };
                 let sent = self.grpc.send(Ok(GrpcIo { io, greeted })).await;
                 sent.map_err(|_| io::Error::other("the gRPC server has ended"))
             }
@@ -151,7 +158,7 @@ async fn greet_plain(mut socket: TcpStream) -> io::Result<Guest> {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     if first[0] != PREFACE[0] {
-        return Ok(Guest::Grpc(Box::pin(socket)));
+        return Ok(Guest::Grpc(Box::pin(socket), None));
     }
     let mut preface = [0; PREFACE.len()];
     socket.read_exact(&mut preface).await?;
@@ -221,7 +228,17 @@ async fn shake(
 /// What the gRPC server talks through.
 pub(crate) struct GrpcIo {
     io: Pin<Box<dyn Duplex>>,
-    greeted: Incarnation,
+    greeted: Greeted,
+}
+
+/// What a handler finds in the extensions of its request.
+#[derive(Debug, Clone)]
+pub(crate) struct Greeted {
+    /// The start of the node when the connection was shown in. What the peer learnt over it may be
+    /// of a later start, never of an earlier one.
+    pub(crate) incarnation: Incarnation,
+    /// Who it is; absent where nobody has a certificate, on loopback.
+    pub(crate) peer: Option<Arc<Identity>>,
 }
 
 pub(crate) trait Duplex: AsyncRead + AsyncWrite + Send {}
@@ -229,12 +246,10 @@ pub(crate) trait Duplex: AsyncRead + AsyncWrite + Send {}
 impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
 
 impl Connected for GrpcIo {
-    /// The start of the node when the connection was shown in. What the peer learnt over it may
-    /// be of a later start, never of an earlier one.
-    type ConnectInfo = Incarnation;
+    type ConnectInfo = Greeted;
 
-    fn connect_info(&self) -> Incarnation {
-        self.greeted
+    fn connect_info(&self) -> Greeted {
+        self.greeted.clone()
     }
 }
 

@@ -12,7 +12,8 @@
 //! - [`Config`]: the TOML file; [`found`]: the cluster and the placement that follow from it where
 //!   there are no voters;
 //! - `member`: the node's life in a cluster with voters: registered, told what to hold, let go;
-//! - `store`: the experts held now, and no other byte of the checkpoint;
+//! - `store`: the experts held now, and no other byte of the checkpoint; `scrub`: whether they are
+//!   still what they were; `lend`: to peers that have them not; [`Counters`] of all that;
 //! - [`core`]: whether a frame may be computed, a pure function;
 //! - `worker`: the queue and the thread that computes;
 //! - [`serve`] (gRPC and byte streams on one port, over TLS) and [`inproc`]: the doors to one
@@ -33,12 +34,15 @@
 mod cluster;
 mod config;
 pub mod core;
+mod counters;
 mod door;
 pub mod inproc;
+mod lend;
 mod limits;
 mod member;
 mod node;
 mod run;
+mod scrub;
 mod service;
 mod store;
 mod stream;
@@ -57,6 +61,7 @@ use entente_router::placement::PlacementRefused;
 
 pub use cluster::found;
 pub use config::{Config, ConfigError, MembershipConfig};
+pub use counters::{Counters, Counts};
 pub use node::{ExpertNode, NodeHandle, Reply};
 pub use run::{Ready, run};
 pub use service::serve;

@@ -40,5 +40,23 @@ pub const HANDSHAKES_MAX: usize = 64;
 pub const WRITE_MAX: Duration = Duration::from_secs(3);
 /// Accepted connections that wait for the gRPC server to take them.
 pub const ACCEPT_LEN_MAX: usize = 64;
+/// Experts that are sent to peers at once.
+pub const LENDS_MAX: usize = 2;
+/// Peers that wait for an expert, those included to whom one is sent.
+pub const LENDS_WAITING_MAX: usize = 32;
+/// Bytes of an expert that are sent at once.
+pub const LEND_PIECE_BYTES: usize = 512 << 10;
+/// How fast one expert is sent; frames must not wait for weights.
+pub const LEND_BYTES_PER_S: f64 = 256e6;
+/// How long a peer may take to read a piece.
+pub const LEND_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How fast weights in memory are looked at.
+pub const SCRUB_BYTES_PER_S: f64 = 256e6;
+/// How long a node that holds nothing waits before it looks again whether it does.
+pub const SCRUB_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Experts whose weights have changed that wait until the node's session takes them out.
+pub const SPOILT_MAX: usize = 16;
+/// Peers that are asked for one expert.
+pub const PEERS_MAX: usize = 8;
 /// Pause after a connection could not be accepted.
 pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);

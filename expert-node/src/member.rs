@@ -4,6 +4,7 @@
 //! ```text
 //!   Client: register, heartbeats, committed state ──┐             ┌──► calls, reports
 //!   loader: an expert is in memory ─────────────────┼──► Session ─┼──► loader: load these
+//!   scrubber: an expert has changed in memory ──────┤             │
 //!   clock, a signal ────────────────────────────────┘             └──► NodeHandle: hold, release, adopt
 //! ```
 //!
@@ -14,6 +15,7 @@
 mod calls;
 mod loader;
 mod message;
+mod restore;
 mod session;
 
 use std::future::{Future, pending};
@@ -25,8 +27,9 @@ use entente_membership::client::{Client, ClientError};
 use entente_membership::net::Reason;
 use entente_membership::state::State;
 use entente_proto::ids::{MembershipEpoch, NodeName, PlacementEpoch};
+use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tonic::Status;
 
@@ -35,6 +38,7 @@ use crate::node::NodeHandle;
 use calls::{Answer, Stream, next_orders};
 pub(crate) use loader::Loader;
 use loader::Outcome;
+pub(crate) use restore::Restorer;
 pub(crate) use session::Settings;
 use session::{Command, Event, Report, Session};
 
@@ -47,6 +51,8 @@ pub(crate) struct Member {
     pub(crate) registration: wire::RegisterRequest,
     pub(crate) loader: Arc<Loader>,
     pub(crate) settings: Settings,
+    /// Experts that have changed in memory.
+    pub(crate) spoilt: mpsc::Receiver<ExpertKey>,
 }
 
 /// Who is told how it goes.
@@ -91,6 +97,7 @@ impl Member {
                 orders = next_orders(&mut shell.stream) => shell.heard(orders),
                 outcome = done(&mut shell.loading) => shell.loaded(outcome),
                 state = next_state(&mut states) => shell.committed(&state),
+                Some(expert) = shell.member.spoilt.recv() => Event::Spoilt(expert),
                 _ = tick.tick() => Event::Tick,
             };
             let now_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -156,7 +163,12 @@ impl<P: Fn(u64, u64), R: FnOnce()> Shell<P, R> {
             Command::Report(report) => self.report(&report),
             Command::Load { experts, beside_serving } => {
                 let loader = self.member.loader.clone();
-                self.loading = Some(Box::pin(loader.load(experts, beside_serving)));
+                let state = self.member.client.watch().borrow().clone();
+                let name = &self.member.name;
+                let peers = state.map(|state| message::peers(&state, name, &experts));
+                let peers = peers.unwrap_or_default();
+                let loading = loader.load_or_restore(experts, beside_serving, peers);
+                self.loading = Some(Box::pin(loading));
             }
             Command::Release(experts) => {
                 tracing::info!(experts = experts.len(), "released");

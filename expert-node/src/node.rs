@@ -4,12 +4,13 @@
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use entente_membership::state::State;
-use entente_model::kernels::{self, GatedFfn, Kernels};
+use entente_model::kernels::{self, GatedFfn, Kernels, WeightFormat};
+use entente_model::packed::Manifest;
 use entente_model::{Checkpoint, Progress, load_experts};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::{
@@ -20,7 +21,9 @@ use entente_proto::placement::ExpertKey;
 use tokio::sync::watch;
 
 use crate::core::{NodeFacts, Standing, admit};
-use crate::store::ExpertStore;
+use crate::counters::Counters;
+use crate::member::Loader;
+use crate::store::{Expert, ExpertStore};
 use crate::worker::{Queue, Work};
 use crate::{Config, Error, cluster};
 
@@ -76,6 +79,10 @@ impl ExpertNode {
         Ok(NodeHandle(Arc::new(Node {
             name: name.clone(),
             kernel_class: kernels.class().clone(),
+            format: kernels.format(),
+            manifest: checkpoint.manifest(kernels.format()).cloned(),
+            counters: Arc::default(),
+            loader: OnceLock::new(),
             model_digest: checkpoint.digest(),
             facts,
             store: ExpertStore::default(),
@@ -97,7 +104,13 @@ fn mint_incarnation() -> Incarnation {
 struct Node {
     name: NodeName,
     kernel_class: KernelClass,
+    format: WeightFormat,
     model_digest: ModelDigest,
+    /// What each expert is, if the model folder says it.
+    manifest: Option<Arc<Manifest>>,
+    counters: Arc<Counters>,
+    /// What brings experts from the model folder, for peers that have none.
+    loader: OnceLock<Arc<Loader>>,
     facts: NodeFacts,
     store: ExpertStore,
     queue: Queue,
@@ -192,7 +205,55 @@ impl NodeHandle {
 
     /// Takes further experts in; frames for them are admitted from here on.
     pub(crate) fn hold(&self, experts: BTreeMap<ExpertKey, GatedFfn>) {
-        self.0.store.hold(experts);
+        self.0.store.hold(experts, self.0.manifest.as_deref());
+    }
+
+    /// The experts that are held.
+    pub(crate) fn held(&self) -> BTreeSet<ExpertKey> {
+        self.0.store.keys()
+    }
+
+    /// An expert that is held.
+    pub(crate) fn expert(&self, (layer, expert): ExpertKey) -> Option<Arc<Expert>> {
+        self.0.store.layer(layer).get(&expert).cloned()
+    }
+
+    /// Whether an expert in memory is still what it should be, which one that has gone is.
+    pub(crate) fn is_sound(&self, key: ExpertKey, rest: impl FnMut(usize)) -> bool {
+        let Some(expert) = self.expert(key) else { return true };
+        let is_sound = expert.is_sound(rest);
+        self.0.counters.count_scrubbed(is_sound);
+        is_sound
+    }
+
+    /// Counts what befalls weights here.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.0.counters
+    }
+
+    /// What brings experts from the model folder, once it is known.
+    pub(crate) fn loader(&self) -> Option<Arc<Loader>> {
+        self.0.loader.get().cloned()
+    }
+
+    /// Says what brings experts from the model folder; only the first time counts.
+    pub(crate) fn lend_from(&self, loader: Arc<Loader>) {
+        let _ = self.0.loader.set(loader);
+    }
+
+    /// The country that the node stands in.
+    pub(crate) fn region(&self) -> Region {
+        self.0.facts.region
+    }
+
+    /// How weights are kept.
+    pub(crate) fn format(&self) -> WeightFormat {
+        self.0.format
+    }
+
+    /// What the model folder says that its weights are.
+    pub(crate) fn manifest(&self) -> Option<&Arc<Manifest>> {
+        self.0.manifest.as_ref()
     }
 
     /// Lets experts go. Frames that were admitted before are still computed.

@@ -1,5 +1,6 @@
 //! A whole expert-node process but for its command line: bind, load, serve, leave, drain.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -10,13 +11,15 @@ use entente_membership::client::Client;
 use entente_membership::net::Dialler;
 use entente_model::kernels;
 use entente_model::{Checkpoint, Progress};
+use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
 use entente_tls::Credentials;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
-use crate::member::{Loader, Member, Settings, Told};
+use crate::limits::SPOILT_MAX;
+use crate::member::{Loader, Member, Restorer, Settings, Told};
 use crate::node::NodeHandle;
-use crate::{Config, ConfigError, Error, ExpertNode, serve};
+use crate::{Config, ConfigError, Error, ExpertNode, scrub, serve};
 
 /// What a node can say once it is about to take frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,9 +71,13 @@ pub async fn run(
         return live.run(progress, on_ready, leave, stop).await;
     }
     let mut shutdown = std::pin::pin!(either(leave, stop));
-    let model = config.model.clone();
+    let (model, scrub_interval) = (config.model.clone(), config.scrub_interval());
     let load = move || ExpertNode::load(&config, &Telling(progress));
     let Some(node) = unless(shutdown.as_mut(), &model, load).await? else { return Ok(()) };
+    // Nobody here could get it anew, but its rows are wrong: other replicas have the right ones.
+    let taken_from = node.clone();
+    let take_out = move |expert| taken_from.release(&BTreeSet::from([expert]));
+    let _scrubber = scrub_interval.map(|i| scrub::start(node.clone(), i, take_out)).transpose()?;
     on_ready(&node);
     serve(node, listener, credentials.as_ref(), shutdown).await
 }
@@ -96,10 +103,16 @@ impl Live {
         let voters = config.cluster.voters().iter().map(|voter| voter.address.clone()).collect();
         let dialler = Dialler::new(&credentials, None)?.through(config.membership.via.clone());
         let client = Client::with(dialler, voters)?;
-        let model = config.model.clone();
-        let opening = unless(stop.as_mut(), &model, move || open(&config, client, address));
-        let Some(member) = opening.await? else { return Ok(()) };
+        let (model, own) = (config.model.clone(), credentials.clone());
+        let scrub_interval = config.scrub_interval();
+        let (taking_out, spoilt) = mpsc::channel(SPOILT_MAX);
+        let open = move || open(&config, own, client, address, spoilt);
+        let Some(member) = unless(stop.as_mut(), &model, open).await? else { return Ok(()) };
         let node = member.node.clone();
+        // Fails only when the member has ended.
+        let take_out = move |expert| drop(taking_out.blocking_send(expert));
+        let _scrubber =
+            scrub_interval.map(|i| scrub::start(node.clone(), i, take_out)).transpose()?;
         let (registered, may_greet) = oneshot::channel();
         let (end, ended) = oneshot::channel::<()>();
         let told = Told { progress, ready: || on_ready(&node), registered };
@@ -124,7 +137,13 @@ impl Live {
 }
 
 /// Opens the model for a node that holds nothing yet. Blocks.
-fn open(config: &Config, client: Client, address: SocketAddr) -> Result<Member, Error> {
+fn open(
+    config: &Config,
+    credentials: Credentials,
+    client: Client,
+    address: SocketAddr,
+    spoilt: mpsc::Receiver<ExpertKey>,
+) -> Result<Member, Error> {
     let checkpoint = Checkpoint::open(&config.model)?;
     let kernels = kernels::select(config.weights, config.thread_count())?;
     let node = ExpertNode::empty(&config.name, config.region, &checkpoint, kernels.clone())?;
@@ -135,13 +154,24 @@ fn open(config: &Config, client: Client, address: SocketAddr) -> Result<Member, 
         memory_bytes: config.memory_bytes,
         kernel_class: kernel_class.to_string(),
         model_digest: Bytes::copy_from_slice(&model_digest.0),
+        manifest_sha256: node.manifest().map(|m| Bytes::copy_from_slice(&m.sha256())),
     };
     let settings = Settings {
         heartbeat_ms: config.heartbeat_ms(),
         drain_deadline_ms: config.drain_deadline_ms(),
     };
-    let loader = Arc::new(Loader::new(checkpoint, config.weights, kernels)?);
-    Ok(Member { name: config.name.clone(), node, client, registration, loader, settings })
+    let restorer = node.manifest().map(|manifest| Restorer {
+        credentials,
+        via: config.membership.via.clone(),
+        region: config.region,
+        manifest: manifest.clone(),
+        activation: checkpoint.architecture().activation,
+        counters: node.counters().clone(),
+    });
+    let loader = Arc::new(Loader::new(checkpoint, config.weights, kernels, restorer)?);
+    node.lend_from(loader.clone());
+    let name = config.name.clone();
+    Ok(Member { name, node, client, registration, loader, settings, spoilt })
 }
 
 /// Does something that blocks, unless it is not wanted any more: what is not done then ends with the

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
+use entente_proto::identity::Role;
 use entente_proto::ids::{ExchangeId, Incarnation};
 use entente_proto::wire;
 use entente_proto::wire::exchange_server::{Exchange, ExchangeServer};
@@ -22,7 +23,8 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Error;
-use crate::door::{Door, Tls};
+use crate::door::{Door, Greeted, Tls};
+use crate::lend::{Lender, Pieces};
 use crate::limits::{
     ACCEPT_LEN_MAX, CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, HTTP2_FRAME_BYTES_MAX,
     KEEPALIVE, STREAM_FRAMES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
@@ -34,6 +36,7 @@ type Outgoing = Result<wire::Combine, Status>;
 
 struct Service {
     node: NodeHandle,
+    lender: Lender,
     /// Turns true when streams must end.
     closing: watch::Receiver<bool>,
 }
@@ -41,11 +44,13 @@ struct Service {
 #[tonic::async_trait]
 impl Exchange for Service {
     type StreamStream = ReceiverStream<Outgoing>;
+    type FetchStream = Pieces;
 
     async fn describe(
         &self,
-        _: Request<wire::DescribeRequest>,
+        request: Request<wire::DescribeRequest>,
     ) -> Result<Response<wire::NodeInfo>, Status> {
+        greeted(&request, Role::Coordinator)?;
         Ok(Response::new(self.node.info().into()))
     }
 
@@ -54,8 +59,8 @@ impl Exchange for Service {
         request: Request<Streaming<wire::Dispatch>>,
     ) -> Result<Response<Self::StreamStream>, Status> {
         let mut incarnation = self.node.incarnation();
-        let greeted = request.extensions().get::<Incarnation>().copied();
-        if Some(*incarnation.borrow_and_update()) != greeted {
+        let greeted = greeted(&request, Role::Coordinator)?.incarnation;
+        if *incarnation.borrow_and_update() != greeted {
             return Err(Status::unavailable("the node has another incarnation now; dial again"));
         }
         let (answers, outgoing) = mpsc::channel(STREAM_FRAMES_MAX);
@@ -69,6 +74,33 @@ impl Exchange for Service {
             }
         });
         Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    /// Weights stay in their region, and go to nobody who has not shown a certificate.
+    async fn fetch(
+        &self,
+        request: Request<wire::FetchRequest>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        let peer = greeted(&request, Role::Expert)?.peer.clone();
+        let region = self.node.region();
+        if peer.is_none_or(|peer| peer.region != region) {
+            tracing::warn!(target: "audit", "weights were refused to a peer of another region");
+            return Err(Status::permission_denied(format!("weights do not leave {region}")));
+        }
+        Ok(Response::new(self.lender.lend(&request.into_inner())?))
+    }
+}
+
+/// What is known of the caller, if it has this role. Without certificates nobody has one.
+fn greeted<T>(request: &Request<T>, role: Role) -> Result<&Greeted, Status> {
+    let greeted = request.extensions().get::<Greeted>();
+    let greeted = greeted.ok_or_else(|| Status::unauthenticated("nobody is known there"))?;
+    match &greeted.peer {
+        Some(peer) if peer.role != role => {
+            tracing::warn!(target: "audit", caller = %peer, "a call was refused to this role");
+            Err(Status::permission_denied(format!("the call is for the role {role}")))
+        }
+        _ => Ok(greeted),
     }
 }
 
@@ -136,9 +168,13 @@ pub async fn serve(
     let door = Door { node: node.clone(), connections: connections.clone(), grpc, tls };
     let _greeting = AbortOnDrop(tokio::spawn(greet_again(node.incarnation(), connections.clone())));
     let accepting = AbortOnDrop(tokio::spawn(door.open(listener)));
-    let service = ExchangeServer::new(Service { node: node.clone(), closing })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let service = ExchangeServer::new(Service {
+        lender: Lender::new(node.clone()),
+        node: node.clone(),
+        closing,
+    })
+    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+    .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let drained = async {
         shutdown.await;
         node.drain();

@@ -6,11 +6,12 @@
 //! swaps one pointer; readers never wait for it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use entente_model::kernels::GatedFfn;
+use entente_model::packed::{self, Manifest};
 use entente_proto::ids::{ExpertId, LayerId};
 use entente_proto::placement::ExpertKey;
 
@@ -18,6 +19,8 @@ use entente_proto::placement::ExpertKey;
 pub(crate) struct Expert {
     /// Its weights.
     pub(crate) ffn: GatedFfn,
+    /// What they are; where no manifest says it, what they were when they were first looked at.
+    sha256: OnceLock<[u8; 32]>,
     /// Rows that went through it since they were last taken.
     rows: AtomicU64,
 }
@@ -26,6 +29,12 @@ impl Expert {
     /// Counts rows that went through it.
     pub(crate) fn count(&self, rows: usize) {
         self.rows.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+
+    /// Whether its weights are still what they should be; `rest` as for [`packed::sha256`].
+    pub(crate) fn is_sound(&self, rest: impl FnMut(usize)) -> bool {
+        let now = packed::sha256(&self.ffn, rest);
+        *self.sha256.get_or_init(|| now) == now
     }
 }
 
@@ -44,10 +53,15 @@ impl ExpertStore {
         self.0.load().get(&layer).cloned().unwrap_or_default()
     }
 
-    /// Takes further experts in.
-    pub(crate) fn hold(&self, experts: BTreeMap<ExpertKey, GatedFfn>) {
-        let in_memory = |ffn| Arc::new(Expert { ffn, rows: AtomicU64::new(0) });
-        let experts: Vec<_> = experts.into_iter().map(|(key, ffn)| (key, in_memory(ffn))).collect();
+    /// Takes further experts in, which are what the manifest says, if there is one.
+    pub(crate) fn hold(&self, experts: BTreeMap<ExpertKey, GatedFfn>, manifest: Option<&Manifest>) {
+        let in_memory = |key, ffn| {
+            let named = manifest.and_then(|manifest| manifest.expert(key));
+            let sha256 = named.map(OnceLock::from).unwrap_or_default();
+            Arc::new(Expert { ffn, sha256, rows: AtomicU64::new(0) })
+        };
+        let experts = experts.into_iter().map(|(key, ffn)| (key, in_memory(key, ffn)));
+        let experts: Vec<_> = experts.collect();
         self.change(|layers| {
             for ((layer, id), expert) in &experts {
                 Arc::make_mut(layers.entry(*layer).or_default()).insert(*id, expert.clone());

@@ -78,7 +78,18 @@ impl Dialler {
     ) -> Result<Self, entente_tls::Error> {
         let cluster = credentials.identity().cluster.clone();
         let voter = Expected { cluster, roles: vec![Role::Coordinator, Role::Witness], member };
-        let config = credentials.client(voter, &[ALPN_GRPC])?;
+        Self::expecting(credentials, voter)
+    }
+
+    /// Dials whoever is as expected.
+    ///
+    /// # Errors
+    /// The credentials are of no use.
+    pub fn expecting(
+        credentials: &Credentials,
+        expected: Expected,
+    ) -> Result<Self, entente_tls::Error> {
+        let config = credentials.client(expected, &[ALPN_GRPC])?;
         Ok(Self { config, own: None, via: Via::default() })
     }
 

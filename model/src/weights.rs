@@ -125,10 +125,16 @@ impl CoordinatorWeights {
         let arch = checkpoint.architecture();
         match checkpoint.storage() {
             Storage::Packed(packed) => {
-                packed.require(kernels.format())?;
+                packed.require_format(kernels.format())?;
                 packed.coordinator(arch, progress)
             }
-            Storage::Tensors(tensors) => Loader { arch, tensors, kernels }.coordinator(progress),
+            Storage::Tensors(tensors) => {
+                let weights = Loader { arch, tensors, kernels }.coordinator(progress)?;
+                if let Some(manifest) = checkpoint.manifest(kernels.format()) {
+                    manifest.check_coordinator(arch, &weights)?;
+                }
+                Ok(weights)
+            }
         }
     }
 
@@ -162,8 +168,9 @@ pub fn load_expert(
 /// Loads the experts of `placed`, reading no other expert's bytes; `progress` counts them.
 ///
 /// # Errors
-/// An expert that the model does not have; what is wrong with a file; and a packed form of another
-/// format than that of `kernels`.
+/// An expert that the model does not have, or that is missing in the folder; what is wrong with a
+/// file; weights that are not those of the manifest; and a packed form of another format than that of
+/// `kernels`.
 pub fn load_experts(
     checkpoint: &Checkpoint,
     kernels: &dyn Kernels,
@@ -176,14 +183,17 @@ pub fn load_experts(
     }
     match checkpoint.storage() {
         Storage::Packed(packed) => {
-            packed.require(kernels.format())?;
+            packed.require_format(kernels.format())?;
             packed.experts(arch, placed, progress)
         }
         Storage::Tensors(tensors) => {
             let loader = Loader { arch, tensors, kernels };
+            let manifest = checkpoint.manifest(kernels.format());
             let mut experts = BTreeMap::new();
             for (done, key) in (1..).zip(placed) {
-                experts.insert(*key, loader.expert(*key)?);
+                let expert = loader.expert(*key)?;
+                manifest.iter().try_for_each(|manifest| manifest.check(*key, &expert))?;
+                experts.insert(*key, expert);
                 progress.advance(done, placed.len() as u64);
             }
             Ok(experts)
@@ -199,12 +209,13 @@ pub fn load_experts(
 pub fn expert_bytes(checkpoint: &Checkpoint, format: WeightFormat) -> Result<u64, ModelError> {
     let arch = checkpoint.architecture();
     if let Storage::Packed(packed) = checkpoint.storage() {
-        packed.require(format)?;
+        packed.require_format(format)?;
     }
-    let first = ExpertId(0);
-    let bytes = |layer| match checkpoint.storage() {
-        Storage::Packed(packed) => Ok(packed.expert_bytes(layer, first)),
-        Storage::Tensors(tensors) => {
+    let (first, manifest) = (ExpertId(0), checkpoint.manifest(format));
+    let bytes = |layer| match (checkpoint.storage(), manifest) {
+        (Storage::Packed(packed), _) => Ok(packed.expert_bytes(layer, first)),
+        (_, Some(manifest)) => Ok(manifest.expert_bytes(layer, first)),
+        (Storage::Tensors(tensors), None) => {
             let ExpertSources { gate, up, down } =
                 ExpertSources::find(arch, tensors, (layer, first))?;
             Ok([gate, up, down].iter().map(|m| format.packed_bytes(m) as u64).sum())

@@ -3,11 +3,13 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, Subcommand, ValueEnum};
-use entente_model::kernels::{self, WeightFormat};
+use entente_model::kernels::{self, Kernels, WeightFormat};
+use entente_model::packed::{self, Manifest};
 use entente_model::synth::{self, Shape, SynthError};
-use entente_model::{Checkpoint, Progress, packed};
+use entente_model::{Checkpoint, Progress};
 use indicatif::ProgressBar;
 
 use crate::cluster::plan::Weights;
@@ -24,8 +26,11 @@ pub struct ModelArgs {
 enum ModelVerb {
     /// Write the packed form of a checkpoint: a folder that is used in its place and starts faster.
     Import(ImportArgs),
-    /// Compare a packed folder with its checksums.
+    /// Compare all weights of a folder with its manifest, or with the checksums of an import.
     Verify(VerifyArgs),
+    /// Write the manifest of a checkpoint: the SHA-256 of each expert and of the rest, as they are
+    /// kept in one weight format. An import has one already.
+    Manifest(ManifestArgs),
     /// Write a checkpoint of any shape with random weights, for measuring.
     Synth(SynthArgs),
 }
@@ -48,8 +53,19 @@ struct ImportArgs {
 /// The flags of `entente model verify`.
 #[derive(Debug, Args)]
 struct VerifyArgs {
-    /// Folder that `entente model import` wrote.
+    /// Folder that `entente model import` wrote, or that has a manifest.
     dir: PathBuf,
+}
+
+/// The flags of `entente model manifest`.
+#[derive(Debug, Args)]
+struct ManifestArgs {
+    /// Checkpoint folder; the manifest is written there.
+    dir: PathBuf,
+
+    /// Weight format; that of the folder, if it has one, or bf16 when absent.
+    #[arg(long, env = "ENTENTE_WEIGHTS", value_enum)]
+    weights: Option<Weights>,
 }
 
 /// Shapes that have a name.
@@ -135,6 +151,7 @@ pub fn run(args: ModelArgs) -> anyhow::Result<()> {
     match args.verb {
         ModelVerb::Import(args) => import(&args),
         ModelVerb::Verify(args) => verify(&args),
+        ModelVerb::Manifest(args) => manifest(&args),
         ModelVerb::Synth(args) => synth(&args),
     }
 }
@@ -149,11 +166,16 @@ impl Progress for Parts {
     }
 }
 
+/// Kernels of a format that use all of the machine.
+fn all_kernels(format: WeightFormat) -> anyhow::Result<Arc<dyn Kernels>> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(kernels::select(format, threads)?)
+}
+
 fn import(args: &ImportArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.dir)?;
     let format = WeightFormat::from(args.weights);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernels = kernels::select(format, threads)?;
+    let kernels = all_kernels(format)?;
     let out = match &args.out {
         Some(out) => out.clone(),
         None => beside(&args.dir, format)?,
@@ -161,9 +183,10 @@ fn import(args: &ImportArgs) -> anyhow::Result<()> {
     let parts = Parts(ProgressBar::new(0));
     let imported = packed::import(&checkpoint, kernels.as_ref(), &out, &parts);
     parts.0.finish_and_clear();
-    let packed::Imported { weights_bytes, parts } = imported?;
+    let packed::Imported { weights_bytes, parts, manifest } = imported?;
     let gb = weights_bytes as f64 / 1e9;
-    say(&format!("{}: {gb:.2} GB of {} weights in {parts} parts", out.display(), format.name()))
+    say(&format!("{}: {gb:.2} GB of {} weights in {parts} parts", out.display(), format.name()))?;
+    tell(&manifest)
 }
 
 /// The folder of an import beside that of its checkpoint, whatever way led to that one.
@@ -179,10 +202,30 @@ fn beside(dir: &Path, format: WeightFormat) -> anyhow::Result<PathBuf> {
 
 fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.dir)?;
+    // A folder that says nothing of a format has nothing to be compared with either.
+    let kernels = all_kernels(packed::format(&checkpoint).unwrap_or(WeightFormat::Bf16))?;
     let parts = Parts(ProgressBar::new(0));
-    let verified = packed::verify(&checkpoint, &parts);
+    let verified = packed::verify(&checkpoint, kernels.as_ref(), &parts);
     parts.0.finish_and_clear();
     say(&format!("{}: all {} parts are as they were written", args.dir.display(), verified?))
+}
+
+fn manifest(args: &ManifestArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.dir)?;
+    let of_folder = packed::format(&checkpoint).unwrap_or(WeightFormat::Bf16);
+    let kernels = all_kernels(args.weights.map_or(of_folder, WeightFormat::from))?;
+    let parts = Parts(ProgressBar::new(0));
+    let manifest = packed::manifest(&checkpoint, kernels.as_ref(), &parts);
+    parts.0.finish_and_clear();
+    let manifest = manifest?;
+    manifest.write()?;
+    tell(&manifest)
+}
+
+/// Shows what names all weights at once, to be compared between machines.
+fn tell(manifest: &Manifest) -> anyhow::Result<()> {
+    let sha256: String = manifest.sha256().iter().map(|byte| format!("{byte:02x}")).collect();
+    say(&format!("manifest of {} weights: sha256 {sha256}", manifest.format().name()))
 }
 
 fn say(line: &str) -> anyhow::Result<()> {

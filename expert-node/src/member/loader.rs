@@ -1,12 +1,15 @@
-//! Brings experts from the checkpoint folder into memory while others are computed with.
+//! Brings experts into memory while others are computed with: from the checkpoint folder, or from a
+//! peer where the folder lacks them or has others than the manifest says.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 
 use entente_model::kernels::{self, GatedFfn, Kernels, UnsupportedCpu, WeightFormat};
-use entente_model::{Checkpoint, ModelError, load_experts};
+use entente_model::{Checkpoint, load_experts};
 use entente_proto::placement::ExpertKey;
+
+use super::restore::{Peer, Restorer};
 
 /// Longest reason that is kept and told.
 const REASON_LEN_MAX: usize = 256;
@@ -18,7 +21,12 @@ pub(crate) struct Loader {
     kernels: Arc<dyn Kernels>,
     /// The same on one thread of their own: packing must not take its turn between frames.
     beside: Arc<dyn Kernels>,
+    /// Absent without a manifest: nothing that a peer sends could be believed.
+    restorer: Option<Restorer>,
 }
+
+/// Who may have what is missing here.
+pub(crate) type Peers = BTreeMap<ExpertKey, Vec<Peer>>;
 
 /// What came of a load.
 pub(crate) struct Outcome {
@@ -31,8 +39,9 @@ impl Loader {
         checkpoint: Checkpoint,
         format: WeightFormat,
         kernels: Arc<dyn Kernels>,
+        restorer: Option<Restorer>,
     ) -> Result<Self, UnsupportedCpu> {
-        Ok(Self { checkpoint, kernels, beside: kernels::select(format, 1)? })
+        Ok(Self { checkpoint, kernels, beside: kernels::select(format, 1)?, restorer })
     }
 
     /// Loads the experts; `beside_serving` takes longer, and less from the frames that are computed.
@@ -55,6 +64,25 @@ impl Loader {
         }
     }
 
+    /// The same, and what cannot be loaded is asked of peers.
+    pub(crate) async fn load_or_restore(
+        self: Arc<Self>,
+        experts: BTreeSet<ExpertKey>,
+        beside_serving: bool,
+        peers: Peers,
+    ) -> Outcome {
+        let Outcome { mut loaded, mut failed } = self.clone().load(experts, beside_serving).await;
+        let Some(restorer) = &self.restorer else { return Outcome { loaded, failed } };
+        for (key, reason) in std::mem::take(&mut failed) {
+            let peers = peers.get(&key).map_or(&[][..], Vec::as_slice);
+            match restorer.restore(key, peers).await {
+                Ok(ffn) => drop(loaded.insert(key, ffn)),
+                Err(theirs) => drop(failed.insert(key, short(&format!("{reason}; {theirs}")))),
+            }
+        }
+        Outcome { loaded, failed }
+    }
+
     /// All at once, and if that fails one by one, to know which is to blame.
     fn load_now(&self, experts: &BTreeSet<ExpertKey>, kernels: &dyn Kernels) -> Outcome {
         let load = |experts: &_| load_experts(&self.checkpoint, kernels, experts, &());
@@ -66,13 +94,13 @@ impl Loader {
         for key in experts {
             match load(&BTreeSet::from([*key])) {
                 Ok(loaded) => outcome.loaded.extend(loaded),
-                Err(error) => drop(outcome.failed.insert(*key, short(&error))),
+                Err(error) => drop(outcome.failed.insert(*key, short(&error.to_string()))),
             }
         }
         outcome
     }
 }
 
-fn short(error: &ModelError) -> String {
-    error.to_string().chars().take(REASON_LEN_MAX).collect()
+fn short(reason: &str) -> String {
+    reason.chars().take(REASON_LEN_MAX).collect()
 }

@@ -1,12 +1,17 @@
 //! Between the session's words and the wire's.
 
+use std::collections::BTreeSet;
+
 use entente_membership::service::{pack_experts, unpack_experts};
-use entente_membership::state::{NodeState, State};
-use entente_proto::ids::{NodeName, PlacementEpoch};
+use entente_membership::state::{Node, NodeState, Role, State};
+use entente_proto::ids::{NodeId, NodeName, PlacementEpoch};
 use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
 
+use super::loader::Peers;
+use super::restore::Peer;
 use super::session::{Committed, Orders, Report};
+use crate::limits::PEERS_MAX;
 
 /// Orders that make no sense.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +48,28 @@ pub(super) fn orders(orders: wire::HeartbeatOrders) -> Result<Orders, Malformed>
         wanted: orders.wanted.map(unpack).transpose()?,
         dismissed: orders.dismissed,
     })
+}
+
+/// Nodes of the same region that may have these experts: first those on which the placement has
+/// them, then those that may have them in their model folder.
+pub(super) fn peers(state: &State, name: &NodeName, experts: &BTreeSet<ExpertKey>) -> Peers {
+    let Some(own) = state.node(name) else { return Peers::new() };
+    let serves = |node: &&Node| {
+        node.spec.role == Role::ExpertNode
+            && node.spec.region == own.spec.region
+            && node.id != own.id
+            && matches!(node.state, NodeState::Active | NodeState::Draining)
+    };
+    let others: Vec<&Node> = state.nodes().filter(serves).collect();
+    let peer =
+        |node: &&Node| Peer { name: node.spec.name.clone(), address: node.spec.address.clone() };
+    let peers_of = |expert: &ExpertKey| {
+        let holders: BTreeSet<NodeId> = state.placement().replicas(*expert).collect();
+        let (first, then): (Vec<&Node>, Vec<&Node>) =
+            others.iter().partition(|node| holders.contains(&node.id));
+        (*expert, first.iter().chain(&then).take(PEERS_MAX).map(peer).collect())
+    };
+    experts.iter().map(peers_of).collect()
 }
 
 /// What a state says about the node of this name.

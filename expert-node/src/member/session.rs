@@ -14,7 +14,7 @@
 //! Invariants:
 //! - nothing is released that the latest committed placement seen names for this node, nor while
 //!   orders and that placement are of different epochs: one of the two is news, and nobody knows
-//!   which;
+//!   which; but an expert whose weights have changed is released at once, and got anew;
 //! - whatever the control plane does, what is held stays held and goes on serving;
 //! - at most one call and one load are under way.
 //!
@@ -27,6 +27,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use entente_proto::ids::{Incarnation, NodeId, PlacementEpoch};
 use entente_proto::placement::ExpertKey;
+
+use crate::scrub::SPOILT;
 
 /// Heartbeats without orders after which the leader is taken to be gone and sought anew. A stream
 /// does not end when its other end is stopped or cut off.
@@ -92,6 +94,8 @@ pub(crate) enum Event {
         held: BTreeSet<ExpertKey>,
         failed: BTreeMap<ExpertKey, String>,
     },
+    /// The weights of an expert in memory are no longer what they should be.
+    Spoilt(ExpertKey),
     /// A heartbeat is due.
     Tick,
     /// The node wants to stop.
@@ -162,7 +166,8 @@ struct Leaving {
 #[derive(Debug)]
 struct Failed {
     reason: String,
-    at_ms: u64,
+    /// When it is tried again.
+    retry_ms: u64,
     told: bool,
 }
 
@@ -227,6 +232,7 @@ impl Session {
             Event::Broken { fenced } => self.broken(fenced, now_ms),
             Event::Committed(committed) => self.committed = Some(committed),
             Event::Loaded { held, failed } => self.loaded(held, failed, now_ms, &mut out),
+            Event::Spoilt(expert) => self.spoilt(expert, now_ms, &mut out),
             Event::Tick => self.tick(now_ms, &mut out),
             Event::Leave => self.leave(now_ms, &mut out),
         }
@@ -282,17 +288,29 @@ impl Session {
     ) {
         self.loading = false;
         self.failed.retain(|key, _| !held.contains(key));
+        let retry_ms = now_ms.saturating_add(LOAD_RETRY_MS);
         let failed = failed.into_iter();
-        self.failed.extend(failed.map(|(key, reason)| {
-            let failed = Failed { reason, at_ms: now_ms, told: false };
-            (key, failed)
-        }));
+        self.failed
+            .extend(failed.map(|(key, reason)| (key, Failed { reason, retry_ms, told: false })));
         self.held.extend(held);
         self.held_changed = true;
         if let Some(wanted) = &self.wanted {
             let held = self.held.intersection(wanted).count() as u64;
             out.push(Command::Progress { held, wanted: wanted.len() as u64 });
         }
+        self.report(now_ms, out);
+    }
+
+    /// It serves no more from here on, the leader hears why, and it is got anew like any other that
+    /// is missing.
+    fn spoilt(&mut self, expert: ExpertKey, now_ms: u64, out: &mut Vec<Command>) {
+        if !self.held.remove(&expert) {
+            return;
+        }
+        self.held_changed = true;
+        let failed = Failed { reason: SPOILT.to_owned(), retry_ms: now_ms, told: false };
+        self.failed.insert(expert, failed);
+        out.push(Command::Release(BTreeSet::from([expert])));
         self.report(now_ms, out);
     }
 
@@ -360,9 +378,7 @@ impl Session {
     /// What follows from all that is known now.
     fn settle(&mut self, now_ms: u64, out: &mut Vec<Command>) {
         let Some(wanted) = &self.wanted else { return };
-        self.failed.retain(|key, failed| {
-            wanted.contains(key) && now_ms.saturating_sub(failed.at_ms) < LOAD_RETRY_MS
-        });
+        self.failed.retain(|key, failed| wanted.contains(key) && now_ms < failed.retry_ms);
         if !self.loading {
             let at_once = if self.ready { 1 } else { LOADS_AT_ONCE };
             let missing =

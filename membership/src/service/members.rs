@@ -168,13 +168,12 @@ impl Members {
     }
 }
 
-/// A node that has loaded another model than the cluster serves would compute other rows.
+/// A node that has another model or other weights than the cluster serves would compute other rows.
 fn check_model(state: &State, said: &wire::RegisterRequest) -> Result<(), Status> {
     match ServedModel::of(state) {
-        Some(Ok(model)) if said.model_digest != model.digest.0[..] => {
-            let text = "the cluster serves another model than this node has";
-            Err(Reason::OtherModel.status(text))
-        }
+        Some(Ok(model)) => model
+            .admits(&said.model_digest, said.manifest_sha256.as_deref())
+            .map_err(|differs| Reason::OtherModel.status(differs.to_string())),
         // Until a coordinator has said what is served, the exchange's own fence is the one there is.
         _ => Ok(()),
     }

@@ -120,20 +120,25 @@ fn an_earlier_start_of_a_node_is_fenced() {
 }
 
 #[test]
-fn a_node_with_another_model_is_turned_away() {
+fn a_node_with_another_model_or_another_manifest_is_turned_away() {
     let world = World::of(1);
     world.runtime.block_on(async {
         agree_on_model(&world).await;
         let other = wire::RegisterRequest { model_digest: vec![1; 32].into(), ..request() };
         let refused = register(&world, "fr-expert-1", other).await.unwrap_err();
         assert_eq!(refused.reason(), Some(Reason::OtherModel), "{refused}");
+        let manifest = Some(vec![5; 32].into());
+        let other = wire::RegisterRequest { manifest_sha256: manifest, ..request() };
+        let refused = register(&world, "fr-expert-1", other).await.unwrap_err();
+        assert_eq!(refused.reason(), Some(Reason::OtherModel), "{refused}");
+        assert!(refused.to_string().contains("other weights"), "{refused}");
         register(&world, "fr-expert-1", request()).await.unwrap();
     });
 }
 
 fn model() -> ServedModel {
     let shape = ModelShape { layers: vec![(LayerId(0), 4)], expert_bytes: 1 };
-    ServedModel { digest: ModelDigest([7; 32]), shape }
+    ServedModel { digest: ModelDigest([7; 32]), shape, manifest_sha256: Some([4; 32]) }
 }
 
 /// What a coordinator says first.

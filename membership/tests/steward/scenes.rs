@@ -48,7 +48,7 @@ impl Scene {
         let proposed = Vec::new();
         let mut scene = Self { state, steward, session, sequence, reports, now_ms, proposed };
         let shape = ModelShape { layers: vec![(LayerId(0), EXPERTS)], expert_bytes: 10 };
-        let model = ServedModel { digest: ModelDigest([1; 32]), shape };
+        let model = ServedModel { digest: ModelDigest([1; 32]), shape, manifest_sha256: None };
         let (kind, key) = (RecordKind::Model, SERVED_MODEL_KEY.to_owned());
         let (value, revision) = (model.encode(), None);
         scene.apply(Expect::default(), Command::SetReplicas(fr(), replicas)).unwrap();

@@ -168,7 +168,11 @@ impl World {
 
     /// What the first coordinator does, and the nodes that start soon, or not so soon.
     fn found(&mut self) {
-        let model = ServedModel { digest: ModelDigest([7; 32]), shape: self.shape.clone() };
+        let model = ServedModel {
+            digest: ModelDigest([7; 32]),
+            shape: self.shape.clone(),
+            manifest_sha256: None,
+        };
         for region in regions() {
             let replicas = 1 + self.random.below(2) as u16;
             self.order(Command::SetReplicas(region, replicas));

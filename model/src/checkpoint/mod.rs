@@ -8,7 +8,8 @@
 //! expert node with 4 of 256 experts start in the time that 4 experts take.
 //!
 //! Invariant of a [`Checkpoint`] that exists: all weights that the architecture calls for are there,
-//! and nothing else is.
+//! and nothing else is; but with a manifest ([`crate::packed::Manifest`]), which names them all,
+//! weights may be missing, and who needs them gets them from somebody who has them.
 
 mod digest;
 mod header;
@@ -17,12 +18,14 @@ mod shards;
 mod tensors;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use entente_proto::ids::ModelDigest;
 
 use crate::ModelError;
 use crate::config::{self, Architecture};
-use crate::packed::Packed;
+use crate::kernels::WeightFormat;
+use crate::packed::{Manifest, Packed};
 
 pub(crate) use digest::of_architecture as digest_of_architecture;
 pub(crate) use tensors::{TensorView, Tensors, widen};
@@ -33,6 +36,7 @@ pub struct Checkpoint {
     architecture: Architecture,
     storage: Storage,
     digest: ModelDigest,
+    manifest: Option<Arc<Manifest>>,
 }
 
 /// Where the weights are.
@@ -48,18 +52,35 @@ impl Checkpoint {
     /// checks everything about it but the values.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
         let (architecture, family) = config::read(dir)?;
+        let manifest = Manifest::open(dir, &architecture)?.map(Arc::new);
         let (storage, digest) = match Packed::open(dir, &architecture)? {
             Some(packed) => {
+                manifest.iter().try_for_each(|manifest| packed.require(manifest))?;
                 let digest = packed.model_digest();
                 (Storage::Packed(packed), digest)
             }
             None => {
-                let tensors = Tensors::open(dir, &architecture, family)?;
-                let digest = digest::of(&architecture, &tensors)?;
+                let tensors = Tensors::open(dir, &architecture, family, manifest.is_some())?;
+                let digest = match &manifest {
+                    // What is missing is part of the digest.
+                    Some(manifest) if !tensors.is_complete() => manifest.model_digest(),
+                    _ => digest::of(&architecture, &tensors)?,
+                };
                 (Storage::Tensors(tensors), digest)
             }
         };
-        Ok(Self { dir: dir.to_owned(), architecture, storage, digest })
+        manifest.iter().try_for_each(|manifest| manifest.require_model(digest))?;
+        Ok(Self { dir: dir.to_owned(), architecture, storage, digest, manifest })
+    }
+
+    /// The manifest of the weights in this format, if the folder has it.
+    pub fn manifest(&self, format: WeightFormat) -> Option<&Arc<Manifest>> {
+        self.any_manifest().filter(|manifest| manifest.format() == format)
+    }
+
+    /// The manifest of whatever format.
+    pub(crate) fn any_manifest(&self) -> Option<&Arc<Manifest>> {
+        self.manifest.as_ref()
     }
 
     /// The folder.

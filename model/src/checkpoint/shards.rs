@@ -30,8 +30,8 @@ pub(crate) struct Shards {
 }
 
 impl Shards {
-    /// Finds, checks and maps the files of a folder.
-    pub fn open(dir: &Path) -> Result<Self, ModelError> {
+    /// Finds, checks and maps the files of a folder. Files `may_lack`.
+    pub fn open(dir: &Path, may_lack: bool) -> Result<Self, ModelError> {
         let single = dir.join(SINGLE_FILE);
         let index = dir.join(INDEX_FILE);
         if single.exists() {
@@ -42,7 +42,9 @@ impl Shards {
             }
             Ok(shards)
         } else if index.exists() {
-            Self::open_indexed(dir, index)
+            Self::open_indexed(dir, index, may_lack)
+        } else if may_lack {
+            Ok(Self::empty(dir.to_owned()))
         } else {
             Err(ModelError::file(dir, format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}")))
         }
@@ -52,11 +54,14 @@ impl Shards {
         Self { root, files: Vec::new(), tensors: BTreeMap::new() }
     }
 
-    fn open_indexed(dir: &Path, index: PathBuf) -> Result<Self, ModelError> {
+    fn open_indexed(dir: &Path, index: PathBuf, may_lack: bool) -> Result<Self, ModelError> {
         let promised = read_index(&index)?;
         let mut shards = Self::empty(index);
         for (name, tensors) in promised {
             let path = dir.join(&name);
+            if may_lack && !path.exists() {
+                continue;
+            }
             let mut held = shards.map(&path)?;
             let file = shards.files.len() - 1;
             for tensor in tensors {

@@ -1,8 +1,9 @@
 //! The tensors of a checkpoint as it was published, by name.
 //!
-//! Invariants of [`Tensors`] that exist: every tensor that the architecture calls for is there, with
-//! the shape that the architecture gives it and an element type that can be computed with; and there
-//! is no other tensor, since a weight that nobody reads is an answer that is wrong.
+//! Invariants of [`Tensors`] that exist: every tensor that the architecture calls for is there, unless
+//! some were allowed to be missing, with the shape that the architecture gives it and an element type
+//! that can be computed with; and there is no other tensor, since a weight that nobody reads is an
+//! answer that is wrong.
 
 use std::path::Path;
 
@@ -17,21 +18,29 @@ use crate::kernels::{MatrixSource, SourceDtype};
 pub(crate) struct Tensors {
     layout: Layout,
     shards: Shards,
+    is_complete: bool,
 }
 
 impl Tensors {
     /// Opens the safetensors files of a folder and checks everything about them but the values.
+    /// Tensors, files, and even all of them `may_lack`; what is there is checked all the same.
     pub fn open(
         dir: &Path,
         arch: &Architecture,
         family: &'static Family,
+        may_lack: bool,
     ) -> Result<Self, ModelError> {
-        let shards = Shards::open(dir)?;
+        let shards = Shards::open(dir, may_lack)?;
         let layout = Layout::of(family, arch, |name| shards.tensors.contains_key(name));
-        let tensors = Self { layout, shards };
-        tensors.refuse_missing(arch)?;
+        let mut tensors = Self { layout, shards, is_complete: true };
+        tensors.is_complete = tensors.check_expected(arch, may_lack)?;
         tensors.refuse_foreign(arch)?;
         Ok(tensors)
+    }
+
+    /// Whether every tensor that the architecture calls for is there.
+    pub fn is_complete(&self) -> bool {
+        self.is_complete
     }
 
     /// A tensor of exactly this shape.
@@ -74,8 +83,17 @@ impl Tensors {
         self.layout.expected(arch)
     }
 
-    fn refuse_missing(&self, arch: &Architecture) -> Result<(), ModelError> {
-        self.expected(arch).try_for_each(|want| self.tensor(&want.name, &want.shape).map(drop))
+    /// Whether all that is expected is there; what is there must be as expected.
+    fn check_expected(&self, arch: &Architecture, may_lack: bool) -> Result<bool, ModelError> {
+        let mut is_complete = true;
+        for want in self.expected(arch) {
+            if may_lack && !self.shards.tensors.contains_key(&want.name) {
+                is_complete = false;
+            } else {
+                self.tensor(&want.name, &want.shape)?;
+            }
+        }
+        Ok(is_complete)
     }
 
     fn refuse_foreign(&self, arch: &Architecture) -> Result<(), ModelError> {

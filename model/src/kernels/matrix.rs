@@ -30,8 +30,9 @@ use super::{Activation, MatrixSource, SourceDtype, WeightFormat};
 /// Outputs of a panel: two AVX-512 registers of f32.
 pub(super) const PANEL: usize = 32;
 
-/// Raised whenever one of the storage forms above changes: packed files hold them.
-pub(crate) const PANELS_VERSION: u32 = 1;
+/// Raised whenever one of the forms changes in which weights are stored: packed files hold them, and
+/// nodes send them to each other.
+pub const PANELS_VERSION: u32 = 1;
 
 /// How a matrix is stored and multiplied. The same for every instruction set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -391,6 +392,11 @@ impl GatedFfn {
     /// Bytes of memory held.
     pub fn bytes(&self) -> usize {
         self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+
+    /// Gate, up and down as they lie in memory: the bytes of an expert in a packed file.
+    pub fn as_bytes(&self) -> [&[u8]; 3] {
+        [&self.gate, &self.up, &self.down].map(Matrix::as_bytes)
     }
 }
 

@@ -34,8 +34,8 @@ use entente_proto::frame::Dtype;
 use entente_proto::ids::KernelClass;
 
 pub use kv::{KvDtype, KvLayer};
-pub use matrix::{FfnGroup, GatedFfn, Matrix};
-pub(crate) use matrix::{Layout, PANELS_VERSION};
+pub(crate) use matrix::Layout;
+pub use matrix::{FfnGroup, GatedFfn, Matrix, PANELS_VERSION};
 pub(crate) use memory::{Line, Lines};
 
 /// How weights are kept in memory and multiplied. Part of the kernel class.

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use entente_proto::ids::{ExpertId, LayerId};
+use sha2::{Digest, Sha256};
 
 use super::table::{Encoding, Stored};
 use crate::config::{Architecture, FfnSpec};
@@ -149,7 +150,7 @@ pub(crate) fn pieces(weights: &CoordinatorWeights, part: Part) -> Vec<Piece<'_>>
     }
 }
 
-/// The tensors of an expert.
+/// The tensors of an expert or of a dense layer's feed-forward.
 pub(crate) fn pieces_of_ffn(ffn: &GatedFfn) -> [Piece<'_>; 3] {
     [&ffn.gate, &ffn.up, &ffn.down].map(Piece::from)
 }
@@ -164,6 +165,11 @@ impl<'a> Restore<'a> {
     /// `lines` hold `tensors`, which are those of the part that is restored.
     pub fn new(lines: Lines, tensors: &'a [Stored]) -> Self {
         Self { lines: Arc::new(lines), tensors: tensors.iter() }
+    }
+
+    /// SHA-256 of the part.
+    pub fn sha256(&self) -> [u8; 32] {
+        Sha256::digest(self.lines.as_bytes()).into()
     }
 
     fn next(&mut self) -> &'a Stored {

@@ -15,6 +15,7 @@ use entente_proto::ids::{ExpertId, LayerId, ModelDigest};
 use entente_proto::placement::ExpertKey;
 
 use super::WEIGHTS_FILE;
+use super::manifest::Manifest;
 use super::parts::{self, Part, Restore};
 use super::table::{self, Entry, Table};
 use crate::ModelError;
@@ -34,6 +35,7 @@ pub(crate) struct Packed {
     path: PathBuf,
     file: File,
     table: Table,
+    table_blake3: [u8; 32],
 }
 
 impl Packed {
@@ -62,7 +64,12 @@ impl Packed {
         }
         let digest = digest_of_architecture(arch);
         let table = Table::parse(&path, &bytes, range.start, arch, digest)?;
-        Ok(Some(Self { path, file, table }))
+        Ok(Some(Self { path, file, table, table_blake3: checksum }))
+    }
+
+    /// Refuses a manifest that does not vouch for the checksums of this file.
+    pub fn require(&self, manifest: &Manifest) -> Result<(), ModelError> {
+        manifest.require_table(self.table_blake3)
     }
 
     /// Digest of the model that was packed.
@@ -70,8 +77,13 @@ impl Packed {
         self.table.model_digest
     }
 
+    /// The format that was packed.
+    pub fn format(&self) -> WeightFormat {
+        self.table.format
+    }
+
     /// Refuses any other format than that of the file.
-    pub fn require(&self, format: WeightFormat) -> Result<(), ModelError> {
+    pub fn require_format(&self, format: WeightFormat) -> Result<(), ModelError> {
         let packed = self.table.format;
         if packed == format {
             return Ok(());
@@ -95,7 +107,8 @@ impl Packed {
     ) -> Result<CoordinatorWeights, ModelError> {
         let wanted: Vec<Part> = parts::coordinator(arch).collect();
         let mut read = BTreeMap::new();
-        self.read_all(&wanted, progress, |part, restore| drop(read.insert(part, restore)))?;
+        let take = |part, restore| drop(read.insert(part, restore));
+        self.read_all(&wanted, progress, |restore| restore, take)?;
         let mut take = |part| read.remove(&part).expect("every part that was asked for was read");
         let embed = take(Part::Embedding).embedding();
         let (norm, head) = take(Part::Head).head();
@@ -113,28 +126,39 @@ impl Packed {
     ) -> Result<BTreeMap<ExpertKey, GatedFfn>, ModelError> {
         let wanted: Vec<Part> = placed.iter().map(|key| Part::Expert(key.0, key.1)).collect();
         let mut experts = BTreeMap::new();
-        self.read_all(&wanted, progress, |part, mut restore| {
+        let take = |part, mut restore: Restore<'_>| {
             if let Part::Expert(layer, expert) = part {
                 experts.insert((layer, expert), restore.ffn(arch.activation));
             }
-        })?;
+        };
+        self.read_all(&wanted, progress, |restore| restore, take)?;
         Ok(experts)
     }
 
-    /// Compares every part with its checksum. `progress` counts them.
-    pub fn verify(&self, progress: &dyn Progress) -> Result<u64, ModelError> {
+    /// The manifest of what the file holds, each part of which is compared with its checksum.
+    /// `progress` counts them.
+    pub fn manifest(&self, dir: &Path, progress: &dyn Progress) -> Result<Manifest, ModelError> {
         let all: Vec<Part> = self.table.parts.keys().copied().collect();
-        self.read_all(&all, progress, |_, restore| drop(restore))?;
-        Ok(all.len() as u64)
+        let mut hashes = BTreeMap::new();
+        self.read_all(
+            &all,
+            progress,
+            |restore| restore.sha256(),
+            |part, hash| {
+                hashes.insert(part, hash);
+            },
+        )?;
+        Ok(Manifest::of(dir, &self.table, &hashes))
     }
 
-    /// Reads parts with several threads and hands them to `take` as they come. Parts must be the
-    /// architecture's.
-    fn read_all<'a>(
+    /// Reads parts with several threads, each of which makes something of what it has read, and
+    /// hands that to `take` as it comes. Parts must be the architecture's.
+    fn read_all<'a, T: Send>(
         &'a self,
         wanted: &[Part],
         progress: &dyn Progress,
-        mut take: impl FnMut(Part, Restore<'a>),
+        make: impl Fn(Restore<'a>) -> T + Sync,
+        mut take: impl FnMut(Part, T),
     ) -> Result<(), ModelError> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let readers = cores.min(READERS_MAX).min(wanted.len());
@@ -142,11 +166,11 @@ impl Packed {
         let (sender, receiver) = sync_channel(READERS_MAX);
         std::thread::scope(|scope| {
             for _ in 0..readers {
-                let (sender, next) = (sender.clone(), &next);
+                let (sender, next, make) = (sender.clone(), &next, &make);
                 scope.spawn(move || {
                     while let Some(part) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
                         // Nobody listens any more once another part has failed.
-                        if sender.send((*part, self.read(*part))).is_err() {
+                        if sender.send((*part, self.read(*part).map(make))).is_err() {
                             return;
                         }
                     }

@@ -62,6 +62,12 @@ impl Encoding {
     /// How norms are stored.
     pub const NORM: Self = Self::Rows(SourceDtype::F32);
 
+    /// Its number in files.
+    fn number(self) -> PackedEncoding {
+        let entry = ENCODINGS.iter().find(|(encoding, _)| *encoding == self);
+        entry.map_or(PackedEncoding::Unspecified, |(_, number)| *number)
+    }
+
     /// Bytes of a tensor; absent if no memory could hold them.
     fn bytes(self, [rows, columns]: [usize; 2]) -> Option<usize> {
         match self {
@@ -159,10 +165,7 @@ impl Table {
     /// As it is written to the file.
     pub fn encode(&self) -> Vec<u8> {
         let tensor = |tensor: &Stored| wire::PackedTensor {
-            encoding: ENCODINGS
-                .iter()
-                .find(|(encoding, _)| *encoding == tensor.encoding)
-                .map_or(0, |(_, number)| *number as i32),
+            encoding: tensor.encoding.number().into(),
             // Sizes of an architecture are far smaller than this type.
             rows: tensor.shape[0] as u32,
             columns: tensor.shape[1] as u32,
@@ -262,6 +265,43 @@ fn parse_parts(
         return refuse("table", format!("begins at byte {table_offset}, expected {place}"));
     }
     Ok(parts)
+}
+
+/// What the names of encodings begin with on the wire.
+const ENCODING_PREFIX: &str = "PACKED_ENCODING_";
+
+/// The name of an encoding in a manifest.
+pub(crate) fn name_of(encoding: Encoding) -> String {
+    let name = encoding.number().as_str_name();
+    name.strip_prefix(ENCODING_PREFIX).unwrap_or(name).to_lowercase()
+}
+
+/// Checks what a manifest says of a part, by the rules for a part of a file.
+pub(super) fn parse_named(
+    encodings: &[String],
+    length_bytes: u64,
+    checksum: [u8; 32],
+    wanted: &[(parts::Use, [usize; 2])],
+    format: WeightFormat,
+) -> Result<Entry, (String, String)> {
+    let tensor = |(name, (_, [rows, columns])): (&String, &(parts::Use, [usize; 2]))| {
+        let name = format!("{ENCODING_PREFIX}{}", name.to_uppercase());
+        let encoding = PackedEncoding::from_str_name(&name).unwrap_or_default();
+        // Sizes of an architecture are far smaller than this type.
+        let (rows, columns) = (*rows as u32, *columns as u32);
+        wire::PackedTensor { encoding: encoding.into(), rows, columns }
+    };
+    if encodings.len() != wanted.len() {
+        let reason = format!("{}, expected {}", encodings.len(), wanted.len());
+        return Err(("tensors".to_owned(), reason));
+    }
+    let raw = wire::PackedPart {
+        offset: 0,
+        length_bytes,
+        checksum: checksum.to_vec().into(),
+        tensors: encodings.iter().zip(wanted).map(tensor).collect(),
+    };
+    parse_part(&raw, wanted, format)
 }
 
 /// Checks what a part says of itself; an error is the field and the reason.

@@ -12,12 +12,14 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::WEIGHTS_FILE;
+use super::manifest::Manifest;
 use super::parts::{self, Part, Piece};
 use super::table::{self, Entry, Stored, Table};
 use crate::ModelError;
 use crate::checkpoint::{Checkpoint, Storage, digest_of_architecture};
 use crate::kernels::{Kernels, Line};
 use crate::weights::{CoordinatorWeights, Progress, load_expert};
+use sha2::{Digest, Sha256};
 
 /// The small files of a checkpoint that are read by a coordinator; those that exist are copied.
 const DOCUMENTS: [&str; 5] = [
@@ -35,6 +37,8 @@ pub struct Imported {
     pub weights_bytes: u64,
     /// Ranges that can be read by themselves.
     pub parts: u64,
+    /// What they are, as it was written beside them.
+    pub manifest: Manifest,
 }
 
 /// Packs `checkpoint` as `kernels` keep weights, into the folder `out`, which can then be used in
@@ -68,11 +72,24 @@ pub fn import(
     }
     let mut writer = Writer::create(dir.path().join(WEIGHTS_FILE))?;
     writer.parts(checkpoint, kernels, progress)?;
-    let imported = writer.finish(checkpoint, kernels)?;
+    let imported = writer.finish(checkpoint, kernels, dir.path())?;
+    imported.manifest.write()?;
     sync(dir.path())?;
     replace(dir, &out)?;
     sync(parent)?;
     Ok(imported)
+}
+
+/// The manifest of a checkpoint as it was published: what [`import`] would write, without writing
+/// the weights. `progress` counts parts.
+pub(super) fn manifest(
+    checkpoint: &Checkpoint,
+    kernels: &dyn Kernels,
+    progress: &dyn Progress,
+) -> Result<Manifest, ModelError> {
+    let mut writer = Writer::to_nowhere();
+    writer.parts(checkpoint, kernels, progress)?;
+    Ok(writer.finish(checkpoint, kernels, checkpoint.dir())?.manifest)
 }
 
 /// Refuses to write where there is something that no import wrote.
@@ -126,16 +143,23 @@ fn replace(dir: tempfile::TempDir, out: &Path) -> Result<(), ModelError> {
 /// A file that grows part by part.
 struct Writer {
     path: PathBuf,
-    file: File,
+    /// Absent when only the manifest is wanted.
+    file: Option<File>,
     /// Where the next part begins.
     offset: u64,
     parts: BTreeMap<Part, Entry>,
+    hashes: BTreeMap<Part, [u8; 32]>,
 }
 
 impl Writer {
     fn create(path: PathBuf) -> Result<Self, ModelError> {
         let file = File::create_new(&path).map_err(|e| ModelError::io(&path, e))?;
-        Ok(Self { path, file, offset: table::ALIGNMENT, parts: BTreeMap::new() })
+        Ok(Self { path, file: Some(file), ..Self::to_nowhere() })
+    }
+
+    fn to_nowhere() -> Self {
+        let (parts, hashes) = (BTreeMap::new(), BTreeMap::new());
+        Self { path: PathBuf::new(), file: None, offset: table::ALIGNMENT, parts, hashes }
     }
 
     fn parts(
@@ -164,7 +188,7 @@ impl Writer {
     }
 
     fn add(&mut self, part: Part, pieces: &[Piece<'_>]) -> Result<(), ModelError> {
-        let mut hash = blake3::Hasher::new();
+        let (mut hash, mut sha256) = (blake3::Hasher::new(), Sha256::new());
         let (mut tensors, mut len) = (Vec::new(), 0);
         for Piece { encoding, shape, bytes } in pieces {
             let end = len + bytes.len();
@@ -173,37 +197,43 @@ impl Writer {
             let zeros = [0; size_of::<Line>()];
             for bytes in [bytes, &Cow::Borrowed(&zeros[..filled - bytes.len()])] {
                 hash.update(bytes);
+                sha256.update(bytes);
                 self.write(bytes, self.offset + len as u64)?;
                 len += bytes.len();
             }
         }
         let checksum = hash.finalize().into();
+        self.hashes.insert(part, sha256.finalize().into());
         self.parts.insert(part, Entry { offset: self.offset, len, checksum, tensors });
         self.offset = (self.offset + len as u64).next_multiple_of(table::ALIGNMENT);
         Ok(())
     }
 
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), ModelError> {
-        self.file.write_all_at(bytes, offset).map_err(|e| ModelError::io(&self.path, e))
+        let Some(file) = &self.file else { return Ok(()) };
+        file.write_all_at(bytes, offset).map_err(|e| ModelError::io(&self.path, e))
     }
 
     fn finish(
         self,
         checkpoint: &Checkpoint,
         kernels: &dyn Kernels,
+        dir: &Path,
     ) -> Result<Imported, ModelError> {
-        let weights_bytes = self.parts.values().map(|entry| entry.len as u64).sum();
-        let imported = Imported { weights_bytes, parts: self.parts.len() as u64 };
         let table = Table {
             format: kernels.format(),
             model_digest: checkpoint.digest(),
             architecture_digest: digest_of_architecture(checkpoint.architecture()),
             parts: self.parts.clone(),
         };
+        let manifest = Manifest::of(dir, &table, &self.hashes);
         let table = table.encode();
         self.write(&table, self.offset)?;
         self.write(&table::frame(&table, self.offset), 0)?;
-        self.file.sync_all().map_err(|e| ModelError::io(&self.path, e))?;
-        Ok(imported)
+        if let Some(file) = &self.file {
+            file.sync_all().map_err(|e| ModelError::io(&self.path, e))?;
+        }
+        let weights_bytes = self.parts.values().map(|entry| entry.len as u64).sum();
+        Ok(Imported { weights_bytes, parts: self.parts.len() as u64, manifest })
     }
 }

@@ -5,6 +5,7 @@
 
 mod folder;
 mod loading;
+mod manifest;
 mod packed;
 mod refused;
 mod text;

@@ -181,7 +181,7 @@ fn an_import_gives_the_same_bytes_again_and_replaces_an_earlier_one() {
     assert!(fs::read(packed.file()).unwrap() == first, "other bytes");
     // Nothing is left beside it, and whoever had opened the earlier one can go on.
     assert_eq!(fs::read_dir(packed.0.path()).unwrap().count(), 1);
-    assert_eq!(packed::verify(&earlier, &()).unwrap(), 2 + 3 + 24);
+    assert_eq!(packed::verify(&earlier, &*kernels(WeightFormat::Q8), &()).unwrap(), 2 + 3 + 24);
 }
 
 #[test]
@@ -236,16 +236,18 @@ fn only_what_is_held_is_read() {
 #[test]
 fn a_flipped_bit_in_any_part_is_found_by_verify_and_named() {
     let packed = Packed::import(&golden("mistral-swa"), WeightFormat::Q4);
+    let kernels = kernels(WeightFormat::Q4);
     for (part, name) in [(0, "embedding"), (1, "head"), (2, "layer 0"), (3, "layer 1")] {
         packed.flip([part]);
-        let error = packed::verify(&packed.open().unwrap(), &()).unwrap_err().to_string();
+        let error =
+            packed::verify(&packed.open().unwrap(), &*kernels, &()).unwrap_err().to_string();
         assert!(error.contains(&format!("weights.entente: {name}: bytes")), "{error}");
         packed.flip([part]);
     }
-    packed::verify(&packed.open().unwrap(), &()).unwrap();
+    packed::verify(&packed.open().unwrap(), &*kernels, &()).unwrap();
     let plain = Checkpoint::open(&golden("mixtral")).unwrap();
-    let error = packed::verify(&plain, &()).unwrap_err().to_string();
-    assert!(error.contains("is not packed"), "{error}");
+    let error = packed::verify(&plain, &*kernels, &()).unwrap_err().to_string();
+    assert!(error.contains("nothing is known of it"), "{error}");
 }
 
 #[test]
