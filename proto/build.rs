@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "entente/v1/exchange.proto",
             "entente/v1/membership.proto",
             "entente/v1/packed.proto",
+            "entente/v1/tenant.proto",
         ],
         ["."],
     )?;

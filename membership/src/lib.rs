@@ -41,4 +41,5 @@ pub mod service;
 pub mod state;
 pub mod steward;
 pub mod store;
+pub mod tenant;
 pub mod voter;

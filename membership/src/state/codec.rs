@@ -257,7 +257,6 @@ fn life_in(life: i32) -> Result<NodeState, Malformed> {
 
 fn kind_out(kind: RecordKind) -> i32 {
     match kind {
-        RecordKind::Policy => wire::RecordKind::Policy.into(),
         RecordKind::Tenant => wire::RecordKind::Tenant.into(),
         RecordKind::Model => wire::RecordKind::Model.into(),
     }
@@ -265,7 +264,6 @@ fn kind_out(kind: RecordKind) -> i32 {
 
 fn kind_in(kind: i32) -> Result<RecordKind, Malformed> {
     match wire::RecordKind::try_from(kind) {
-        Ok(wire::RecordKind::Policy) => Ok(RecordKind::Policy),
         Ok(wire::RecordKind::Tenant) => Ok(RecordKind::Tenant),
         Ok(wire::RecordKind::Model) => Ok(RecordKind::Model),
         _ => Err(Malformed::Unknown("the kind of a record")),

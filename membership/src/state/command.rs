@@ -20,9 +20,7 @@ pub struct SessionId(pub u64);
 /// What a record is about. The records themselves are opaque here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RecordKind {
-    /// A residency policy.
-    Policy,
-    /// A tenant and its key hashes.
+    /// A tenant, its policy and its keys: [`crate::tenant::Tenant`] under its name.
     Tenant,
     /// The model that is served: [`crate::served::ServedModel`] under one key.
     Model,

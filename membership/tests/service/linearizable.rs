@@ -196,7 +196,7 @@ impl Worker {
             doors[turn / 2 % doors.len()].clone()?
         };
         let state = door.read(Duration::from_millis(300)).await?;
-        let record = state.record(RecordKind::Policy, key);
+        let record = state.record(RecordKind::Tenant, key);
         Some(Deed::Read { have: record.map_or(0, |record| record.revision) })
     }
 

@@ -57,7 +57,7 @@ fn proposals_through_followers_are_applied_once_although_voters_are_killed_meanw
     // Each append raised the revision by exactly one.
     assert_eq!(revision, 30);
     world.everywhere("the last append is there", |state| {
-        let record = state.record(RecordKind::Policy, "count");
+        let record = state.record(RecordKind::Tenant, "count");
         record.is_some_and(|record| record.revision == 30 && record.value == b"29"[..])
     });
 }

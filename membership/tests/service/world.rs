@@ -287,7 +287,7 @@ impl World {
 /// Writes a record, if it has this revision.
 pub fn put(key: &str, value: &str, revision: Option<u64>) -> Command {
     Command::PutRecord {
-        kind: RecordKind::Policy,
+        kind: RecordKind::Tenant,
         key: key.to_owned(),
         value: Bytes::copy_from_slice(value.as_bytes()),
         revision,
@@ -295,6 +295,6 @@ pub fn put(key: &str, value: &str, revision: Option<u64>) -> Command {
 }
 
 pub fn value(state: &State, key: &str) -> Option<String> {
-    let record = state.record(RecordKind::Policy, key)?;
+    let record = state.record(RecordKind::Tenant, key)?;
     Some(String::from_utf8(record.value.to_vec()).unwrap())
 }

@@ -56,7 +56,7 @@ impl World {
             35..70 => {
                 let value = format!("v{}", self.wishes);
                 let wish = Wish::Put { key: key.clone(), value: value.clone() };
-                let (kind, value) = (RecordKind::Policy, Bytes::from(value.into_bytes()));
+                let (kind, value) = (RecordKind::Tenant, Bytes::from(value.into_bytes()));
                 let command = Command::PutRecord { kind, key, value, revision: None };
                 self.wish(client, wish, command, Expect::default())
             }
@@ -136,7 +136,7 @@ impl World {
         let start = who.started;
         let Some(voter) = &self.machines[&id].voter else { return };
         let revision = voter.state().revision();
-        let record = voter.state().record(RecordKind::Policy, &key);
+        let record = voter.state().record(RecordKind::Tenant, &key);
         let value = record.map(|record| String::from_utf8(record.value.to_vec()).unwrap());
         self.oracle.seen.push(Seen { key, value, revision });
         self.oracle.history.push(Operation { start, end: now, revision, is_write: false });
