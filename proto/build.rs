@@ -5,6 +5,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = protox::compile(
         [
             "entente/v1/control.proto",
+            "entente/v1/enrolment.proto",
             "entente/v1/exchange.proto",
             "entente/v1/membership.proto",
             "entente/v1/packed.proto",

@@ -42,4 +42,5 @@ pub mod state;
 pub mod steward;
 pub mod store;
 pub mod tenant;
+pub mod token;
 pub mod voter;

@@ -198,30 +198,37 @@ fn command_in(command: membership_request::Command) -> Result<Command, Malformed
     })
 }
 
-fn spec_out(spec: &NodeSpec) -> wire::NodeSpec {
-    let role = match spec.role {
+pub(crate) fn role_out(role: Role) -> wire::NodeRole {
+    match role {
         Role::Coordinator => wire::NodeRole::Coordinator,
         Role::ExpertNode => wire::NodeRole::ExpertNode,
         Role::Witness => wire::NodeRole::Witness,
-    };
+    }
+}
+
+pub(crate) fn role_in(role: wire::NodeRole) -> Result<Role, Malformed> {
+    match role {
+        wire::NodeRole::Coordinator => Ok(Role::Coordinator),
+        wire::NodeRole::ExpertNode => Ok(Role::ExpertNode),
+        wire::NodeRole::Witness => Ok(Role::Witness),
+        wire::NodeRole::Unspecified => Err(Malformed::Unknown("the role of a node")),
+    }
+}
+
+pub(crate) fn spec_out(spec: &NodeSpec) -> wire::NodeSpec {
     wire::NodeSpec {
         name: spec.name.to_string(),
         region: spec.region.to_string(),
         site: spec.site.clone(),
-        role: role.into(),
+        role: role_out(spec.role).into(),
         address: spec.address.clone(),
         memory_bytes: spec.memory_bytes,
         kernel_class: spec.kernel_class.clone(),
     }
 }
 
-fn spec_in(spec: wire::NodeSpec) -> Result<NodeSpec, Malformed> {
-    let role = match spec.role() {
-        wire::NodeRole::Coordinator => Role::Coordinator,
-        wire::NodeRole::ExpertNode => Role::ExpertNode,
-        wire::NodeRole::Witness => Role::Witness,
-        wire::NodeRole::Unspecified => return Err(Malformed::Unknown("the role of a node")),
-    };
+pub(crate) fn spec_in(spec: wire::NodeSpec) -> Result<NodeSpec, Malformed> {
+    let role = role_in(spec.role())?;
     Ok(NodeSpec {
         name: spec.name.parse()?,
         region: spec.region.parse()?,
@@ -259,6 +266,7 @@ fn kind_out(kind: RecordKind) -> i32 {
     match kind {
         RecordKind::Tenant => wire::RecordKind::Tenant.into(),
         RecordKind::Model => wire::RecordKind::Model.into(),
+        RecordKind::Token => wire::RecordKind::Token.into(),
     }
 }
 
@@ -266,6 +274,7 @@ fn kind_in(kind: i32) -> Result<RecordKind, Malformed> {
     match wire::RecordKind::try_from(kind) {
         Ok(wire::RecordKind::Tenant) => Ok(RecordKind::Tenant),
         Ok(wire::RecordKind::Model) => Ok(RecordKind::Model),
+        Ok(wire::RecordKind::Token) => Ok(RecordKind::Token),
         _ => Err(Malformed::Unknown("the kind of a record")),
     }
 }

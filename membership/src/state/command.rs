@@ -24,6 +24,8 @@ pub enum RecordKind {
     Tenant,
     /// The model that is served: [`crate::served::ServedModel`] under one key.
     Model,
+    /// A token by which a process joins: [`crate::token::Token`] under its id.
+    Token,
 }
 
 /// A change that somebody wants.

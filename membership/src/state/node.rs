@@ -1,5 +1,6 @@
 //! What is known of a node, and how its life goes.
 
+use entente_proto::identity;
 use entente_proto::ids::{Incarnation, NodeId, NodeName, Region};
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,15 @@ impl Role {
             Self::Coordinator => "coordinator",
             Self::ExpertNode => "expert-node",
             Self::Witness => "witness",
+        }
+    }
+
+    /// What its certificate calls it.
+    pub fn identity(self) -> identity::Role {
+        match self {
+            Self::Coordinator => identity::Role::Coordinator,
+            Self::ExpertNode => identity::Role::Expert,
+            Self::Witness => identity::Role::Witness,
         }
     }
 
