@@ -4,8 +4,8 @@
 //! - `entente coordinator`, `entente expert-node` and `entente witness` are one role each, described
 //!   by a TOML file ([`role`]); `up` starts exactly these, so a cluster over several machines is the
 //!   same programs with other addresses.
-//! - `entente node`, `entente raft` and `entente experts` are an operator's: they ask the control
-//!   plane of a running cluster ([`operator`]).
+//! - `entente node`, `entente raft`, `entente experts` and `entente token` are an operator's: they ask
+//!   the control plane of a running cluster ([`operator`]).
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
 //! - `entente drill` puts load on a cluster, breaks parts of it and gives a verdict ([`drill`]).
 //! - `entente bench` measures, and `entente model` works with checkpoint folders.
@@ -67,6 +67,9 @@ enum Verb {
     /// Show where experts are placed, and move them.
     #[command(subcommand)]
     Experts(verbs::experts::ExpertsVerb),
+    /// Make, list and revoke the tokens by which processes join a cluster.
+    #[command(subcommand)]
+    Token(verbs::token::TokenVerb),
     /// Change the network between the processes of an `entente up --link`.
     #[command(subcommand)]
     Link(verbs::link::LinkVerb),
@@ -96,6 +99,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Node(verb) => verbs::node::run(verb),
         Verb::Raft(verb) => verbs::raft::run(verb),
         Verb::Experts(verb) => verbs::experts::run(verb),
+        Verb::Token(verb) => verbs::token::run(verb),
         Verb::Link(verb) => verbs::link::run(verb),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),

@@ -29,7 +29,7 @@ pub struct ClusterFile {
     /// The public API of each region's coordinator.
     pub endpoints: BTreeMap<Region, String>,
     /// The control plane of each voter, by name; empty where nobody votes.
-    pub control: BTreeMap<NodeName, SocketAddr>,
+    pub control: BTreeMap<NodeName, String>,
     /// Every child process.
     pub processes: Vec<ProcessEntry>,
 }

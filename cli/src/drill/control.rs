@@ -65,7 +65,7 @@ impl Control {
         if control.is_empty() {
             return Ok(None);
         }
-        let addresses: Vec<String> = control.values().map(ToString::to_string).collect();
+        let addresses: Vec<String> = control.into_values().collect();
         let credentials = Credentials::load(&pki::files(&data_dir.join("tls"), &pki::operator()))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

@@ -21,6 +21,8 @@ use entente_membership::state::{Applied, Command, Expect, Node, State};
 use entente_proto::ids::NodeName;
 use entente_proto::wire::admin_client::AdminClient;
 use entente_tls::{Credentials, Files};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
@@ -83,6 +85,7 @@ impl OperatorArgs {
         let client = Client::new(&credentials, addresses)?;
         Ok(Operator {
             client,
+            ca: files.ca,
             dialler: Dialler::new(&credentials, None)?,
             call_max: Duration::from_secs(self.call_timeout_s),
             output: self.output,
@@ -106,7 +109,7 @@ impl OperatorArgs {
             );
             return Err(Misuse(text).into());
         }
-        let addresses = control.values().map(ToString::to_string).collect();
+        let addresses = control.into_values().collect();
         Ok((addresses, pki::files(&tls_in(&self.data_dir), &pki::operator())))
     }
 }
@@ -115,6 +118,7 @@ impl OperatorArgs {
 pub struct Operator {
     client: Client,
     dialler: Dialler,
+    ca: PathBuf,
     call_max: Duration,
     output: Output,
 }
@@ -153,6 +157,12 @@ impl Operator {
     /// The Admin service of the voter at `address` and of no other.
     pub async fn at(&self, address: &str) -> anyhow::Result<AdminClient<Channel>> {
         Ok(admin(self.dialler.dial(address).await?))
+    }
+
+    /// The CAs that this operator believes, DER.
+    pub fn cas(&self) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+        let cas = CertificateDer::pem_file_iter(&self.ca).and_then(Iterator::collect);
+        cas.with_context(|| format!("cannot read {}", self.ca.display()))
     }
 
     /// Proposes a change and waits until it is committed.

@@ -12,5 +12,6 @@ pub mod link;
 pub mod model;
 pub mod node;
 pub mod raft;
+pub mod token;
 pub mod up;
 pub mod witness;
