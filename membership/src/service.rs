@@ -45,7 +45,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-pub use config::{Config, InvalidConfig};
+pub use config::{CaConfig, Config, InvalidConfig};
 pub use guard::{ALLOWED, allowed};
 pub use heartbeat::{pack_experts, unpack_experts};
 
@@ -197,7 +197,7 @@ pub async fn start(
         .through(config.via.clone());
     let client = |more: &[String]| {
         let voters = roster.voters().iter().map(|voter| voter.address.clone());
-        let addresses = voters.chain(more.iter().cloned()).collect();
+        let addresses = voters.chain(config.contacts.iter().chain(more).cloned()).collect();
         Client::with(dialler.clone(), addresses).map_err(ServiceError::Refused)
     };
     let own = disk::Own { name, credentials: &credentials, address: &address };

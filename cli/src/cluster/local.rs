@@ -252,8 +252,7 @@ impl Cluster {
             pid: *pid,
             address: process.addresses.main,
         };
-        let control =
-            |p: &Process| Some((p.member.name.clone(), p.addresses.control?.to_string()));
+        let control = |p: &Process| Some((p.member.name.clone(), p.addresses.control?.to_string()));
         let is_coordinator = |p: &&Process| p.member.role == Role::Coordinator;
         let coordinators = self.processes.iter().filter(is_coordinator);
         ClusterFile {

@@ -19,6 +19,10 @@ const SNAPSHOT_ENTRIES: u64 = 8_192;
 const SNAPSHOT_KEEP: u64 = 1_024;
 /// Ticks between raft's heartbeats. Two, so that a timeout is never off by more than half of one.
 const HEARTBEAT_TICKS: u16 = 2;
+/// Shortest and longest life of a certificate: there has to be time to renew it, and what has no end
+/// is never renewed.
+const LEAF_LIFE_S_MIN: u64 = 2;
+const LEAF_LIFE_S_MAX: u64 = 90 * 24 * 3_600;
 /// Longest of all durations below.
 const MS_MAX: u64 = 600_000;
 
@@ -52,10 +56,39 @@ pub struct Config {
     /// Where to dial others, if not where the cluster says that they are.
     #[serde(default, skip_serializing_if = "Via::is_empty")]
     pub via: Via,
+    /// Control ports to ask besides those of the founders, who may be gone one day.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub contacts: Vec<String>,
+    /// The CAs whose keys are here: of the regions whose processes get their certificates here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<CaConfig>,
     /// An etcd that shows the membership to others.
     #[cfg(feature = "etcd")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub etcd: Option<crate::mirror::Config>,
+}
+
+/// The section `[membership.ca]`: what this process issues certificates with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaConfig {
+    /// A folder with a `<region>.pem` and a `<region>.key` for each region.
+    pub dir: PathBuf,
+    /// Life of a certificate in seconds; it is renewed when half of it is over.
+    #[serde(default = "leaf_life_s")]
+    pub leaf_life_s: u64,
+}
+
+/// What is stolen is of use for a day at most.
+fn leaf_life_s() -> u64 {
+    24 * 3_600
+}
+
+impl CaConfig {
+    /// With certificates that live for a day.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir, leaf_life_s: leaf_life_s() }
+    }
 }
 
 fn heartbeat_ms() -> u64 {
@@ -97,6 +130,8 @@ impl Config {
             restore_after_ms: restore_after_ms(),
             join: false,
             via: Via::default(),
+            contacts: Vec::new(),
+            ca: None,
             #[cfg(feature = "etcd")]
             etcd: None,
         }
@@ -114,6 +149,12 @@ impl Config {
             ("election_ms", election, heartbeat.saturating_mul(2).max(20), 100 * heartbeat.max(1)),
             ("down_after_ms", self.down_after_ms, 100, MS_MAX),
             ("restore_after_ms", self.restore_after_ms, 0, MS_MAX),
+            (
+                "ca.leaf_life_s",
+                self.ca.as_ref().map_or(LEAF_LIFE_S_MIN, |ca| ca.leaf_life_s),
+                LEAF_LIFE_S_MIN,
+                LEAF_LIFE_S_MAX,
+            ),
         ];
         match bounds.into_iter().find(|(_, value, min, max)| !(min..=max).contains(&value)) {
             None => Ok(()),

@@ -85,7 +85,12 @@ impl fmt::Display for Text {
             role: role_out(self.role).into(),
             name: self.name.as_ref().map(ToString::to_string).unwrap_or_default(),
             addresses: self.addresses.iter().take(LISTED_MAX).cloned().collect(),
-            ca_sha256: self.ca_sha256.iter().take(LISTED_MAX).map(|digest| Bytes::copy_from_slice(digest)).collect(),
+            ca_sha256: self
+                .ca_sha256
+                .iter()
+                .take(LISTED_MAX)
+                .map(|digest| Bytes::copy_from_slice(digest))
+                .collect(),
         };
         write!(f, "{PREFIX}{}", URL_SAFE_NO_PAD.encode(message.encode_to_vec()))
     }
@@ -110,7 +115,8 @@ impl FromStr for Text {
         let encoded = text
             .strip_prefix(PREFIX)
             .ok_or_else(|| invalid(&format_args!("it does not begin with {PREFIX}")))?;
-        let bytes = URL_SAFE_NO_PAD.decode(encoded).map_err(|_| invalid(&"it is cut or changed"))?;
+        let bytes =
+            URL_SAFE_NO_PAD.decode(encoded).map_err(|_| invalid(&"it is cut or changed"))?;
         let message = wire::TokenText::decode(&bytes[..]);
         let message = message.map_err(|_| invalid(&"it is cut or changed"))?;
         Self::from_message(message).map_err(|error| invalid(&error))

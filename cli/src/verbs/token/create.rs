@@ -113,7 +113,15 @@ fn text(args: &CreateArgs, operator: &Operator, state: &State) -> anyhow::Result
     let ca_sha256 = operator.cas()?.iter().map(|ca| sha256(ca)).collect();
     let id = random::<ID_LEN>()?.iter().map(|byte| format!("{byte:02x}")).collect();
     let (secret, role) = (random::<SECRET_LEN>()?, args.role.into());
-    Ok(Text { id, secret, region: args.region, role, name: args.name.clone(), addresses, ca_sha256 })
+    Ok(Text {
+        id,
+        secret,
+        region: args.region,
+        role,
+        name: args.name.clone(),
+        addresses,
+        ca_sha256,
+    })
 }
 
 /// Control ports of coordinators, those of the region first: they are the ones that hold its CA.
@@ -176,7 +184,9 @@ mod tests {
         for (text, seconds) in [("90s", 90), ("30m", 1_800), ("1h", 3_600), ("7d", 604_800)] {
             assert_eq!(time(text).unwrap(), Duration::from_secs(seconds));
         }
-        for wrong in ["", "1", "h", "1w", "-1h", "0s", "8d", "99999999999999999999s", "9999999999999999d"] {
+        for wrong in
+            ["", "1", "h", "1w", "-1h", "0s", "8d", "99999999999999999999s", "9999999999999999d"]
+        {
             assert!(time(wrong).is_err(), "{wrong}");
         }
     }
