@@ -110,7 +110,9 @@ impl Live {
         let Some(member) = unless(stop.as_mut(), &model, open).await? else { return Ok(()) };
         let node = member.node.clone();
         // Fails only when the member has ended.
-        let take_out = move |expert| drop(taking_out.blocking_send(expert));
+        let take_out = move |expert| {
+            let _ = taking_out.blocking_send(expert);
+        };
         let _scrubber =
             scrub_interval.map(|i| scrub::start(node.clone(), i, take_out)).transpose()?;
         let (registered, may_greet) = oneshot::channel();
