@@ -37,11 +37,14 @@ pub(crate) fn read(path: &Path, len_max: u64) -> Result<Option<Vec<u8>>, Error> 
     Ok(Some(bytes))
 }
 
+/// Tiles that were read, by level and number.
+type Cache = BTreeMap<(u32, u64), Arc<Vec<Hash>>>;
+
 /// The folder, for a tree of a certain size in it.
 pub struct Folder {
     root: PathBuf,
     size: u64,
-    cache: RefCell<BTreeMap<(u32, u64), Arc<Vec<Hash>>>>,
+    cache: RefCell<Cache>,
 }
 
 impl Folder {

@@ -256,6 +256,8 @@ struct Checker<'a> {
     statements: u64,
     /// Certificates, and whose they are.
     certificates: BTreeMap<Digest, (Vec<u8>, NodeName, Region)>,
+    /// Whose records said they are before they were in the log, and which request's record did.
+    claimed: BTreeMap<Digest, (NodeName, Region, RequestId)>,
     requests: BTreeMap<RequestId, Sent>,
 }
 
@@ -268,8 +270,9 @@ struct Sent {
 
 impl<'a> Checker<'a> {
     fn new(notary: &'a dyn Notary, selection: bool) -> Self {
-        let (certificates, requests) = (BTreeMap::new(), BTreeMap::new());
-        Self { notary, selection, records: 0, statements: 0, certificates, requests }
+        let (certificates, claimed) = (BTreeMap::new(), BTreeMap::new());
+        let requests = BTreeMap::new();
+        Self { notary, selection, records: 0, statements: 0, certificates, claimed, requests }
     }
 
     fn check(&mut self, index: u64, record: &Record) -> Result<(), Error> {
@@ -300,19 +303,19 @@ impl<'a> Checker<'a> {
         let mut nodes = BTreeMap::new();
         for node in &request.nodes {
             let Some(fingerprint) = node.certificate else { continue };
-            match self.certificates.get(&fingerprint) {
-                Some((_, name, region)) if (name, *region) == (&node.node, node.region) => {}
-                Some((_, name, region)) => {
-                    return wrong(format!(
-                        "{} in {} showed the certificate of {name} in {region}",
-                        node.node, node.region
-                    ));
-                }
-                None if self.selection => {}
-                None => {
-                    return wrong(format!("the certificate of {} is not in the log", node.node));
-                }
+            // A node's certificate comes with its first statement, which is after its first request.
+            let known = self.certificates.get(&fingerprint).map(|(_, name, region)| (name, *region));
+            let claimed = self.claimed.get(&fingerprint).map(|(name, region, _)| (name, *region));
+            if let Some((name, region)) = known.or(claimed)
+                && (name, region) != (&node.node, node.region)
+            {
+                let (as_node, as_region) = (&node.node, node.region);
+                return wrong(format!(
+                    "{as_node} in {as_region} showed the certificate of {name} in {region}"
+                ));
             }
+            let claim = (node.node.clone(), node.region, request.id);
+            self.claimed.entry(fingerprint).or_insert(claim);
             let sent = nodes.entry(fingerprint).or_insert((node.node.clone(), 0, None));
             sent.1 += node.rows;
         }
@@ -329,6 +332,13 @@ impl<'a> Checker<'a> {
             return Err(format!("the certificate is not {}", certificate.sha256));
         }
         let (node, region) = self.notary.identity(der)?;
+        if let Some((as_node, as_region, id)) = self.claimed.get(&certificate.sha256)
+            && (as_node, *as_region) != (&node, region)
+        {
+            return Err(format!(
+                "request {id}: {as_node} in {as_region} showed the certificate of {node} in {region}"
+            ));
+        }
         self.certificates.insert(certificate.sha256, (der.clone(), node, region));
         Ok(())
     }

@@ -40,23 +40,23 @@ fn every_record_of_every_small_tree_is_proved_and_no_other_is() {
     let nodes = Plain(&records);
     for size in 1..=records.len() {
         let root = reference::root(&records[..size]);
-        for index in 0..size {
+        for (index, record) in records.iter().enumerate().take(size) {
             let path = inclusion(&nodes, index as u64, size as u64).unwrap();
             let check = |at: usize, leaf: &[u8]| {
                 includes(&path, at as u64, leaf_hash(leaf), size as u64, &root)
             };
-            assert!(check(index, &records[index]), "{index} of {size}");
+            assert!(check(index, record), "{index} of {size}");
             assert!(!check(index, b"another"), "{index} of {size} proves another record");
             let other = (index + 1) % size;
-            assert!(other == index || !check(other, &records[index]), "{index} of {size} moved");
+            assert!(other == index || !check(other, record), "{index} of {size} moved");
             for at in 0..path.len() {
                 let mut bad = path.clone();
                 bad[at][5] ^= 1;
-                let leaf = leaf_hash(&records[index]);
+                let leaf = leaf_hash(record);
                 assert!(!includes(&bad, index as u64, leaf, size as u64, &root));
             }
             let longer = [path.clone(), vec![root]].concat();
-            let leaf = leaf_hash(&records[index]);
+            let leaf = leaf_hash(record);
             assert!(!includes(&longer, index as u64, leaf, size as u64, &root));
         }
         assert!(inclusion(&nodes, size as u64, size as u64).is_err());
