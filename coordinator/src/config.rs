@@ -1,11 +1,14 @@
 //! The coordinator's configuration file. Unknown keys are an error that names the key.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use entente_membership::roster::Roster;
 use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
+
+use crate::residency::Endpoints;
 
 /// A coordinator, as TOML.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -30,6 +33,9 @@ pub struct Config {
     /// Name of the model in the API; the folder's name when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub served_model_name: Option<String>,
+    /// The public API.
+    #[serde(default)]
+    pub api: ApiConfig,
     /// Bounds on what runs at once.
     #[serde(default)]
     pub engine: EngineConfig,
@@ -41,6 +47,16 @@ pub struct Config {
     pub membership: Option<entente_membership::service::Config>,
     /// The cluster's founders, and the expert nodes that it begins with.
     pub cluster: Roster,
+}
+
+/// The public API.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ApiConfig {
+    /// Where the coordinators of all regions are asked, by region: a client whose request may not
+    /// be served here is told one of these.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub endpoints: Endpoints,
 }
 
 /// How expert nodes are reached.

@@ -7,6 +7,7 @@
 //! - [`engine`]: one thread that owns the scheduler, the cache and the links, and runs step after
 //!   step. Requests join and leave between steps; a long prompt is split into chunks.
 //! - [`api`]: HTTP in OpenAI's shape. It checks, translates and waits; it decides nothing.
+//! - [`residency`]: where the rows of a request may go, decided at the door.
 //! - [`link`]: the network side of `proto::link::Link`.
 //! - [`config`], [`metrics`]: the file it starts from, and the numbers it shows.
 //!
@@ -27,9 +28,10 @@ pub mod engine;
 mod host;
 pub mod link;
 pub mod metrics;
+pub mod residency;
 mod run;
 mod start;
 
 pub use config::Config;
 pub use run::{Ready, run};
-pub use start::{Error, Started, follow, start};
+pub use start::{Error, Started, Wiring, follow, start, start_wired};

@@ -36,6 +36,8 @@ pub struct Metrics {
     pub finished: IntCounterVec,
     /// Frames sent to expert nodes, repeated ones included.
     pub frames_sent: IntCounter,
+    /// (row, expert) pairs sent to expert nodes, repeated ones included, by the node's region.
+    pub expert_rows: IntCounterVec,
     /// Links that broke while an exchange waited.
     pub link_breaks: IntCounter,
     /// (row, expert) pairs asked of a second node because the first was slow.
@@ -127,6 +129,11 @@ impl Metrics {
                 &["reason"],
             ),
             frames_sent: counter("exchange_frames_total", "Frames sent to expert nodes."),
+            expert_rows: counters(
+                "expert_rows_total",
+                "(row, expert) pairs sent to expert nodes, by the region of the node.",
+                &["region"],
+            ),
             link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
             hedged_rows: counter("hedged_rows_total", "Rows asked of a second, faster replica."),
             retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),

@@ -93,7 +93,6 @@ where
         let address = listener.local_addr().map_err(unusable)?;
         let Started { api, experts, weights_bytes, .. } = started;
         let ready = Ready { address, experts, weights_bytes };
-        let api = Arc::new(api);
         tokio::spawn(announce(api.engine.clone(), on_ready, ready));
         serve(api, listener, shutdown).await.map_err(unusable)
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_channel::Sender;
 use entente_expert_node::{ExpertNode, NodeHandle};
 use entente_membership::served::ServedModel;
 use entente_membership::state::State;
@@ -25,6 +26,7 @@ use crate::engine::cluster::Cluster;
 use crate::engine::exchanger::Exchanger;
 use crate::engine::forward::{CacheShape, Forward};
 use crate::engine::scheduler::SchedulerConfig;
+use crate::engine::tally::Closed;
 use crate::engine::{Engine, Parts};
 use crate::link::Opener;
 use crate::metrics::Metrics;
@@ -88,10 +90,19 @@ struct Loaded {
     local: BTreeMap<NodeId, NodeHandle>,
 }
 
+/// What a coordinator is connected to, beside what its configuration names.
+#[derive(Default)]
+pub struct Wiring {
+    /// Where committed states come from; without it the cluster is what the roster says, for ever.
+    pub states: Option<watch::Receiver<Arc<State>>>,
+    /// Who is told of each generation that has ended; see [`Parts::closings`].
+    pub closings: Option<Sender<Closed>>,
+}
+
 /// A coordinator whose engine runs, before anything listens.
 pub struct Started {
     /// What the API works with; the engine is in it.
-    pub api: Api,
+    pub api: Arc<Api>,
     /// The model as the cluster knows it.
     pub served: ServedModel,
     /// Which bits the kernels give.
@@ -112,7 +123,7 @@ pub async fn start(
     config: &Config,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
-    start_in(config, None, progress).await
+    start_wired(config, Wiring::default(), progress).await
 }
 
 /// The same in a cluster that changes: the engine follows what was committed last.
@@ -121,8 +132,7 @@ pub async fn follow(
     states: watch::Receiver<Arc<State>>,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
-    check_followable(config)?;
-    start_in(config, Some(states), progress).await
+    start_wired(config, Wiring { states: Some(states), closings: None }, progress).await
 }
 
 /// Nodes of this process would not follow what is committed.
@@ -134,11 +144,16 @@ pub(crate) fn check_followable(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-async fn start_in(
+/// The same as either, with everything that it may be connected to.
+pub async fn start_wired(
     config: &Config,
-    states: Option<watch::Receiver<Arc<State>>>,
+    wiring: Wiring,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
+    let Wiring { states, closings } = wiring;
+    if states.is_some() {
+        check_followable(config)?;
+    }
     config.engine.check().map_err(Error::Config)?;
     let credentials = credentials(config)?;
     let to_load = config.clone();
@@ -154,9 +169,9 @@ async fn start_in(
     let exchanger = connect(config, credentials, &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
-    let api = start_engine(config, loaded, kv_dtype, exchanger, metrics)?;
+    let api = start_engine(config, loaded, kv_dtype, (exchanger, closings), metrics)?;
     Ok(Started {
-        api,
+        api: Arc::new(api),
         served,
         kernel_class,
         kv_dtype,
@@ -269,7 +284,7 @@ fn start_engine(
     config: &Config,
     loaded: Loaded,
     kv_dtype: KvDtype,
-    exchanger: Exchanger,
+    (exchanger, closings): (Exchanger, Option<Sender<Closed>>),
     metrics: Arc<Metrics>,
 ) -> Result<Api, Error> {
     let architecture = loaded.checkpoint.architecture().clone();
@@ -305,6 +320,7 @@ fn start_engine(
         tokenizer: tokenizer.clone(),
         vocab,
         request_wait_max: Duration::from_millis(config.engine.request_wait_max_ms),
+        closings,
         metrics: metrics.clone(),
     };
     let engine = Engine::start(parts).map_err(|error| Error::Start(error.to_string()))?;
@@ -318,6 +334,7 @@ fn start_engine(
         vocab,
         created_s: api::now_s(),
         home: config.region,
+        endpoints: config.api.endpoints.clone(),
         metrics,
     })
 }

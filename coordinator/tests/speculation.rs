@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use entente_coordinator::config::{EngineConfig, Speculation, Transport};
+use entente_coordinator::config::{ApiConfig, EngineConfig, Speculation, Transport};
 use entente_coordinator::engine::origin::Origin;
 use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::Sampling;
@@ -42,6 +42,7 @@ fn engine(runtime: &Runtime, weights: WeightFormat, engine: EngineConfig) -> Sta
         transport: Transport::Inproc,
         served_model_name: None,
         tls: None,
+        api: ApiConfig::default(),
         engine,
         membership: None,
         cluster: Roster::new("test".to_owned(), 1, vec![node]).unwrap(),

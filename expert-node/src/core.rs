@@ -96,7 +96,7 @@ mod tests {
     use super::*;
     use entente_proto::frame::Assignment;
     use entente_proto::ids::{
-        ExchangeId, ExpertId, Incarnation, MembershipEpoch, ModelDigest, PlacementEpoch,
+        ExchangeId, ExpertId, Incarnation, MembershipEpoch, ModelDigest, PlacementEpoch, RequestId,
     };
 
     fn facts() -> NodeFacts {
@@ -128,6 +128,7 @@ mod tests {
             dtype: Dtype::F32,
             hidden: 2,
             assignments: vec![Assignment { row: 0, expert: ExpertId(3) }],
+            requests: vec![(RequestId(1), 1)],
             rows: vec![0; 8].into(),
         }
     }

@@ -28,6 +28,8 @@ fn seeds() {
         hidden: 4,
         assignments: Bytes::from_static(&[0, 0, 1, 0, 1, 0, 2, 0]),
         rows: Bytes::from_static(&[1; 16]),
+        // One assignment of each of two requests.
+        requests: [[9_u8; 16], [8; 16]].map(|id| [&id[..], &[1, 0]].concat()).concat().into(),
         ..wire::Dispatch::default()
     };
     seed("dispatch", &dispatch.encode_to_vec());

@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use crate::ids::{
     ExchangeId, ExpertId, Fence, Incarnation, LayerId, MembershipEpoch, ModelDigest,
-    PlacementEpoch, Region, RegionSet,
+    PlacementEpoch, Region, RegionSet, RequestId,
 };
 use crate::wire;
 
@@ -24,8 +24,11 @@ pub const HIDDEN_MAX: usize = 65_536;
 /// Most bytes of rows in a frame, and in the answer to it. It bounds what a message may make its
 /// receiver allocate; bigger exchanges are split into several frames.
 pub const ROWS_BYTES_MAX: usize = 32 << 20;
-/// Most bytes of a whole message: rows, assignments, and the few fields beside them.
-pub const MESSAGE_BYTES_MAX: usize = ROWS_BYTES_MAX + ASSIGNMENTS_MAX * 4 + (64 << 10);
+/// Bytes of one run of assignments of one request.
+const RUN_BYTES: usize = 18;
+/// Most bytes of a whole message: rows, assignments, whose they are, and the few fields beside them.
+pub const MESSAGE_BYTES_MAX: usize =
+    ROWS_BYTES_MAX + ASSIGNMENTS_MAX * (4 + RUN_BYTES) + (64 << 10);
 /// Most regions that a frame may list.
 pub const REGIONS_MAX: usize = 32;
 
@@ -114,6 +117,9 @@ pub struct Dispatch {
     pub hidden: usize,
     /// Which row goes through which expert; no pair twice.
     pub assignments: Vec<Assignment>,
+    /// Whose the assignments are: so many of them of this request, then of the next. They add up
+    /// to all of them.
+    pub requests: Vec<(RequestId, u32)>,
     /// The rows, `row_count x hidden` values.
     pub rows: Bytes,
 }
@@ -195,6 +201,47 @@ fn assignments(bytes: &Bytes, row_count: usize) -> Result<Vec<Assignment>, Frame
     Ok(list)
 }
 
+fn requests(bytes: &Bytes, assignments: usize) -> Result<Vec<(RequestId, u32)>, FrameError> {
+    let (count, field) = (bytes.len() / RUN_BYTES, "requests");
+    if !bytes.len().is_multiple_of(RUN_BYTES) {
+        let want = (count + 1) * RUN_BYTES;
+        return Err(FrameError::Length { field, have: bytes.len(), want });
+    }
+    // No run is empty, so that there are no more of them than there are assignments.
+    in_range(field, count, 1, assignments)?;
+    let run = |run: &[u8]| -> Result<(RequestId, u32), FrameError> {
+        let (id, len) = run.split_at(RUN_BYTES - 2);
+        let mut number = [0; RUN_BYTES - 2];
+        number.copy_from_slice(id);
+        let len = u16::from_le_bytes([len[0], len[1]]);
+        in_range("requests.assignments", len.into(), 1, assignments)?;
+        Ok((RequestId(u128::from_le_bytes(number)), len.into()))
+    };
+    let runs = bytes.chunks_exact(RUN_BYTES).map(run).collect::<Result<Vec<_>, _>>()?;
+    // At most ASSIGNMENTS_MAX runs of 16 bits each: far below 2^64.
+    let have = runs.iter().map(|(_, len)| u64::from(*len)).sum::<u64>();
+    if have != assignments as u64 {
+        let (field, allowed) = ("requests.assignments in all", assignments.to_string());
+        return Err(FrameError::Range { field, have, allowed });
+    }
+    Ok(runs)
+}
+
+/// Writes runs as [`requests`] reads them; one that is too long for its field becomes several.
+fn pack_requests(requests: &[(RequestId, u32)]) -> Bytes {
+    let mut out = Vec::with_capacity(requests.len() * RUN_BYTES);
+    for (request, len) in requests {
+        let mut left = *len;
+        while left > 0 {
+            let len = u16::try_from(left).unwrap_or(u16::MAX);
+            out.extend_from_slice(&request.0.to_le_bytes());
+            out.extend_from_slice(&len.to_le_bytes());
+            left -= u32::from(len);
+        }
+    }
+    out.into()
+}
+
 impl TryFrom<wire::Dispatch> for Dispatch {
     type Error = FrameError;
 
@@ -210,6 +257,7 @@ impl TryFrom<wire::Dispatch> for Dispatch {
             return Err(FrameError::Length { field: "rows", have: message.rows.len(), want });
         }
         in_range("rows", want, 1, ROWS_BYTES_MAX)?;
+        let assignments = assignments(&message.assignments, row_count)?;
         let frame = Self {
             exchange: ExchangeId(message.exchange_id),
             fence: message.fence.ok_or(FrameError::Missing("fence"))?.try_into()?,
@@ -218,7 +266,8 @@ impl TryFrom<wire::Dispatch> for Dispatch {
             deadline_ms: message.deadline_ms,
             dtype,
             hidden,
-            assignments: assignments(&message.assignments, row_count)?,
+            requests: requests(&message.requests, assignments.len())?,
+            assignments,
             rows: message.rows,
         };
         in_range("rows of the answer", frame.answer_len(), 1, ROWS_BYTES_MAX)?;
@@ -238,6 +287,7 @@ impl From<Dispatch> for wire::Dispatch {
             dtype: frame.dtype.to_wire(),
             hidden: frame.hidden as u32,
             assignments: pack_pairs(frame.assignments.iter().map(|a| (a.row, a.expert.0))),
+            requests: pack_requests(&frame.requests),
             rows: frame.rows,
         }
     }
@@ -450,9 +500,23 @@ mod tests {
                 Assignment { row: 0, expert: ExpertId(3) },
                 Assignment { row: 1, expert: ExpertId(0) },
             ],
+            requests: vec![(RequestId(u128::MAX), 1), (RequestId(2), 1)],
             rows: Bytes::from(vec![1; 2 * 8 * 2]),
         }
         .into()
+    }
+
+    /// Runs of so many assignments each, as they are on the wire.
+    fn runs(lens: &[u16]) -> Bytes {
+        let run = |len: &u16| [&7_u128.to_le_bytes()[..], &len.to_le_bytes()].concat();
+        lens.iter().flat_map(run).collect::<Vec<u8>>().into()
+    }
+
+    #[test]
+    fn a_run_too_long_for_its_field_is_written_as_several() {
+        let (id, count) = (RequestId(7), ASSIGNMENTS_MAX as u32);
+        let read = requests(&pack_requests(&[(id, count)]), ASSIGNMENTS_MAX).unwrap();
+        assert_eq!(read, [(id, u32::from(u16::MAX)), (id, 1)]);
     }
 
     #[test]
@@ -465,7 +529,7 @@ mod tests {
     #[test]
     fn every_length_that_does_not_fit_is_refused_by_name() {
         type Spoil = fn(&mut wire::Dispatch);
-        let cases: [(&str, Spoil); 12] = [
+        let cases: [(&str, Spoil); 18] = [
             ("rows", |m| m.rows = Bytes::from(vec![0; 31])),
             ("rows", |m| m.rows = Bytes::new()),
             ("row_count", |m| m.row_count = 0),
@@ -478,6 +542,12 @@ mod tests {
             ("assignments", |m| m.assignments = Bytes::from(vec![0; 5])),
             ("assignments.row", |m| m.assignments = Bytes::from(vec![2, 0, 0, 0])),
             ("assignments", |m| m.assignments = Bytes::from(vec![0; 8])),
+            ("requests", |m| m.requests = Bytes::new()),
+            ("requests", |m| m.requests = m.requests.slice(1..)),
+            ("requests is 3", |m| m.requests = runs(&[1, 1, 1])),
+            ("requests.assignments is 0", |m| m.requests = runs(&[0, 2])),
+            ("requests.assignments in all is 1", |m| m.requests = runs(&[1])),
+            ("requests.assignments in all is 4", |m| m.requests = runs(&[2, 2])),
         ];
         for (field, spoil) in cases {
             let mut bad = message();
@@ -495,6 +565,7 @@ mod tests {
             row_count: 1,
             hidden: hidden as u32,
             assignments: pack_pairs((0..experts).map(|expert| (0, expert))),
+            requests: runs(&[experts]),
             rows: vec![0; hidden * 4].into(),
             ..message()
         };

@@ -30,7 +30,12 @@ pub struct NodeInfo {
 #[derive(Debug)]
 pub enum LinkEvent {
     /// The node answered the call that describes it; frames may be sent.
-    Up(NodeInfo),
+    Up {
+        /// What it says of itself.
+        info: NodeInfo,
+        /// SHA-256 of the certificate that it showed, in DER; zeros where none is shown.
+        certificate_sha256: [u8; 32],
+    },
     /// An answer to some dispatch, possibly one that nobody waits for any more.
     Answer(Answer),
     /// The link broke: no answer to anything in flight will come. The link redials by itself.

@@ -14,9 +14,10 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use entente_proto::frame::{Answer, Dtype};
 use entente_proto::ids::{
     Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest, NodeId, PlacementEpoch, Region,
+    RequestId,
 };
 use entente_proto::placement::{ModelShape, PlacementNode};
-use entente_router::exchange::{Command, Job};
+use entente_router::exchange::{Command, Job, Owners};
 use entente_router::exchanges::Exchanges;
 use entente_router::gate::{self, Choice, GateSpec};
 use entente_router::placement;
@@ -85,6 +86,11 @@ fn exchange(c: &mut Criterion) {
     let mut group = c.benchmark_group("exchange");
     for rows in ROWS {
         let (bytes, choices) = (Bytes::from(vec![0; rows * HIDDEN * 2]), choices(rows));
+        // Each row is another request's, which is the most work.
+        let owners = Arc::new(Owners {
+            policies: vec![[view.home].into()],
+            owners: (0..rows).map(|row| (RequestId(row as u128), 0)).collect(),
+        });
         group.throughput(Throughput::Elements(rows as u64));
         group.bench_function(BenchmarkId::from_parameter(rows), |b| {
             b.iter(|| {
@@ -95,13 +101,13 @@ fn exchange(c: &mut Criterion) {
                     rows: bytes.clone(),
                     choices: choices.clone(),
                     top_k: GATE.top_k,
-                    policies: vec![[view.home].into()],
-                    policy_of_row: vec![0; rows],
+                    owners: owners.clone(),
+                    owner_of_row: (0..rows).map(|row| row as u16).collect(),
                     stranded_max_us: 1_000_000,
                     deadline_us: 1_000_000,
                 };
                 let (ticket, commands) = exchanges.start(job, &view, 0);
-                for Command::Send { node, frame } in commands {
+                for Command::Send { node, frame, .. } in commands {
                     // Nodes that answer with as many zeros as are expected, out of memory that
                     // is there already.
                     let result = Ok(bytes_of(&bytes, frame.answer_len()));

@@ -36,15 +36,26 @@ mod standing;
 pub(crate) mod tests;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use entente_proto::frame::{Answer, Dispatch, Dtype, Refusal};
-use entente_proto::ids::{ExchangeId, Fence, LayerId, NodeId, RegionSet};
+use entente_proto::ids::{ExchangeId, Fence, LayerId, NodeId, RegionSet, RequestId};
 
 use crate::gate::Choice;
 use crate::pace::{Pace, Patience};
 use crate::view::ClusterView;
 use standing::Standing;
+
+/// Whose rows are computed, and where they may go: the same for all exchanges of a step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Owners {
+    /// The different sets of regions that may see rows.
+    pub policies: Vec<RegionSet>,
+    /// What rows may belong to: the request that nodes are told, and which of `policies` binds it.
+    /// Several owners may be of one request.
+    pub owners: Vec<(RequestId, u16)>,
+}
 
 /// What one exchange has to get computed.
 #[derive(Debug, Clone)]
@@ -61,10 +72,10 @@ pub struct Job {
     pub choices: Vec<Choice>,
     /// Experts of a row.
     pub top_k: usize,
-    /// The different sets of regions that may see rows.
-    pub policies: Vec<RegionSet>,
-    /// Which of `policies` holds for each row.
-    pub policy_of_row: Vec<u16>,
+    /// Whose the rows may be.
+    pub owners: Arc<Owners>,
+    /// Which of the owners each row belongs to.
+    pub owner_of_row: Vec<u16>,
     /// How long nobody may be left for some row before the exchange fails, in microseconds.
     pub stranded_max_us: u64,
     /// When the exchange fails in any case, in microseconds on the caller's clock.
@@ -78,17 +89,35 @@ impl Job {
 
     /// What makes the job impossible to carry out, if anything does.
     fn flaw(&self) -> Option<&'static str> {
-        let rows = self.policy_of_row.len();
+        let Owners { policies, owners } = &*self.owners;
+        let rows = self.owner_of_row.len();
         let flaws = [
             (self.hidden == 0 || self.top_k == 0, "hidden and top_k must not be 0"),
             (self.rows.len() != rows * self.row_bytes(), "rows have another length"),
             (self.choices.len() != rows * self.top_k, "choices have another length"),
             (
-                self.policy_of_row.iter().any(|p| usize::from(*p) >= self.policies.len()),
-                "a row has no policy",
+                self.owner_of_row.iter().any(|o| usize::from(*o) >= owners.len()),
+                "a row has no owner",
+            ),
+            (
+                owners.iter().any(|(_, p)| usize::from(*p) >= policies.len()),
+                "an owner of rows has no policy",
             ),
         ];
         flaws.into_iter().find(|(bad, _)| *bad).map(|(_, what)| what)
+    }
+
+    fn owner_of(&self, slot: usize) -> u16 {
+        self.owner_of_row[slot / self.top_k]
+    }
+
+    /// Which of the owners' policies binds the row of a slot.
+    fn policy_of(&self, slot: usize) -> u16 {
+        self.owners.owners[usize::from(self.owner_of(slot))].1
+    }
+
+    fn regions(&self, policy: u16) -> &RegionSet {
+        &self.owners.policies[usize::from(policy)]
     }
 }
 
@@ -101,6 +130,8 @@ pub enum Command {
         node: NodeId,
         /// The frame.
         frame: Dispatch,
+        /// How many of the frame's assignments are each owner's, in their order.
+        shares: Vec<(u16, u32)>,
     },
 }
 
@@ -249,7 +280,7 @@ impl Exchange {
         let shut_out = |policy: &RegionSet| !policy.contains(&view.home);
         let failure = match job.flaw() {
             Some(what) => Some(Failure::Impossible { layer, what }),
-            None if job.policies.iter().any(shut_out) => {
+            None if job.owners.policies.iter().any(shut_out) => {
                 Some(Failure::NotPermitted { layer, home: view.home })
             }
             None => None,
@@ -448,19 +479,17 @@ impl Exchange {
     /// Makes the slots of a frame missing again, but for those that another frame carries too.
     fn give_up(&mut self, pace: &mut Pace, id: ExchangeId) {
         let Some(sent) = self.in_flight.remove(&id) else { return };
-        let mut lost = 0;
-        for slot in sent.slots {
-            let slot = &mut self.slots[slot as usize];
+        for i in sent.slots {
+            let slot = &mut self.slots[i as usize];
             *slot = match *slot {
                 Slot::InFlight(frames @ 2..) => Slot::InFlight(frames - 1),
                 Slot::InFlight(_) => {
-                    lost += 1;
+                    pace.count_retried(self.job.owner_of(i as usize));
                     Slot::Missing
                 }
                 other => other,
             };
         }
-        pace.count_retried(lost);
     }
 
     fn fail(&mut self, failure: Failure) {

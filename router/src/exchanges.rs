@@ -16,7 +16,7 @@ use entente_proto::frame::Answer;
 use entente_proto::ids::{ExchangeId, NodeId};
 
 use crate::exchange::{Command, Exchange, ExchangeIds, Job, Status};
-use crate::pace::{Pace, Work};
+use crate::pace::{Pace, Repeats, Work};
 use crate::view::ClusterView;
 
 /// Stands for an exchange that was started. Not cloneable: an exchange is finished once.
@@ -124,6 +124,11 @@ impl Exchanges {
     /// What was sent more than once since the last call.
     pub fn take_work(&mut self) -> Work {
         self.pace.take_work()
+    }
+
+    /// Whose rows those were.
+    pub fn take_repeats(&mut self) -> BTreeMap<u16, Repeats> {
+        self.pace.take_repeats()
     }
 
     fn all(

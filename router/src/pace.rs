@@ -116,6 +116,15 @@ pub struct Work {
     pub retried: u64,
 }
 
+/// Work that had to be done more than once for one owner of rows, in (row, expert) pairs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Repeats {
+    /// See [`Work::hedged`].
+    pub hedged: u64,
+    /// See [`Work::retried`].
+    pub retried: u64,
+}
+
 /// See the module. One task owns it, beside its exchanges.
 #[derive(Debug, Clone, Default)]
 pub struct Pace {
@@ -125,6 +134,8 @@ pub struct Pace {
     /// Hedged rows that may be sent, times [`ROWS_PER_HEDGED_ROW`]; negative while some are owed.
     saved: i64,
     work: Work,
+    /// By the number that an owner has in its step; empty as long as all goes well.
+    repeats: BTreeMap<u16, Repeats>,
 }
 
 fn class_of(rows: usize) -> usize {
@@ -167,6 +178,11 @@ impl Pace {
     /// Work since the last call.
     pub fn take_work(&mut self) -> Work {
         std::mem::take(&mut self.work)
+    }
+
+    /// Whose work was done more than once since the last call.
+    pub fn take_repeats(&mut self) -> BTreeMap<u16, Repeats> {
+        std::mem::take(&mut self.repeats)
     }
 
     /// Takes note of a frame that leaves, and says how long to wait for it.
@@ -249,9 +265,15 @@ impl Pace {
         self.saved = self.saved.saturating_add(rows as i64).min(most);
     }
 
-    /// Takes note of rows that have to be sent again.
-    pub(crate) fn count_retried(&mut self, rows: usize) {
-        self.work.retried += rows as u64;
+    /// Takes note of a row of `owner` that has to be sent again.
+    pub(crate) fn count_retried(&mut self, owner: u16) {
+        self.work.retried += 1;
+        self.repeats.entry(owner).or_default().retried += 1;
+    }
+
+    /// Takes note of a row of `owner` that is hedged, and paid for.
+    pub(crate) fn count_hedged(&mut self, owner: u16) {
+        self.repeats.entry(owner).or_default().hedged += 1;
     }
 
     /// Pays for hedged rows. Unless they are overdue, false when too little is saved.

@@ -320,6 +320,10 @@ fn common(
         let address = address_of(&node);
         (node, address)
     });
+    let endpoint = |(member, (_, addresses)): (&Member, &(Vec<TcpListener>, Addresses))| {
+        (member.role == Role::Coordinator).then(|| (member.region, url(addresses.main)))
+    };
+    let endpoints = members.iter().zip(bound).filter_map(endpoint).collect();
     let voters = plan::voters(members.iter().zip(bound.iter().map(|(_, addresses)| addresses)));
     let roster = plan::roster(wanted.replicas, nodes)?.with_voters(voters)?;
     // Nothing leaves a process whose expert nodes are in it.
@@ -335,6 +339,7 @@ fn common(
         transport: wanted.transport,
         tls,
         raft: data.empty_raft()?,
+        endpoints,
         roster,
     })
 }

@@ -14,7 +14,8 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use entente_coordinator::config::EngineConfig;
+use entente_coordinator::config::{ApiConfig, EngineConfig};
+use entente_coordinator::residency::Endpoints;
 use entente_membership::net::Via;
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
 use entente_membership::service;
@@ -237,6 +238,8 @@ pub struct Common {
     pub tls: Option<PathBuf>,
     /// The folder in which each voter keeps its log in a folder of its own.
     pub raft: PathBuf,
+    /// Where each region's API is reached.
+    pub endpoints: Endpoints,
     /// The expert nodes and where they listen.
     pub roster: Roster,
 }
@@ -352,6 +355,7 @@ pub fn coordinator(
         threads: common.threads.map(usize::from),
         transport: common.transport.into(),
         served_model_name: None,
+        api: ApiConfig { endpoints: common.endpoints.clone() },
         engine: EngineConfig {
             kv_dtype: common.kv_dtype.map(KvDtype::from),
             ..EngineConfig::default()
@@ -368,6 +372,10 @@ mod tests {
 
     fn regions(text: &str) -> Regions {
         text.parse().unwrap()
+    }
+
+    fn region(code: &str) -> Region {
+        code.parse().unwrap()
     }
 
     #[test]
@@ -426,6 +434,7 @@ mod tests {
             transport: Transport::Inproc,
             tls: Some("certificates".into()),
             raft: "raft".into(),
+            endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(2, nodes).unwrap(),
         };
         let addresses = Addresses { main: address, control: None };
@@ -436,6 +445,7 @@ mod tests {
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
         assert_eq!(node.model, common.model);
         assert_eq!(coordinator.engine.kv_dtype, Some(KvDtype::F32));
+        assert_eq!(coordinator.api.endpoints, common.endpoints);
         assert_eq!(node.tls, Some(pki::files("certificates".as_ref(), &members[2].name)));
         assert_eq!(coordinator.tls, Some(pki::files("certificates".as_ref(), &members[0].name)));
     }
@@ -463,6 +473,7 @@ mod tests {
             transport: Transport::Stream,
             tls: Some("certificates".into()),
             raft: "raft".into(),
+            endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(1, [(members[1].clone(), Some(at(3)))].into_iter())
                 .and_then(|roster| Ok(roster.with_voters(voters)?))
                 .unwrap(),

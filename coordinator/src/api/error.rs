@@ -4,6 +4,7 @@
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use entente_proto::ids::Region;
 use serde::Serialize;
 
 use crate::engine::EngineError;
@@ -53,6 +54,25 @@ impl ApiError {
         let shown: String = model.chars().take(128).collect();
         let message = format!("The model `{shown}` does not exist.");
         Self::new(StatusCode::NOT_FOUND, "NotFoundError", message, Some("model".into()))
+    }
+
+    /// 403: no region is left that may serve the request.
+    pub fn residency(reason: String) -> Self {
+        let error = Self::new(StatusCode::FORBIDDEN, "permission_error", reason, None);
+        error.coded("residency_unsatisfiable")
+    }
+
+    /// 421: the request may be served in `region`, at `url`, and not here.
+    pub fn wrong_entry(region: Region, url: &str) -> Self {
+        let message = format!("the request may not be served here; it may be in {region}: {url}");
+        let status = StatusCode::MISDIRECTED_REQUEST;
+        let error = Self::new(status, "invalid_request_error", message, None);
+        let error = error.coded("wrong_entry_region");
+        // An address that is no header's value is still in the message.
+        match HeaderValue::from_str(url) {
+            Ok(url) => error.with_header(header::LOCATION, url),
+            Err(_) => error,
+        }
     }
 
     /// Any other status.
@@ -106,6 +126,7 @@ impl From<EngineError> for ApiError {
         let message = error.to_string();
         match error {
             EngineError::TooLong(_) => Self::invalid("max_tokens", message),
+            EngineError::NotPermitted(_) => Self::residency(message),
             EngineError::Unreadable(_) => Self::invalid("prompt", message),
             EngineError::Busy(_) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_busy", message, None)

@@ -26,6 +26,7 @@ use entente_proto::ids::Region;
 pub use self::error::ApiError;
 use crate::engine::EngineHandle;
 use crate::metrics::Metrics;
+use crate::residency::Endpoints;
 
 /// Bytes of a request body at most.
 const BODY_LEN_MAX: usize = 1 << 20;
@@ -50,6 +51,8 @@ pub struct Api {
     pub created_s: u64,
     /// The country that this coordinator stands in.
     pub home: Region,
+    /// Where the coordinators of all regions are asked, as far as it is known.
+    pub endpoints: Endpoints,
     /// What is measured.
     pub metrics: Arc<Metrics>,
 }

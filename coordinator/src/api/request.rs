@@ -6,6 +6,8 @@
 use std::fmt;
 
 use entente_model::GenerationConfig;
+use entente_proto::frame::REGIONS_MAX;
+use entente_proto::ids::Region;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, SeqAccess, Unexpected, Visitor};
 
@@ -61,6 +63,8 @@ pub struct Common {
     response_format: Option<ResponseFormat>,
     tools: Option<Anything>,
     structured_outputs: Option<IgnoredAny>,
+    /// The only regions that may serve the request, of those that its tenant may use.
+    pub residency: Option<AtMost<Region, REGIONS_MAX>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -22,11 +22,13 @@ use std::time::Duration;
 
 use entente_membership::state::{Node, NodeState, Role, State};
 use entente_proto::frame::Dispatch;
-use entente_proto::ids::{Incarnation, NodeId, Region, RegionSet};
+use entente_proto::ids::{Incarnation, NodeId, Region};
 use entente_proto::link::{LinkEvent, NodeInfo, NotSent};
 use entente_router::view::{ClusterView, Committed, Member, Model};
+use prometheus::IntCounter;
 use tokio::sync::watch;
 
+use super::tally::Touched;
 use crate::Error;
 use crate::link::{Bell, Links, Opener};
 use crate::metrics::Metrics;
@@ -48,10 +50,19 @@ pub struct Cluster {
     source: Option<Source>,
     /// What each link was opened to.
     targets: BTreeMap<NodeId, Target>,
-    allowed_regions: RegionSet,
+    /// The nodes that are up.
+    peers: BTreeMap<NodeId, Peer>,
     changes: u64,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
+}
+
+/// A node that is up, for whoever counts what is sent to it.
+pub struct Peer {
+    /// Which start of which node it is, and what it showed.
+    pub touched: Arc<Touched>,
+    /// Rows sent to nodes of its region.
+    pub rows: IntCounter,
 }
 
 /// What was committed last, and what it takes to reach the nodes that it names.
@@ -125,7 +136,7 @@ impl Cluster {
             links,
             source: None,
             targets: BTreeMap::new(),
-            allowed_regions: [view.home].into(),
+            peers: BTreeMap::new(),
             view,
             changes: 0,
             readiness: watch::Sender::new(waiting),
@@ -140,9 +151,9 @@ impl Cluster {
         &self.view
     }
 
-    /// The regions that rows of this coordinator may enter.
-    pub fn allowed_regions(&self) -> &RegionSet {
-        &self.allowed_regions
+    /// The node at the other end of a link that is up.
+    pub fn peer(&self, node: NodeId) -> Option<&Peer> {
+        self.peers.get(&node)
     }
 
     /// Counts the times that something became possible which was not: a node came up, or the
@@ -184,12 +195,20 @@ impl Cluster {
         self.links.next(Duration::ZERO)
     }
 
-    /// Takes note that a node says it is there. Whether it is used from now on.
-    pub fn node_up(&mut self, node: NodeId, info: &NodeInfo) -> bool {
+    /// Takes note that a node says it is there, and what it showed. Whether it is used from now on.
+    pub fn node_up(&mut self, node: NodeId, info: &NodeInfo, certificate_sha256: [u8; 32]) -> bool {
         if let Err(mismatch) = self.view.node_up(node, info) {
             tracing::error!(node = %info.name, %mismatch, "expert node is not usable");
             return false;
         }
+        let touched = Arc::new(Touched {
+            node: info.name.clone(),
+            region: info.region,
+            incarnation: info.fence.incarnation,
+            certificate_sha256,
+        });
+        let rows = self.metrics.expert_rows.with_label_values(&[info.region.as_str()]);
+        self.peers.insert(node, Peer { touched, rows });
         let live = self.view.fence(node).is_some();
         tracing::info!(node = %info.name, live, "expert node is up");
         self.changes += u64::from(live);
@@ -200,6 +219,7 @@ impl Cluster {
     /// Takes note that the link to a node broke.
     pub fn node_down(&mut self, node: NodeId, reason: &str) {
         tracing::warn!(node = node.0, reason, "expert node is down");
+        self.peers.remove(&node);
         self.view.node_down(node);
         self.publish();
     }
@@ -238,6 +258,7 @@ impl Cluster {
             self.links.remove(*id);
             self.view.node_down(*id);
             self.targets.remove(id);
+            self.peers.remove(id);
         }
         for node in wanted {
             if let Some(target) = self.targets.get_mut(&node.id) {
@@ -269,7 +290,8 @@ impl Cluster {
     fn publish(&self) {
         self.metrics.cluster.membership_epoch.set(self.view.membership_epoch.0 as i64);
         self.metrics.cluster.placement_epoch.set(self.view.placement_epoch.0 as i64);
-        let now = match self.view.missing(&self.allowed_regions) {
+        // Every request that is served is allowed at home, and no other region is used.
+        let now = match self.view.missing(&[self.view.home].into()) {
             None => Readiness::Ready,
             Some((layer, _)) => {
                 Readiness::Waiting(format!("an expert of layer {layer} has no live replica"))

@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use entente_model::kernels::Kernels;
-use entente_proto::ids::{LayerId, NodeId};
+use entente_proto::ids::{LayerId, NodeId, Region};
 use entente_proto::link::LinkEvent;
-use entente_router::exchange::{Command, Failure, Job, Status};
+use entente_router::exchange::{Command, Failure, Job, Owners, Status};
 use entente_router::exchanges::{Exchanges, Ticket};
 use entente_router::gate::Choice;
 use tokio::sync::watch;
 
 use super::cluster::{Cluster, Readiness};
+use super::tally::{Epochs, StepTally};
 use crate::link::Bell;
 use crate::metrics::Metrics;
 
@@ -37,6 +38,10 @@ pub struct Exchanger {
     kernels: Arc<dyn Kernels>,
     /// Memory for the rows of exchanges, used again for the next; as many as were in flight.
     spare: Vec<BytesMut>,
+    /// Whose the rows of the step are that is computed, and where they went.
+    owners: Arc<Owners>,
+    owner_of_row: Vec<u16>,
+    tally: StepTally,
     metrics: Arc<Metrics>,
 }
 
@@ -52,6 +57,8 @@ pub struct Rows<'a> {
     pub choices: Vec<Choice>,
     /// Choices of a row.
     pub top_k: usize,
+    /// Which of the step's rows the first of these is.
+    pub first_row: usize,
 }
 
 /// An exchange that was started, for [`Exchanger::finish`].
@@ -77,12 +84,37 @@ impl Exchanger {
             deadline_us: deadline.as_micros() as u64,
             kernels,
             spare: Vec::new(),
+            owners: Arc::default(),
+            owner_of_row: Vec::new(),
+            tally: StepTally::default(),
             metrics,
         }
     }
 
     fn now_us(&self) -> u64 {
         self.started.elapsed().as_micros() as u64
+    }
+
+    /// The region whose nodes are used.
+    pub fn home(&self) -> Region {
+        self.cluster.view().home
+    }
+
+    /// What was committed last, as far as it is followed.
+    pub fn epochs(&self) -> Epochs {
+        let view = self.cluster.view();
+        Epochs { membership: view.membership_epoch, placement: view.placement_epoch }
+    }
+
+    /// Says whose the rows of the next step are: which of `owners` each row belongs to.
+    pub fn begin_step(&mut self, owners: Owners, owner_of_row: Vec<u16>) {
+        (self.owners, self.owner_of_row) = (Arc::new(owners), owner_of_row);
+        self.tally = StepTally::default();
+    }
+
+    /// Where the rows of the step went, by the number of their owner.
+    pub fn end_step(&mut self) -> StepTally {
+        std::mem::take(&mut self.tally)
     }
 
     /// What ends [`Exchanger::idle`].
@@ -135,10 +167,12 @@ impl Exchanger {
         let Self { cluster, exchanges, .. } = self;
         let commands = match event {
             LinkEvent::Answer(answer) => exchanges.on_answer(cluster.view(), node, answer, now_us),
-            LinkEvent::Up(info) if cluster.node_up(node, &info) => {
+            LinkEvent::Up { info, certificate_sha256 }
+                if cluster.node_up(node, &info, certificate_sha256) =>
+            {
                 exchanges.on_view_changed(cluster.view(), now_us)
             }
-            LinkEvent::Up(_) => Vec::new(),
+            LinkEvent::Up { .. } => Vec::new(),
             LinkEvent::Down(reason) => {
                 self.metrics.link_breaks.inc_by(u64::from(!exchanges.is_empty()));
                 cluster.node_down(node, &reason);
@@ -175,8 +209,8 @@ impl Exchanger {
             rows: buffer.slice(..rows_bytes),
             choices: rows.choices,
             top_k: rows.top_k,
-            policies: vec![self.cluster.allowed_regions().clone()],
-            policy_of_row: vec![0; count],
+            owners: self.owners.clone(),
+            owner_of_row: self.owner_of_row[rows.first_row..rows.first_row + count].to_vec(),
             stranded_max_us: STRANDED_MAX.as_micros() as u64,
             deadline_us: now_us + self.deadline_us,
         };
@@ -227,9 +261,15 @@ impl Exchanger {
     /// Sends what the machines want sent. A link that does not take its frame is one more event.
     fn perform(&mut self, commands: Vec<Command>) {
         let mut commands = VecDeque::from(commands);
-        while let Some(Command::Send { node, frame }) = commands.pop_front() {
+        while let Some(Command::Send { node, frame, shares }) = commands.pop_front() {
             let id = frame.exchange;
             self.metrics.frames_sent.inc();
+            // Before it is known whether the link takes the frame: one that breaks on the way may
+            // have carried rows.
+            if let Some(peer) = self.cluster.peer(node) {
+                peer.rows.inc_by(frame.assignments.len() as u64);
+                self.tally.sent(&peer.touched, &shares);
+            }
             if self.cluster.send(node, frame).is_err() {
                 let now_us = self.now_us();
                 commands.extend(self.exchanges.on_not_sent(self.cluster.view(), id, now_us));
@@ -238,5 +278,6 @@ impl Exchanger {
         let work = self.exchanges.take_work();
         self.metrics.hedged_rows.inc_by(work.hedged);
         self.metrics.retried_rows.inc_by(work.retried);
+        self.tally.repeated(self.exchanges.take_repeats());
     }
 }

@@ -271,7 +271,9 @@ impl Forward {
                 let layer = LayerId(layer as u16);
                 self.metrics.count_choices(layer, &choices);
                 let (hidden, top_k) = (arch.hidden, spec.top_k);
-                Some(exchanger.start(Rows { layer, hidden, values: normed, choices, top_k }))
+                let first_row = batch.start;
+                let rows = Rows { layer, hidden, values: normed, choices, top_k, first_row };
+                Some(exchanger.start(rows))
             }
             (FfnWeights::Dense(ffn), None) => {
                 let rows: Vec<(u32, u32)> = (0..batch.len() as u32).map(|r| (r, r)).collect();

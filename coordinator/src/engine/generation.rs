@@ -8,6 +8,7 @@ use super::output::TextStream;
 use super::sampler::{self, ScoredToken};
 use super::scheduler::Chunk;
 use super::speculation::HitRate;
+use super::tally::Tally;
 use super::{Event, Request};
 
 /// What the engine knows of a request beyond its rows.
@@ -25,6 +26,8 @@ pub(super) struct Generation {
     pub(super) hit_rate: HitRate,
     /// What the lookup says comes next in this step, drafted or not.
     pub(super) guesses: Vec<u32>,
+    /// Where its rows went.
+    pub(super) tally: Tally,
 }
 
 impl Generation {

@@ -6,7 +6,8 @@
 //! their place, and it is planned anew when the cluster has changed. A request that has waited for
 //! as long as it may is told what is missing. [`EngineHandle`] is the cloneable outside; nothing else reaches in. Requests tell the
 //! engine that they are gone by closing their event channel, so a client that disconnects frees
-//! its slot and its cache before the next step.
+//! its slot and its cache before the next step. However a request ends, what was done for it is told
+//! once to whoever keeps the records, before its client hears of the end.
 //!
 //! The pure parts are [`scheduler`], [`speculation`], [`sampler`], [`output`] and `hold`; [`forward`],
 //! [`exchanger`] and [`cluster`] do the arithmetic and the talking.
@@ -23,6 +24,7 @@ pub mod output;
 pub mod sampler;
 pub mod scheduler;
 pub mod speculation;
+pub mod tally;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,7 +32,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
 use entente_model::{Detokenizer, Tokenizer};
-use entente_router::exchange::Failure;
+use entente_proto::ids::Region;
+use entente_router::exchange::{Failure, Owners};
 use tokio::sync::{mpsc, watch};
 
 pub use self::cluster::Readiness;
@@ -43,6 +46,7 @@ use self::output::{Finish, StopConditions, TextStream};
 use self::sampler::{Sampling, ScoredToken};
 use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
 use self::speculation::{Candidate, Speculator};
+use self::tally::{Closed, How, Tally};
 use crate::link::Bell;
 use crate::metrics::Metrics;
 
@@ -106,6 +110,9 @@ pub enum EngineError {
     /// Experts are missing and did not come back in time.
     #[error("the model is not available: {0}")]
     Unavailable(String),
+    /// Its rows may not be where this coordinator's experts are.
+    #[error("the request is not allowed in {0}, the only region whose experts are used here")]
+    NotPermitted(Region),
     /// The tokenizer cannot write the prompt.
     #[error("the prompt's tokens have no text: {0}")]
     Unreadable(String),
@@ -178,6 +185,7 @@ pub struct Engine {
     /// Why the last step came to nothing; absent once one was computed.
     hold: Option<Hold>,
     submissions: Receiver<Submission>,
+    closings: Option<Sender<Closed>>,
     metrics: Arc<Metrics>,
 }
 
@@ -197,6 +205,9 @@ pub struct Parts {
     pub vocab: usize,
     /// How long a request may wait for experts that are missing.
     pub request_wait_max: Duration,
+    /// Who is told of each generation that has ended, in a bounded channel: the engine waits while
+    /// it is full, so that no record is dropped.
+    pub closings: Option<Sender<Closed>>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
 }
@@ -220,6 +231,7 @@ impl Engine {
             request_wait_max: parts.request_wait_max,
             hold: None,
             submissions,
+            closings: parts.closings,
             metrics: parts.metrics,
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
@@ -261,6 +273,10 @@ impl Engine {
         let text = match self.admit(id, &request) {
             Ok(text) => text,
             Err(error) => {
+                let how = How::Failed(error.to_string());
+                let prompt_tokens = request.prompt.len() as u64;
+                let tally = Tally { prompt_tokens, ..Tally::default() };
+                self.close(Closed { origin: request.origin, tally, how, took: arrived.elapsed() });
                 // A client that is gone already has nobody to tell.
                 let _ = events.try_send(Event::Failed(error));
                 return;
@@ -275,6 +291,7 @@ impl Engine {
             prompt_scores: request.prompt_logprobs.map(|_| vec![None]),
             hit_rate: self.speculator.prior(),
             guesses: Vec::new(),
+            tally: Tally::default(),
             request,
         };
         self.generations.insert(id, generation);
@@ -282,6 +299,11 @@ impl Engine {
 
     /// Queues a request's rows; gives what turns its tokens into text.
     fn admit(&mut self, id: SequenceId, request: &Request) -> Result<TextStream, EngineError> {
+        let (home, origin) = (self.exchanger.home(), &request.origin);
+        // Whoever submits should have asked before; here it is made sure of.
+        if !origin.allowed.contains(&home) {
+            return Err(EngineError::NotPermitted(home));
+        }
         let tokenizer = Arc::clone(&self.tokenizer);
         let detokenizer = Detokenizer::new(tokenizer, &request.prompt, true)
             .map_err(|error| EngineError::Unreadable(error.to_string()))?;
@@ -291,7 +313,7 @@ impl Engine {
             tokens: request.prompt.clone(),
             positions_max,
             reuses: request.prompt_logprobs.is_none(),
-            salt: request.origin.cache_salt.clone(),
+            salt: origin.prefix_salt(),
         })?;
         Ok(TextStream::new(detokenizer, request.stop.strings.clone()))
     }
@@ -305,7 +327,7 @@ impl Engine {
             .map(|(id, _)| *id)
             .collect();
         for id in gone {
-            self.remove(id, "disconnect");
+            self.remove(id, "disconnect", How::Disconnected);
         }
     }
 
@@ -336,16 +358,31 @@ impl Engine {
     }
 
     fn fail(&mut self, id: SequenceId, error: EngineError) {
-        if let Some(generation) = self.remove(id, "unavailable") {
+        if let Some(generation) = self.remove(id, "unavailable", How::Failed(error.to_string())) {
             // A client that is gone already has nobody to tell.
             let _ = generation.events.try_send(Event::Failed(error));
         }
     }
 
-    fn remove(&mut self, id: SequenceId, reason: &str) -> Option<Generation> {
+    /// Every generation that was taken ends here.
+    fn remove(&mut self, id: SequenceId, reason: &str, how: How) -> Option<Generation> {
         self.scheduler.remove(id);
         self.metrics.finished.with_label_values(&[reason]).inc();
-        self.generations.remove(&id)
+        let mut generation = self.generations.remove(&id)?;
+        let tally = Tally {
+            prompt_tokens: generation.request.prompt.len() as u64,
+            completion_tokens: generation.generated as u64,
+            ..std::mem::take(&mut generation.tally)
+        };
+        let origin = generation.request.origin.clone();
+        self.close(Closed { origin, tally, how, took: generation.arrived.elapsed() });
+        Some(generation)
+    }
+
+    fn close(&self, closed: Closed) {
+        if self.closings.as_ref().is_some_and(|closings| closings.send(closed).is_err()) {
+            tracing::error!("nobody keeps records any more; one is lost");
+        }
     }
 
     fn step(&mut self) {
@@ -362,7 +399,7 @@ impl Engine {
         }
         let logit_rows = self.logit_rows(&chunks);
         let step = StepRows { chunks: &chunks, logit_rows: &logit_rows };
-        match self.forward.run(&step, &mut self.exchanger) {
+        match self.compute(&step) {
             Ok(logits) => {
                 self.deliver(&chunks, &logit_rows, &logits);
                 self.forward.reuse(logits);
@@ -377,6 +414,37 @@ impl Engine {
         if decodes {
             self.speculator.observe_step(chunks.iter().map(|c| c.tokens.len()).sum(), seconds);
         }
+    }
+
+    /// Computes a step, and counts where its rows went, whatever came of it.
+    fn compute(&mut self, step: &StepRows<'_>) -> Result<Vec<f32>, Failure> {
+        let (owners, owner_of_row) = self.owners(step.chunks);
+        let epochs = self.exchanger.epochs();
+        self.exchanger.begin_step(owners, owner_of_row);
+        let computed = self.forward.run(step, &mut self.exchanger);
+        let tally = self.exchanger.end_step();
+        for (number, chunk) in step.chunks.iter().enumerate() {
+            if let Some(generation) = self.generations.get_mut(&chunk.id) {
+                generation.tally.add(&tally, number as u16, epochs);
+            }
+        }
+        computed
+    }
+
+    /// Whose the rows of a step are: those of its chunks, each an owner, in their order.
+    fn owners(&self, chunks: &[Chunk]) -> (Owners, Vec<u16>) {
+        let (mut owners, mut owner_of_row) = (Owners::default(), Vec::new());
+        for (number, chunk) in chunks.iter().enumerate() {
+            let origin = &self.generations[&chunk.id].request.origin;
+            let known = owners.policies.iter().position(|policy| *policy == origin.allowed);
+            let policy = known.unwrap_or_else(|| {
+                owners.policies.push(origin.allowed.clone());
+                owners.policies.len() - 1
+            });
+            owners.owners.push((origin.id, policy as u16));
+            owner_of_row.extend(std::iter::repeat_n(number as u16, chunk.tokens.len()));
+        }
+        (owners, owner_of_row)
     }
 
     /// Holds a step that failed, or fails its requests if waiting cannot mend it. When it began, and
@@ -517,7 +585,7 @@ impl Engine {
 
     fn finish(&mut self, id: SequenceId, finish: Finish, text: String) {
         let reason = if finish == Finish::Length { "length" } else { "stop" };
-        if let Some(generation) = self.remove(id, reason) {
+        if let Some(generation) = self.remove(id, reason, How::Finished(finish.clone())) {
             let _ = generation.events.try_send(Event::Finished { finish, text });
         }
     }

@@ -18,6 +18,19 @@ pub struct Origin {
     pub cache_salt: Vec<u8>,
 }
 
+impl Origin {
+    /// What is mixed in, all in all. Rows that were computed for a request which may go to more
+    /// regions are not used for one that may not, and the other way round: what a request's record
+    /// says of its rows then holds for those too that it found in the cache.
+    pub fn prefix_salt(&self) -> Vec<u8> {
+        // The number of regions tells where they end and the tenant's salt begins.
+        let mut salt = self.allowed.len().to_le_bytes().to_vec();
+        salt.extend(self.allowed.iter().flat_map(|region| region.as_str().bytes()));
+        salt.extend_from_slice(&self.cache_salt);
+        salt
+    }
+}
+
 /// The tenant of requests that nobody had to show a key for.
 const ANONYMOUS: &str = "anonymous";
 

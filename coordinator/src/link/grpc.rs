@@ -19,6 +19,7 @@ use entente_proto::ids::NodeName;
 use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo, NotSent};
 use entente_proto::wire;
 use entente_proto::wire::exchange_client::ExchangeClient;
+use entente_tls::peer_certificate_sha256;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -134,7 +135,8 @@ impl Dialler {
 
     /// Dials, asks the node who it is, opens the stream and announces that the link is up.
     async fn connect(&self) -> Result<Streaming<wire::Combine>, Broken> {
-        let mut client = ExchangeClient::new(self.dial().await?)
+        let shown = Shown::default();
+        let mut client = ExchangeClient::new(dial(&self.peer, &shown).await?)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let described = in_time("Describe", client.describe(wire::DescribeRequest {})).await?;
@@ -146,30 +148,9 @@ impl Dialler {
         let messages = ReceiverStream::new(queued).map(wire::Dispatch::from);
         let answers = in_time("Stream", client.stream(messages)).await?.into_inner();
         self.set_frames(Some(frames));
-        self.events.on_event(self.peer.node, LinkEvent::Up(info));
+        let certificate_sha256 = *shown.lock().unwrap_or_else(PoisonError::into_inner);
+        self.events.on_event(self.peer.node, LinkEvent::Up { info, certificate_sha256 });
         Ok(answers)
-    }
-
-    async fn dial(&self) -> Result<Channel, Broken> {
-        let address = &self.peer.address;
-        let failed = |source| Broken::Dial { address: address.clone(), source };
-        // The scheme says what gRPC is to do about TLS: nothing, the connector does it.
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(failed)?
-            .connect_timeout(DIAL_MAX)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(HTTP2_FRAME_BYTES_MAX);
-        let Some(config) = &self.peer.tls else {
-            return endpoint.connect().await.map_err(failed);
-        };
-        let (config, address) = (config.clone(), address.clone());
-        let connector = tower::service_fn(move |_| secured(config.clone(), address.clone()));
-        endpoint.connect_with_connector(connector).await.map_err(failed)
     }
 
     /// Delivers answers until the connection breaks; says why it did.
@@ -185,6 +166,40 @@ impl Dialler {
             }
         }
     }
+}
+
+/// SHA-256 of the certificate that the node showed last; zeros before that, and in plain text.
+type Shown = Arc<Mutex<[u8; 32]>>;
+
+async fn dial(peer: &Peer, shown: &Shown) -> Result<Channel, Broken> {
+    let address = &peer.address;
+    let failed = |source| Broken::Dial { address: address.clone(), source };
+    // The scheme says what gRPC is to do about TLS: nothing, the connector does it.
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(failed)?
+        .connect_timeout(DIAL_MAX)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES_MAX);
+    let Some(config) = &peer.tls else {
+        return endpoint.connect().await.map_err(failed);
+    };
+    let (config, address, shown) = (config.clone(), address.clone(), shown.clone());
+    let connector = tower::service_fn(move |_| {
+        let (secured, shown) = (secured(config.clone(), address.clone()), shown.clone());
+        async move {
+            let secured = secured.await?;
+            let certificates = secured.inner().get_ref().1.peer_certificates();
+            let certificate_sha256 = peer_certificate_sha256(certificates)?;
+            *shown.lock().unwrap_or_else(PoisonError::into_inner) = certificate_sha256;
+            Ok::<_, std::io::Error>(secured)
+        }
+    });
+    endpoint.connect_with_connector(connector).await.map_err(failed)
 }
 
 /// Dials and does the handshake; together they may take as long as dialling.

@@ -47,7 +47,8 @@ const BELL: Token = Token(usize::MAX);
 /// What comes in through the channel.
 pub(crate) enum Arrival {
     Event(LinkEvent),
-    Connected(Box<Connection>, NodeInfo),
+    /// With what the node says of itself, and the SHA-256 of the certificate that it showed.
+    Connected(Box<Connection>, NodeInfo, [u8; 32]),
 }
 
 /// Tells the links to one node, which follow one another, apart.
@@ -241,7 +242,10 @@ impl Links {
             }
             match arrival {
                 Arrival::Event(event) => self.ready.push_back((node, event)),
-                Arrival::Connected(connection, info) => self.connected(node, connection, info),
+                Arrival::Connected(connection, info, certificate_sha256) => {
+                    let up = LinkEvent::Up { info, certificate_sha256 };
+                    self.connected(node, connection, up);
+                }
             }
         }
         self.ready.pop_front()
@@ -254,7 +258,7 @@ impl Links {
         }
     }
 
-    fn connected(&mut self, node: NodeId, mut connection: Box<Connection>, info: NodeInfo) {
+    fn connected(&mut self, node: NodeId, mut connection: Box<Connection>, up: LinkEvent) {
         let Some(stream) = Self::stream(&mut self.nodes, node) else { return };
         let token = Token(node.0 as usize);
         let registry = self.poll.registry();
@@ -263,7 +267,7 @@ impl Links {
         let event = match registry.register(connection.socket_mut(), token, interest) {
             Ok(()) => {
                 stream.connection = Some(connection);
-                LinkEvent::Up(info)
+                up
             }
             Err(error) => {
                 stream.lose();

@@ -85,8 +85,9 @@ impl Dialler {
         if info.name != self.peer.name {
             return Err(Broken::Stranger(info.name));
         }
+        let certificate_sha256 = channel.peer_certificate_sha256().unwrap_or_default();
         let connection = Connection::new(socket, channel, inbound)?;
-        Ok(Arrival::Connected(Box::new(connection), info))
+        Ok(Arrival::Connected(Box::new(connection), info, certificate_sha256))
     }
 }
 

@@ -15,15 +15,15 @@ use tokio::sync::watch;
 use crate::setup::*;
 
 /// A cluster whose nodes have registered, and an engine that follows what is committed.
-struct Live {
-    state: State,
+pub struct Live {
+    pub state: State,
     states: watch::Sender<Arc<State>>,
-    nodes: Vec<Option<Node>>,
-    engine: Engine,
+    pub nodes: Vec<Option<Node>>,
+    pub engine: Engine,
 }
 
 impl Live {
-    fn start(transport: Transport, nodes: usize, replicas: u16, wait: Duration) -> Self {
+    pub fn start(transport: Transport, nodes: usize, replicas: u16, wait: Duration) -> Self {
         let listeners: Vec<TcpListener> = (0..nodes).map(|_| listener()).collect();
         let roster = roster(&listeners, replicas);
         let mut state = found(&roster);
@@ -53,13 +53,13 @@ impl Live {
     }
 
     /// The node is no more, and the cluster has noticed.
-    fn lose(&mut self, number: usize) {
+    pub fn lose(&mut self, number: usize) {
         self.nodes[number] = None;
         self.commit(Command::SetState(id(number), NodeState::Down));
     }
 
     /// The node comes back on another port, registers, and is committed to take traffic.
-    fn bring_back(&mut self, number: usize) {
+    pub fn bring_back(&mut self, number: usize) {
         self.bring_back_with(number, (**self.state.placement()).clone());
     }
 
@@ -85,7 +85,7 @@ impl Live {
     }
 
     /// Waits until the engine holds a step.
-    fn wait_until_held(&self) {
+    pub fn wait_until_held(&self) {
         let began = Instant::now();
         while self.engine.started.api.metrics.step_waiting.get() == 0 {
             assert!(began.elapsed() < PATIENCE, "no step waits");
@@ -105,7 +105,7 @@ fn register(state: &mut State, number: usize, listener: &TcpListener) {
     state.apply(Command::RegisterWith { node, address, memory_bytes, kernel_class }).unwrap();
 }
 
-fn finish(running: Vec<Running>) -> Vec<String> {
+pub fn finish(running: Vec<Running>) -> Vec<String> {
     running.into_iter().map(Running::finish).collect()
 }
 

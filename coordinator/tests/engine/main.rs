@@ -7,7 +7,9 @@
 
 mod committed;
 mod micro_batches;
+mod residency;
 mod setup;
+mod tally;
 
 /// Each check runs once over each transport that has a network in it.
 macro_rules! over_networks {

@@ -4,13 +4,17 @@ use std::net::TcpListener;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use entente_coordinator::Started;
+use axum::body::Body;
+use axum::http::HeaderMap;
+use crossbeam_channel::Receiver;
 pub use entente_coordinator::config::Transport;
-use entente_coordinator::config::{Config, EngineConfig};
+use entente_coordinator::config::{ApiConfig, Config, EngineConfig};
 use entente_coordinator::engine::origin::Origin;
 use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::Sampling;
+use entente_coordinator::engine::tally::Closed;
 use entente_coordinator::engine::{Event, Readiness, Request};
+use entente_coordinator::{Started, Wiring};
 use entente_expert_node::{ExpertNode, NodeHandle, serve};
 use entente_membership::roster::{Roster, RosterNode};
 use entente_membership::state::State;
@@ -19,6 +23,7 @@ use entente_model::kernels::{WeightFormat, select};
 use entente_proto::ids::NodeName;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
+use tower::ServiceExt;
 
 pub const CHECKPOINT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/mixtral");
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -93,6 +98,7 @@ pub fn config(roster: &Roster, transport: Transport, engine: EngineConfig) -> Co
         threads: Some(1),
         transport,
         served_model_name: None,
+        api: ApiConfig::default(),
         engine,
         tls: None,
         membership: None,
@@ -103,25 +109,53 @@ pub fn config(roster: &Roster, transport: Transport, engine: EngineConfig) -> Co
 /// An engine, and the runtime that its links need.
 pub struct Engine {
     pub started: Started,
+    /// What has ended; there is room for more than any test ends.
+    pub closed: Receiver<Closed>,
     runtime: Runtime,
 }
 
 impl Engine {
     /// An engine in a cluster that is only a list.
     pub fn start(config: &Config) -> Self {
-        let runtime = Runtime::new().unwrap();
-        let started = runtime.block_on(entente_coordinator::start(config, |_, _| {})).unwrap();
-        let engine = Self { started, runtime };
+        let engine = Self::wired(config, None);
         engine.wait_until_ready();
         engine
     }
 
     /// An engine that follows what is committed.
     pub fn follow(config: &Config, states: watch::Receiver<Arc<State>>) -> Self {
+        Self::wired(config, Some(states))
+    }
+
+    fn wired(config: &Config, states: Option<watch::Receiver<Arc<State>>>) -> Self {
         let runtime = Runtime::new().unwrap();
-        let started = entente_coordinator::follow(config, states, |_, _| {});
+        let (closings, closed) = crossbeam_channel::bounded(1_000);
+        let wiring = Wiring { states, closings: Some(closings) };
+        let started = entente_coordinator::start_wired(config, wiring, |_, _| {});
         let started = runtime.block_on(started).unwrap();
-        Self { started, runtime }
+        Self { started, closed, runtime }
+    }
+
+    /// Waits for the next generation to be closed.
+    pub fn next_closed(&self) -> Closed {
+        self.closed.recv_timeout(PATIENCE).expect("a generation is closed")
+    }
+
+    /// What the API answers.
+    pub fn post(&self, body: &str, headers: &[(&str, &str)]) -> (u16, HeaderMap, String) {
+        let Started { api, .. } = &self.started;
+        let mut post = axum::http::Request::post("/v1/completions");
+        for (name, value) in headers {
+            post = post.header(*name, *value);
+        }
+        let post = post.body(Body::from(body.to_owned())).unwrap();
+        let router = entente_coordinator::api::router(api.clone());
+        self.runtime.block_on(async {
+            let response = router.oneshot(post).await.unwrap();
+            let (status, headers) = (response.status().as_u16(), response.headers().clone());
+            let body = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+            (status, headers, String::from_utf8(body.to_vec()).unwrap())
+        })
     }
 
     pub fn wait_until_ready(&self) {
@@ -132,7 +166,11 @@ impl Engine {
     }
 
     pub fn submit(&self, number: u32) -> mpsc::Receiver<Event> {
-        self.started.api.engine.submit(request(number)).unwrap()
+        self.submit_as(number, origin(&["fr"]))
+    }
+
+    pub fn submit_as(&self, number: u32, origin: Arc<Origin>) -> mpsc::Receiver<Event> {
+        self.started.api.engine.submit(Request { origin, ..request(number) }).unwrap()
     }
 
     /// Submits all requests, and hears the scores of each prompt and the first tokens.
@@ -176,10 +214,16 @@ pub const REQUESTS: u32 = 6;
 /// Enough that all are still running when each has begun.
 pub const TOKENS: usize = 200;
 
-fn request(number: u32) -> Request {
+/// Somebody whose rows may go to these regions.
+pub fn origin(regions: &[&str]) -> Arc<Origin> {
+    let allowed = regions.iter().map(|code| code.parse().unwrap()).collect();
+    Arc::new(Origin { allowed, ..Origin::anonymous("fr".parse().unwrap()) })
+}
+
+pub fn request(number: u32) -> Request {
     let temperature = if number.is_multiple_of(2) { 0.0 } else { 0.8 };
     Request {
-        origin: Arc::new(Origin::anonymous("fr".parse().unwrap())),
+        origin: origin(&["fr"]),
         prompt: (0..20 + 17 * number).map(|i| 3 + (i * 7 + number * 31) % 200).collect(),
         sampling: Sampling { temperature, top_p: 1.0, top_k: 0, min_p: 0.0, seed: number.into() },
         stop: StopConditions { max_tokens: TOKENS, ..StopConditions::default() },

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use entente_coordinator::config::{EngineConfig, Transport};
+use entente_coordinator::config::{ApiConfig, EngineConfig, Transport};
 use entente_coordinator::{Config, Error};
 use entente_membership::client::Client;
 use entente_membership::roster::Roster;
@@ -95,6 +95,7 @@ impl Lonely {
             threads: Some(1),
             transport: Transport::Stream,
             served_model_name: None,
+            api: ApiConfig::default(),
             engine: EngineConfig::default(),
             tls: Some(self.issue("coordinator", "fr-coordinator")),
             membership: Some(service::Config {

@@ -15,7 +15,7 @@ use entente_expert_node::NodeHandle;
 use entente_expert_node::inproc::InprocLink;
 use entente_model::kernels::WeightFormat;
 use entente_proto::frame::{Answer, Assignment, Dispatch, Refusal};
-use entente_proto::ids::{ExchangeId, ExpertId, LayerId};
+use entente_proto::ids::{ExchangeId, ExpertId, LayerId, RequestId};
 use entente_proto::link::{LinkEvent, NotSent};
 use entente_proto::wire;
 use entente_proto::wire::exchange_client::ExchangeClient;
@@ -115,10 +115,11 @@ fn answers_are_taken_while_frames_are_sent(open: fn(NodeHandle) -> Open) {
 
 fn what_must_not_be_computed_is_refused(open: fn(NodeHandle) -> Open) {
     type Spoil = fn(&mut Dispatch);
-    let cases: [(&str, Spoil); 7] = [
+    let cases: [(&str, Spoil); 8] = [
         ("stale fence", |f| f.fence.incarnation.0 -= 1),
         ("stale fence", |f| f.fence.model_digest.0[0] ^= 1),
         ("region refused", |f| f.allowed_regions = ["se".parse().unwrap()].into()),
+        ("region refused", |f| f.allowed_regions.clear()),
         ("invalid frame: layer 3", |f| f.layer = LayerId(3)),
         ("invalid frame: layer 1 has only 8", |f| f.assignments[0].expert = ExpertId(8)),
         ("invalid frame: hidden", |f| {
@@ -133,6 +134,7 @@ fn what_must_not_be_computed_is_refused(open: fn(NodeHandle) -> Open) {
     for (reason, spoil) in cases {
         let mut bad = frame(&open.info, 1, 1, 2);
         spoil(&mut bad);
+        bad.requests = vec![(RequestId(1), bad.assignments.len() as u32)];
         let refusal = open.ask(bad).result.unwrap_err().to_string();
         assert!(refusal.starts_with(reason), "{refusal} does not say {reason}");
     }

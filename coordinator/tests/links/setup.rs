@@ -13,7 +13,7 @@ use entente_model::kernels::{FfnGroup, WeightFormat, select};
 use entente_model::{Checkpoint, load_expert};
 use entente_proto::frame::{Answer, Assignment, Dispatch, Dtype, ROWS_MAX};
 use entente_proto::identity::{Expected, Role};
-use entente_proto::ids::{ExchangeId, ExpertId, LayerId, NodeId, NodeName};
+use entente_proto::ids::{ExchangeId, ExpertId, LayerId, NodeId, NodeName, RequestId};
 use entente_proto::link::{LinkEvent, NodeInfo};
 use entente_tls::{ALPN_GRPC, ALPN_STREAM, Authority, Credentials};
 use tokio::runtime::Runtime;
@@ -146,7 +146,7 @@ pub fn event(links: &mut Links) -> LinkEvent {
 
 pub fn up(links: &mut Links) -> NodeInfo {
     match event(links) {
-        LinkEvent::Up(info) => info,
+        LinkEvent::Up { info, .. } => info,
         other => panic!("expected the link to come up, got {other:?}"),
     }
 }
@@ -222,6 +222,7 @@ pub fn frame(info: &NodeInfo, exchange: u64, layer: u16, rows: usize) -> Dispatc
         deadline_ms: 20_000,
         dtype,
         hidden,
+        requests: vec![(RequestId(1), 2 * rows as u32)],
         assignments,
         rows: bytes.into(),
     }
@@ -251,5 +252,6 @@ pub fn largest(info: &NodeInfo, exchange: u64) -> Dispatch {
         let held = info.experts.iter().filter(|(layer, _)| *layer == LayerId(0));
         frame.assignments.extend(held.map(|(_, expert)| Assignment { row, expert: *expert }));
     }
+    frame.requests = vec![(RequestId(1), frame.assignments.len() as u32)];
     frame
 }

@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 use entente_membership::roster::{Roster, RosterNode};
 use entente_model::kernels::WeightFormat;
 use entente_proto::frame::{Assignment, Dtype};
-use entente_proto::ids::{ExchangeId, ExpertId, LayerId};
+use entente_proto::ids::{ExchangeId, ExpertId, LayerId, RequestId};
 
 use super::*;
 
@@ -46,6 +46,7 @@ fn frame(node: &NodeHandle, number: u64) -> Dispatch {
         dtype: Dtype::F32,
         hidden: HIDDEN,
         assignments,
+        requests: vec![(RequestId(number.into()), 16)],
         rows: rows.into(),
     }
 }

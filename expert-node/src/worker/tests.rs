@@ -12,7 +12,7 @@ use entente_model::kernels::{
 use entente_proto::frame::{Assignment, Dtype};
 use entente_proto::ids::{
     ExchangeId, Fence, Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest,
-    PlacementEpoch,
+    PlacementEpoch, RequestId,
 };
 
 use super::*;
@@ -142,6 +142,7 @@ fn frame(exchange: u64, layer: u16, first_value: f32) -> Dispatch {
         dtype: Dtype::F32,
         hidden: HIDDEN,
         assignments: pairs.map(|(row, e)| Assignment { row, expert: ExpertId(e) }).to_vec(),
+        requests: vec![(RequestId(exchange.into()), 4)],
         rows: rows.into(),
     }
 }

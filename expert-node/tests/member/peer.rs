@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use entente_proto::frame::{Answer, Assignment, Dispatch, Dtype};
 use entente_proto::identity::{Expected, Role};
-use entente_proto::ids::{ExchangeId, ExpertId, LayerId, NodeName};
+use entente_proto::ids::{ExchangeId, ExpertId, LayerId, NodeName, RequestId};
 use entente_proto::link::NodeInfo;
 use entente_proto::stream::FrameReader;
 use entente_proto::wire;
@@ -117,6 +117,7 @@ pub fn frame(info: &NodeInfo, experts: [u16; 2]) -> Dispatch {
         dtype: Dtype::F32,
         hidden,
         assignments: pairs.map(|(row, e)| Assignment { row, expert: ExpertId(e) }).to_vec(),
+        requests: vec![(RequestId(1), 3)],
         rows: rows.into(),
     }
 }

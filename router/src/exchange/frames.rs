@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use entente_proto::frame::{ASSIGNMENTS_MAX, Assignment, Dispatch, ROWS_BYTES_MAX, ROWS_MAX};
-use entente_proto::ids::{ExchangeId, ExpertId, Fence, NodeId};
+use entente_proto::ids::{ExchangeId, ExpertId, Fence, NodeId, RequestId};
 
 use super::{Command, Exchange, InFlight, Job, Slot};
 use crate::pace::Pace;
@@ -33,7 +33,7 @@ impl Exchange {
             if self.slots[i] != Slot::Missing {
                 continue;
             }
-            let policy = self.job.policy_of_row[i / self.job.top_k];
+            let policy = self.job.policy_of(i);
             let replicas = self.usable(view, &mut known, i, now_us);
             let key = |node: &NodeId| {
                 (pace.is_suspect(*node, now_us), self.standing.assigned(*node), *node)
@@ -52,12 +52,12 @@ impl Exchange {
     /// Whether no replica may compute the slot, now or once it has rested.
     pub(super) fn is_stranded(&self, view: &ClusterView, slot: u32) -> bool {
         let slot = slot as usize;
-        let policy = usize::from(self.job.policy_of_row[slot / self.job.top_k]);
         let expert = (self.job.layer, self.job.choices[slot].expert);
         let excluded = |node: NodeId| {
             view.fence(node).is_none_or(|fence| self.standing.is_excluded(node, &fence))
         };
-        view.replicas(expert, &self.job.policies[policy]).all(excluded)
+        let regions = self.job.regions(self.job.policy_of(slot));
+        view.replicas(expert, regions).all(excluded)
     }
 
     /// Gives slots that are late in every frame that carries them to one more replica: one that
@@ -80,7 +80,7 @@ impl Exchange {
             if self.slots[i] != Slot::InFlight(nodes.len() as u8) {
                 continue;
             }
-            let policy = self.job.policy_of_row[i / self.job.top_k];
+            let policy = self.job.policy_of(i);
             let replicas = self.usable(view, &mut known, i, now_us);
             let other = |node: &&NodeId| !nodes.contains(node) && !pace.is_suspect(**node, now_us);
             let key = |node: &&NodeId| (self.standing.assigned(**node), **node);
@@ -99,6 +99,9 @@ impl Exchange {
                 group.sort_unstable();
             }
         }
+        for slot in paid.values().flatten() {
+            pace.count_hedged(self.job.owner_of(*slot as usize));
+        }
         paid
     }
 
@@ -110,13 +113,13 @@ impl Exchange {
         slot: usize,
         now_us: u64,
     ) -> &'a [NodeId] {
-        let policy = self.job.policy_of_row[slot / self.job.top_k];
+        let policy = self.job.policy_of(slot);
         let expert = self.job.choices[slot].expert;
         let in_favour = |node: &NodeId| {
             view.fence(*node).is_some_and(|fence| self.standing.in_favour(*node, &fence, now_us))
         };
         known.entry((policy, expert)).or_insert_with(|| {
-            let regions = &self.job.policies[usize::from(policy)];
+            let regions = self.job.regions(policy);
             view.replicas((self.job.layer, expert), regions).filter(in_favour).collect()
         })
     }
@@ -133,7 +136,8 @@ impl Exchange {
         for ((node, policy), slots) in groups {
             let Some(fence) = view.fence(node) else { continue };
             for slots in split(&self.job, slots) {
-                let frame = self.frame(fence, policy, &slots, now_us);
+                let shares = self.shares(&slots);
+                let frame = self.frame(fence, policy, &slots, &shares, now_us);
                 for slot in &slots {
                     let slot = &mut self.slots[*slot as usize];
                     *slot = match *slot {
@@ -145,13 +149,33 @@ impl Exchange {
                 let answer_len = frame.answer_len();
                 let sent = InFlight { node, fence, answer_len, patience, slots };
                 self.in_flight.insert(frame.exchange, sent);
-                commands.push(Command::Send { node, frame });
+                commands.push(Command::Send { node, frame, shares });
             }
         }
         commands
     }
 
-    fn frame(&mut self, fence: Fence, policy: u16, slots: &[u32], now_us: u64) -> Dispatch {
+    /// How many of ascending slots each owner has, in the order of the slots.
+    fn shares(&self, slots: &[u32]) -> Vec<(u16, u32)> {
+        let mut shares: Vec<(u16, u32)> = Vec::new();
+        for slot in slots {
+            let owner = self.job.owner_of(*slot as usize);
+            match shares.last_mut().filter(|(last, _)| *last == owner) {
+                Some((_, count)) => *count += 1,
+                None => shares.push((owner, 1)),
+            }
+        }
+        shares
+    }
+
+    fn frame(
+        &mut self,
+        fence: Fence,
+        policy: u16,
+        slots: &[u32],
+        shares: &[(u16, u32)],
+        now_us: u64,
+    ) -> Dispatch {
         let mut rows: Vec<usize> = Vec::new();
         let mut assignments = Vec::with_capacity(slots.len());
         for slot in slots {
@@ -171,13 +195,20 @@ impl Exchange {
             exchange,
             fence,
             layer: self.job.layer,
-            allowed_regions: self.job.policies[usize::from(policy)].clone(),
+            allowed_regions: self.job.regions(policy).clone(),
             deadline_ms: u32::try_from(left_ms).unwrap_or(u32::MAX),
             dtype: self.job.dtype,
             hidden: self.job.hidden,
             assignments,
+            requests: self.requests(shares),
             rows: gather(&self.job, &rows),
         }
+    }
+
+    /// The same for the node, which knows requests and no owners.
+    fn requests(&self, shares: &[(u16, u32)]) -> Vec<(RequestId, u32)> {
+        let request = |owner: u16| self.job.owners.owners[usize::from(owner)].0;
+        shares.iter().map(|(owner, count)| (request(*owner), *count)).collect()
     }
 }
 

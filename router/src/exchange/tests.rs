@@ -87,8 +87,11 @@ pub(crate) fn job(
         rows: bytes.into(),
         choices,
         top_k,
-        policies: vec![[region("fr")].into(), [region("fr"), region("se")].into()],
-        policy_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
+        owners: Arc::new(Owners {
+            policies: vec![[region("fr")].into(), [region("fr"), region("se")].into()],
+            owners: vec![(RequestId(10), 0), (RequestId(11), 1)],
+        }),
+        owner_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
         stranded_max_us: STRANDED_MAX_US,
         deadline_us: DEADLINE_US,
     }
@@ -119,7 +122,7 @@ pub(crate) fn refuse(frame: &Dispatch, refusal: Refusal) -> Answer {
 
 /// The sums, computed without nodes, frames or retries.
 pub(crate) fn expected(job: &Job) -> Vec<u32> {
-    let rows = job.policy_of_row.len();
+    let rows = job.owner_of_row.len();
     let mut values = vec![0.0; rows * job.hidden];
     job.dtype.decode(&job.rows, &mut values);
     let mut sums = vec![0.0_f32; rows * job.hidden];
@@ -138,7 +141,7 @@ pub(crate) fn expected(job: &Job) -> Vec<u32> {
 
 pub(crate) fn combined(exchange: &Exchange) -> Vec<u32> {
     let (hidden, top_k) = (exchange.job.hidden, exchange.job.top_k);
-    let mut sums = vec![0.0_f32; exchange.job.policy_of_row.len() * hidden];
+    let mut sums = vec![0.0_f32; exchange.job.owner_of_row.len() * hidden];
     let mut output = vec![0.0; hidden];
     for (i, (weight, row)) in exchange.parts().into_iter().enumerate() {
         exchange.job.dtype.decode(row, &mut output);
@@ -150,7 +153,7 @@ pub(crate) fn combined(exchange: &Exchange) -> Vec<u32> {
 }
 
 pub(crate) fn sends(commands: Vec<Command>) -> Vec<(NodeId, Dispatch)> {
-    commands.into_iter().map(|Command::Send { node, frame }| (node, frame)).collect()
+    commands.into_iter().map(|Command::Send { node, frame, .. }| (node, frame)).collect()
 }
 
 /// Lets every node answer in `time_us`, so that there is a p95.
@@ -383,7 +386,7 @@ fn a_row_goes_to_a_node_once_and_work_is_even() {
     let mut random = Random(1);
     let view = view(2, 0, 8, 2);
     let mut job = job(&mut random, 32, 8, 4, Dtype::F32);
-    job.policy_of_row.fill(0);
+    job.owner_of_row.fill(0);
     let (_, commands) = Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     let frames = sends(commands);
     assert_eq!(frames.len(), 2);
@@ -420,7 +423,7 @@ fn a_busy_node_is_asked_again_after_a_pause_when_nobody_else_can() {
     let mut random = Random(3);
     let view = view(1, 0, 4, 1);
     let mut job = job(&mut random, 1, 4, 2, Dtype::F32);
-    job.policy_of_row.fill(0);
+    job.owner_of_row.fill(0);
     let (mut exchange, commands) =
         Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     let (node, frame) = sends(commands).remove(0);
@@ -475,7 +478,7 @@ fn a_silent_node_fails_the_exchange_at_the_deadline_only() {
 fn rows_that_may_not_stay_at_home_are_refused_before_anything_is_sent() {
     let view = view(1, 1, 4, 1);
     let mut job = job(&mut Random(6), 4, 4, 2, Dtype::F32);
-    job.policies[1] = [region("se")].into();
+    Arc::make_mut(&mut job.owners).policies[1] = [region("se")].into();
     let (exchange, commands) =
         Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     assert_eq!(commands, []);
@@ -489,9 +492,9 @@ fn an_exchange_too_big_for_one_frame_is_split() {
     let view = view(1, 0, 4, 1);
     let mut random = Random(7);
     let mut many = job(&mut random, ROWS_MAX + 1, 4, 2, Dtype::Bf16);
-    many.policy_of_row.fill(0);
+    many.owner_of_row.fill(0);
     let mut wide = job(&mut random, 130, 4, 2, Dtype::F32);
-    wide.policy_of_row.fill(0);
+    wide.owner_of_row.fill(0);
     wide.hidden = HIDDEN_MAX;
     wide.rows = vec![0; 130 * HIDDEN_MAX * 4].into();
     // 256 KiB a row: 128 rows of answer fit into a frame, 260 are to come.
@@ -514,10 +517,11 @@ fn an_exchange_too_big_for_one_frame_is_split() {
 fn an_impossible_job_fails_instead_of_panicking() {
     let view = view(1, 0, 4, 1);
     type Spoil = fn(&mut Job);
-    let cases: [Spoil; 4] = [
+    let cases: [Spoil; 5] = [
         |j| j.rows = j.rows.slice(1..),
         |j| j.choices.truncate(1),
-        |j| j.policy_of_row[0] = 9,
+        |j| j.owner_of_row[0] = 9,
+        |j| Arc::make_mut(&mut j.owners).owners[1].1 = 9,
         |j| j.hidden = 0,
     ];
     for spoil in cases {
@@ -548,4 +552,41 @@ fn the_placement_of_the_test_view_is_complete() {
     let view = view(3, 2, 8, 2);
     assert_ne!(*view.placement, Placement::new());
     assert_eq!(view.missing(&[region("fr")].into()), None);
+}
+
+#[test]
+fn each_frame_tells_whose_its_assignments_are_and_what_is_repeated_is_its_owners() {
+    for seed in 0..50 {
+        let (view, mut random) = (view(3, 0, 8, 2), Random(seed));
+        let job = job(&mut random, 12, 8, 2, Dtype::F32);
+        let (owners, mut pace, mut now_us) = (job.owners.clone(), Pace::new(), 0);
+        let (mut exchange, mut commands) =
+            Exchange::start(job, &view, &mut pace, &mut ExchangeIds::new(), now_us);
+        let mut lost = [0; 2];
+        while exchange.status() != Status::Done {
+            let Some(Command::Send { node, frame, shares }) = commands.pop() else {
+                let Status::Waiting { until_us } = exchange.status() else { panic!("seed {seed}") };
+                now_us = until_us;
+                commands = exchange.on_tick(&view, &mut pace, now_us);
+                continue;
+            };
+            let slots = exchange.in_flight[&frame.exchange].slots.clone();
+            let owned = slots.iter().map(|slot| exchange.job.owner_of(*slot as usize));
+            let owned: Vec<u16> = owned.collect();
+            let told = shares.iter().flat_map(|(owner, n)| std::iter::repeat_n(*owner, *n as usize));
+            assert!(told.eq(owned.iter().copied()), "seed {seed}");
+            let request = |(owner, n): &(u16, u32)| (owners.owners[usize::from(*owner)].0, *n);
+            assert_eq!(frame.requests, shares.iter().map(request).collect::<Vec<_>>());
+            let mut answer = compute(&frame);
+            if random.one_in(3) {
+                answer = refuse(&frame, Refusal::Busy);
+                owned.iter().for_each(|owner| lost[usize::from(*owner)] += 1);
+            }
+            commands.extend(exchange.on_answer(&view, &mut pace, node, answer, now_us));
+        }
+        let repeats = pace.take_repeats();
+        let retried = [0, 1].map(|owner| repeats.get(&owner).map_or(0, |r| r.retried));
+        assert_eq!(retried, lost, "seed {seed}");
+        assert_eq!(retried.iter().sum::<u64>(), pace.take_work().retried, "seed {seed}");
+    }
 }

@@ -29,7 +29,7 @@ impl Two {
         let mut travelling = Vec::new();
         let started = [9, 8].map(|rows| {
             let mut job = job(&mut random, rows, 8, 2, Dtype::Bf16);
-            job.policy_of_row.fill(0);
+            job.owner_of_row.fill(0);
             let expected = expected(&job);
             let (ticket, commands) = exchanges.start(job, &view, 0);
             travelling.extend(sends(commands));
@@ -158,7 +158,7 @@ fn answers_to_what_was_given_up_find_nobody() {
     assert_eq!(two.exchanges.status(&two.tickets[0]), None);
     let mut random = Random(4);
     let mut next = job(&mut random, 3, 8, 2, Dtype::Bf16);
-    next.policy_of_row.fill(0);
+    next.owner_of_row.fill(0);
     let (ticket, commands) = two.exchanges.start(next, &two.view, 0);
     let before = format!("{:?}", two.exchanges.in_flight);
     for (node, frame) in &late {
@@ -178,7 +178,7 @@ fn each_fails_at_its_own_deadline() {
     let mut random = Random(5);
     let [early, late] = [DEADLINE_US, 2 * DEADLINE_US].map(|deadline_us| {
         let job = job(&mut random, 2, 8, 2, Dtype::F32);
-        let job = Job { deadline_us, policy_of_row: vec![0; 2], ..job };
+        let job = Job { deadline_us, owner_of_row: vec![0; 2], ..job };
         exchanges.start(job, &view, 0).0
     });
     assert_eq!(exchanges.wake_us(), Some(DEADLINE_US));

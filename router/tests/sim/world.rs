@@ -8,10 +8,10 @@ use bytes::Bytes;
 use entente_proto::frame::{Answer, Dispatch, Dtype};
 use entente_proto::ids::{
     ExchangeId, ExpertId, Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest, NodeId,
-    PlacementEpoch, RegionSet,
+    PlacementEpoch, RegionSet, RequestId,
 };
 use entente_proto::placement::{ModelShape, Placement, PlacementNode};
-use entente_router::exchange::{Command, Exchange, Job, Status};
+use entente_router::exchange::{Command, Exchange, Job, Owners, Status};
 use entente_router::exchanges::{Exchanges, Ticket};
 use entente_router::gate::Choice;
 use entente_router::pace::ROWS_PER_HEDGED_ROW;
@@ -265,7 +265,7 @@ impl World {
 
     /// Puts frames on their links.
     fn carry_out(&mut self, commands: Vec<Command>) -> Checked {
-        for Command::Send { node, frame } in commands {
+        for Command::Send { node, frame, .. } in commands {
             self.trace((node.0, frame.exchange.0, frame.assignments.len()));
             self.sent_slots += frame.assignments.len() as u64;
             if self.view.nodes[&node].member.region != self.view.home {
@@ -548,8 +548,11 @@ fn job(random: &mut Random, layer: LayerId, experts: u16, deadline_us: u64) -> J
         rows: bytes.into(),
         choices,
         top_k: TOP_K,
-        policies: vec![regions(&["fr"]), regions(&["fr", "se"])],
-        policy_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
+        owners: Arc::new(Owners {
+            policies: vec![regions(&["fr"]), regions(&["fr", "se"])],
+            owners: vec![(RequestId(10), 0), (RequestId(11), 1)],
+        }),
+        owner_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
         deadline_us,
         stranded_max_us: deadline_us,
     }
@@ -569,7 +572,7 @@ fn expected(job: &Job) -> Vec<u32> {
 
 /// `weight * output`, added one by one in the order given.
 fn sum(job: &Job, parts: &[(usize, &[u8])]) -> Vec<u32> {
-    let mut sums = vec![0.0_f32; job.policy_of_row.len() * HIDDEN];
+    let mut sums = vec![0.0_f32; job.owner_of_row.len() * HIDDEN];
     let mut values = [0.0; HIDDEN];
     for (slot, row) in parts {
         job.dtype.decode(row, &mut values);

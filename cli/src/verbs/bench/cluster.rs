@@ -78,6 +78,7 @@ impl Nodes {
             transport: wanted.transport,
             tls,
             raft: PathBuf::new(),
+            endpoints: Default::default(),
             roster,
         };
         let mut supervisor = Supervisor::new();

@@ -75,7 +75,7 @@ impl Storm {
 fn start(nodes: u32) -> (ClusterView, Exchange, Vec<(NodeId, Dispatch)>) {
     let view = view(nodes, 0, 4, nodes as u16);
     let mut job = job(&mut Random(21), 4, 4, 2, Dtype::F32);
-    job.policy_of_row.fill(0);
+    job.owner_of_row.fill(0);
     let (exchange, commands) =
         Exchange::start(job, &view, &mut Pace::new(), &mut ExchangeIds::new(), 0);
     (view, exchange, sends(commands))

@@ -48,7 +48,10 @@ fn serve(
         assert_eq!(combined(&exchange), expected, "seed {seed}");
         took.push(now_us - started_us);
     }
-    (pace.take_work(), took)
+    let work = pace.take_work();
+    let hedged: u64 = pace.take_repeats().values().map(|repeats| repeats.hedged).sum();
+    assert_eq!(hedged, work.hedged, "what was hedged is somebody's");
+    (work, took)
 }
 
 /// Two milliseconds, give or take; now and then much more.
@@ -110,7 +113,7 @@ fn a_hedge_that_is_lost_as_well_is_asked_of_a_third() {
     let mut pace = Pace::new();
     warm(&mut pace, &view, 2_000);
     let mut job = job(&mut random, 1, 4, 1, Dtype::F32);
-    job.policy_of_row.fill(0);
+    job.owner_of_row.fill(0);
     let expected = expected(&job);
     let mut ids = ExchangeIds { blocks: 1 };
     let (mut exchange, commands) = Exchange::start(job, &view, &mut pace, &mut ids, 0);

@@ -7,7 +7,8 @@ use entente_coordinator::engine::Readiness;
 use entente_coordinator::engine::cluster::Cluster as Nodes;
 use entente_coordinator::engine::exchanger::{Exchanger, Rows};
 use entente_coordinator::metrics::Metrics;
-use entente_proto::ids::{ExpertId, LayerId};
+use entente_proto::ids::{ExpertId, LayerId, RequestId};
+use entente_router::exchange::Owners;
 use entente_router::gate::Choice;
 use tokio::runtime::Runtime;
 
@@ -55,8 +56,15 @@ impl Exchanges {
             values: &self.values,
             choices: of_row.repeat(count),
             top_k: of_row.len(),
+            first_row: 0,
         };
+        let home = self.exchanger.home();
+        let owners =
+            Owners { policies: vec![[home].into()], owners: vec![(RequestId(0), 0)] };
+        self.exchanger.begin_step(owners, vec![0; count]);
         let in_flight = self.exchanger.start(rows);
-        Ok(self.exchanger.finish(in_flight, &mut self.sums)?)
+        let finished = self.exchanger.finish(in_flight, &mut self.sums);
+        self.exchanger.end_step();
+        Ok(finished?)
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use entente_coordinator::link::Links;
 use entente_proto::frame::{Assignment, Dispatch, Dtype};
-use entente_proto::ids::{ExchangeId, LayerId, NodeId};
+use entente_proto::ids::{ExchangeId, LayerId, NodeId, RequestId};
 use entente_proto::link::{LinkEvent, NodeInfo};
 use tokio::runtime::Runtime;
 
@@ -28,7 +28,7 @@ impl Frames {
         let Cluster { mut links, view, runtimes, .. } = cluster;
         let mut infos = BTreeMap::new();
         while infos.len() < view.nodes.len() {
-            let Some((node, LinkEvent::Up(info))) = links.next(PATIENCE) else {
+            let Some((node, LinkEvent::Up { info, .. })) = links.next(PATIENCE) else {
                 bail!("a node could not be reached");
             };
             infos.insert(node, info);
@@ -69,6 +69,7 @@ impl Frames {
             dtype,
             hidden: HIDDEN,
             assignments: (0..count).map(|row| Assignment { row: row as u16, expert }).collect(),
+            requests: vec![(RequestId(0), count as u32)],
             rows: self.rows.clone(),
         })
     }
