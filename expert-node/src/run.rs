@@ -109,8 +109,8 @@ impl Live {
         let open = move || open(&config, own, client, address, spoilt);
         let Some(member) = unless(stop.as_mut(), &model, open).await? else { return Ok(()) };
         let node = member.node.clone();
-        // Fails only when the member has ended.
         let take_out = move |expert| {
+            // Fails only when the member has ended.
             let _ = taking_out.blocking_send(expert);
         };
         let _scrubber =

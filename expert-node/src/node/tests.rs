@@ -180,3 +180,66 @@ fn rows_are_counted_for_each_expert_until_they_are_taken() {
     assert_eq!(node.take_rows(), expected.into_iter().collect::<Vec<_>>());
     assert_eq!(node.take_rows(), []);
 }
+
+/// The golden checkpoint with a manifest of f32 weights.
+fn named() -> (tempfile::TempDir, Checkpoint, Arc<dyn Kernels>) {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(CHECKPOINT).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let kernels = kernels::select(WeightFormat::F32, 1).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let manifest = entente_model::packed::manifest(&checkpoint, &*kernels, &()).unwrap();
+    manifest.write().unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    (dir, checkpoint, kernels)
+}
+
+#[test]
+fn an_expert_in_memory_that_is_not_the_one_of_the_manifest_is_found_and_no_other() {
+    let (_dir, checkpoint, kernels) = named();
+    let node = |name: &str| {
+        let (name, region) = (name.parse().unwrap(), "fr".parse().unwrap());
+        ExpertNode::empty(&name, region, &checkpoint, kernels.clone()).unwrap()
+    };
+    let key = |expert| (LayerId(0), ExpertId(expert));
+    let all: BTreeSet<ExpertKey> = (0..EXPERTS).map(key).collect();
+    let load = || load_experts(&checkpoint, &*kernels, &all, &()).unwrap();
+    let (sound, spoilt) = (node("sound"), node("spoilt"));
+    sound.hold(load());
+    let mut experts = load();
+    // What memory holds for expert 5 is something else: the weights of expert 6.
+    let six = experts[&key(6)].as_bytes().concat();
+    let other = load().remove(&key(6)).unwrap();
+    assert_eq!(other.as_bytes().concat(), six);
+    experts.insert(key(5), other);
+    spoilt.hold(experts);
+
+    let (sender, told) = channel();
+    let watch = |node: &NodeHandle| {
+        let sender = sender.clone();
+        let spoilt = move |key| sender.send(key).unwrap();
+        crate::scrub::start(node.clone(), Duration::from_millis(40), spoilt).unwrap()
+    };
+    let _scrubs = [watch(&sound), watch(&spoilt)];
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(key(5)));
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(key(5)), "it is still there");
+    let counts = spoilt.counters().read();
+    assert!(counts.spoilt >= 2 && counts.scrubbed > u64::from(EXPERTS), "{counts:?}");
+    let counts = sound.counters().read();
+    assert!(counts.scrubbed > 0 && counts.spoilt == 0, "{counts:?}");
+}
+
+#[test]
+fn a_scrub_ends_with_its_owner_and_holds_no_node_back() {
+    let node = load();
+    let scrub = crate::scrub::start(node.clone(), Duration::from_secs(3_600), |_| ()).unwrap();
+    let alive = Arc::downgrade(&node.0);
+    drop((scrub, node));
+    let until = Instant::now() + PATIENCE;
+    while alive.strong_count() > 0 {
+        assert!(Instant::now() < until, "the node lives on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

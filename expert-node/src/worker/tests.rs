@@ -112,6 +112,7 @@ static STORE: LazyLock<ExpertStore> = LazyLock::new(|| {
             .enumerate()
             .map(|(seed, (layer, id))| ((LayerId(*layer), ExpertId(*id)), expert(seed)))
             .collect(),
+        None,
     );
     store
 });

@@ -110,6 +110,33 @@ fn a_node_registers_takes_its_incarnation_and_tells_at_once_that_it_holds_nothin
 }
 
 #[test]
+fn an_expert_that_has_changed_in_memory_is_taken_out_told_and_got_anew() {
+    let mut node = Node::serving();
+    let commands = node.on(Event::Spoilt(key(2)));
+    assert_eq!(commands[0], Command::Release(keys(&[2])));
+    let told = report(&commands);
+    assert_eq!(told.held, Some(keys(&[0, 1, 3])));
+    assert!(told.failed[&key(2)].contains("changed in memory"), "{:?}", told.failed);
+    assert_eq!(loads(&commands), Some((&keys(&[2]), true)));
+    // Once is enough, and nothing of it is told again when it is back.
+    assert_eq!(node.on(Event::Spoilt(key(2))), []);
+    let back = node.load(&[2]);
+    assert_eq!(report(&back).held, Some(keys(&[0, 1, 2, 3])));
+    assert!(report(&back).failed.is_empty());
+}
+
+#[test]
+fn what_has_changed_and_cannot_be_got_anew_is_tried_again_like_any_other() {
+    let mut node = Node::serving();
+    node.on(Event::Spoilt(key(2)));
+    let failed = [(key(2), "the disk, too".to_owned())].into();
+    let commands = node.on(Event::Loaded { held: keys(&[]), failed });
+    assert_eq!(report(&commands).failed, [(key(2), "the disk, too".to_owned())].into());
+    assert_eq!(loads(&node.tick_after(LOAD_RETRY_MS - 1)), None);
+    assert_eq!(loads(&node.tick_after(1)), Some((&keys(&[2]), true)));
+}
+
+#[test]
 fn a_registration_that_fails_is_repeated_after_pauses_that_double_up_to_a_second() {
     let mut node = Node::new();
     let mut pauses = Vec::new();
