@@ -3,7 +3,8 @@
 //!
 //! **Socket activation.** A role takes its listeners from file descriptors 3 and 4 as far as
 //! `LISTEN_FDS` says that they are there (and `LISTEN_PID` is absent or its own, as systemd sets
-//! it): first what it serves, then the control plane of a coordinator. `entente up` uses this to
+//! it): first what it serves, then the control plane of a coordinator or the metrics of an expert node.
+//! `entente up` uses this to
 //! bind every port before anything starts: no process ever guesses a port, and none can be taken by
 //! somebody else in between. `up` sets no `LISTEN_PID`, since a child's pid is not known before
 //! its environment is.

@@ -50,7 +50,7 @@ pub struct Config {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
     /// Bytes that expert weights may take here; not limited when absent. Like all that follows but
-    /// `tls`, it matters in a cluster with voters only.
+    /// `metrics_listen` and `tls`, it matters in a cluster with voters only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,
     /// The data centre within the region, such as `fr-par-1`.
@@ -62,6 +62,9 @@ pub struct Config {
     /// How long a node that was told to stop waits until its experts are elsewhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_deadline_ms: Option<u64>,
+    /// Where `/metrics`, `/livez` and `/readyz` are answered, `host:port`; nowhere when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<String>,
     /// Certificate, key and CAs; without them the node listens on loopback only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<entente_tls::Files>,
@@ -177,6 +180,7 @@ impl Config {
             advertise: None,
             drain_deadline_ms: None,
             scrub_interval_s: None,
+            metrics_listen: None,
             tls: None,
             membership: MembershipConfig::default(),
             cluster,

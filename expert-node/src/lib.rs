@@ -31,11 +31,13 @@
 //! What this crate does not know: attention, tokens, requests, other nodes, why it is to hold what it
 //! holds.
 
+mod account;
 mod cluster;
 mod config;
 pub mod core;
 mod counters;
 mod door;
+mod http;
 pub mod inproc;
 mod lend;
 mod limits;
@@ -63,7 +65,7 @@ pub use cluster::found;
 pub use config::{Config, ConfigError, MembershipConfig};
 pub use counters::{Counters, Counts};
 pub use node::{ExpertNode, NodeHandle, Reply};
-pub use run::{Ready, run};
+pub use run::{Listeners, Ready, run};
 pub use service::serve;
 
 /// Why an expert node cannot start or go on.

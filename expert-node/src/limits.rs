@@ -58,5 +58,7 @@ pub const SCRUB_PAUSE_MAX: Duration = Duration::from_secs(1);
 pub const SPOILT_MAX: usize = 16;
 /// Peers that are asked for one expert.
 pub const PEERS_MAX: usize = 8;
+/// Requests whose rows are remembered, for statements.
+pub const REQUESTS_MAX: usize = 65_536;
 /// Pause after a connection could not be accepted.
 pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);

@@ -20,6 +20,7 @@ use entente_proto::link::NodeInfo;
 use entente_proto::placement::ExpertKey;
 use tokio::sync::watch;
 
+use crate::account::Account;
 use crate::core::{NodeFacts, Standing, admit};
 use crate::counters::Counters;
 use crate::member::Loader;
@@ -76,6 +77,7 @@ impl ExpertNode {
             dtype: kernels.row_dtype(),
             layers: checkpoint.architecture().moe_layers().collect(),
         };
+        let account = Arc::new(Account::default());
         Ok(NodeHandle(Arc::new(Node {
             name: name.clone(),
             kernel_class: kernels.class().clone(),
@@ -86,7 +88,8 @@ impl ExpertNode {
             model_digest: checkpoint.digest(),
             facts,
             store: ExpertStore::default(),
-            queue: Queue::start(kernels).map_err(Error::Thread)?,
+            queue: Queue::start(kernels, account.clone()).map_err(Error::Thread)?,
+            account,
             incarnation: watch::Sender::new(Incarnation::default()),
             membership_epoch: AtomicU64::new(0),
             placement_epoch: AtomicU64::new(0),
@@ -114,6 +117,7 @@ struct Node {
     facts: NodeFacts,
     store: ExpertStore,
     queue: Queue,
+    account: Arc<Account>,
     /// Whoever was greeted under an earlier one must be greeted again, so doors watch it.
     incarnation: watch::Sender<Incarnation>,
     /// The highest epochs seen. They count up on their own: nothing else is read by them.
@@ -172,6 +176,7 @@ impl NodeHandle {
         let (standing, experts) = (self.standing(), node.store.layer(frame.layer));
         let (exchange, sent) = (frame.exchange, frame.fence);
         let refuse = |reply: Reply, refusal| {
+            node.account.refused(&refusal);
             let fence = Some(standing.fence);
             reply(Answer { exchange, fence, result: Err(refusal) });
         };
@@ -269,6 +274,16 @@ impl NodeHandle {
     /// Which model it is, and with which kernels.
     pub(crate) fn model(&self) -> (ModelDigest, &KernelClass) {
         (self.0.model_digest, &self.0.kernel_class)
+    }
+
+    /// What the node has done.
+    pub(crate) fn account(&self) -> &Account {
+        &self.0.account
+    }
+
+    /// Whether new frames are refused because the node is about to end.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.0.draining.load(Ordering::Relaxed)
     }
 
     /// Refuses new frames from now on; what is queued is still computed.

@@ -14,11 +14,13 @@ use entente_model::{Checkpoint, Progress};
 use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
 use entente_tls::Credentials;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::http::{self, Stage};
 use crate::limits::SPOILT_MAX;
 use crate::member::{Loader, Member, Restorer, Settings, Told};
 use crate::node::NodeHandle;
+use crate::service::AbortOnDrop;
 use crate::{Config, ConfigError, Error, ExpertNode, scrub, serve};
 
 /// What a node can say once it is about to take frames.
@@ -32,42 +34,54 @@ pub struct Ready {
     pub weights_bytes: u64,
 }
 
+/// Sockets that were bound before the node was started; it binds what is not among them.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    /// For frames.
+    pub exchange: Option<TcpListener>,
+    /// For metrics.
+    pub metrics: Option<TcpListener>,
+}
+
 /// Runs a node from start to end.
 ///
-/// Binds `listen` unless a listener is given, and serves. In a cluster without voters it loads what
+/// Binds `listen` and `metrics_listen` unless listeners are given, and serves. In a cluster without voters it loads what
 /// the list places on it first, calls `on_ready`, and ends when `leave` or `stop` resolves. In a
 /// live one it registers, loads what is wanted of it, calls `on_ready` once it takes traffic, and
 /// ends when `stop` resolves or when the cluster has let it go after `leave`. `progress` is told how
 /// many experts are held and how many there should be.
 pub async fn run(
     config: Config,
-    listener: Option<TcpListener>,
+    listeners: Listeners,
     progress: impl Fn(u64, u64) + Send + 'static,
     on_ready: impl FnOnce(Ready),
     leave: impl Future<Output = ()>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     config.check()?;
-    let unusable = |source| Error::Listen { address: config.listen.clone(), source };
-    let listener = match listener {
-        Some(listener) => listener,
-        None => TcpListener::bind(&config.listen).map_err(unusable)?,
+    let (listener, address) = bind(listeners.exchange, &config.listen)?;
+    let stages = watch::Sender::new(Stage::default());
+    let _http = match &config.metrics_listen {
+        Some(at) => {
+            let (metrics, _) = bind(listeners.metrics, at)?;
+            Some(AbortOnDrop(tokio::spawn(http::serve(metrics, stages.subscribe()))))
+        }
+        None => None,
     };
-    listener.set_nonblocking(true).map_err(unusable)?;
-    let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
-    let address = listener.local_addr().map_err(unusable)?;
     let credentials = config.credentials()?;
     if credentials.is_none() && !address.ip().is_loopback() {
         return Err(Error::PlainText(address));
     }
+    let serving = stages.clone();
     let on_ready = |node: &NodeHandle| {
+        serving.send_replace(Stage::Ready(node.clone()));
         let info = node.info();
         let (experts, weights_bytes) = (info.experts.len(), info.weights_bytes);
         on_ready(Ready { address, experts, weights_bytes });
     };
     if config.is_live() {
         let credentials = credentials.ok_or(ConfigError::TlsNeeded)?;
-        let live = Live { config, credentials, listener, address };
+        let live = Live { config, credentials, listener, address, stages };
         return live.run(progress, on_ready, leave, stop).await;
     }
     let mut shutdown = std::pin::pin!(either(leave, stop));
@@ -82,12 +96,28 @@ pub async fn run(
     serve(node, listener, credentials.as_ref(), shutdown).await
 }
 
+/// The listener that was given, or one at `at`; and where it is reached.
+fn bind(
+    given: Option<TcpListener>,
+    at: &str,
+) -> Result<(tokio::net::TcpListener, SocketAddr), Error> {
+    let bound = || {
+        let listener = given.map_or_else(|| TcpListener::bind(at), Ok)?;
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    };
+    bound().map_err(|source| Error::Listen { address: at.to_owned(), source })
+}
+
 /// A node of a cluster with voters.
 struct Live {
     config: Config,
     credentials: Credentials,
     listener: tokio::net::TcpListener,
     address: SocketAddr,
+    stages: watch::Sender<Stage>,
 }
 
 impl Live {
@@ -98,7 +128,7 @@ impl Live {
         leave: impl Future<Output = ()>,
         stop: impl Future<Output = ()>,
     ) -> Result<(), Error> {
-        let Self { config, credentials, listener, address } = self;
+        let Self { config, credentials, listener, address, stages } = self;
         let mut stop = std::pin::pin!(stop);
         let voters = config.cluster.voters().iter().map(|voter| voter.address.clone()).collect();
         let dialler = Dialler::new(&credentials, None)?.through(config.membership.via.clone());
@@ -109,6 +139,7 @@ impl Live {
         let open = move || open(&config, own, client, address, spoilt);
         let Some(member) = unless(stop.as_mut(), &model, open).await? else { return Ok(()) };
         let node = member.node.clone();
+        stages.send_replace(Stage::Loading(node.clone()));
         let take_out = move |expert| {
             // Fails only when the member has ended.
             let _ = taking_out.blocking_send(expert);
@@ -148,7 +179,10 @@ fn open(
 ) -> Result<Member, Error> {
     let checkpoint = Checkpoint::open(&config.model)?;
     let kernels = kernels::select(config.weights, config.thread_count())?;
-    let node = ExpertNode::empty(&config.name, config.region, &checkpoint, kernels.clone())?;
+    // The certificate's region is the one that counts; the configuration names the same, or the
+    // credentials would not have been taken.
+    let region = credentials.identity().region;
+    let node = ExpertNode::empty(&config.name, region, &checkpoint, kernels.clone())?;
     let (model_digest, kernel_class) = node.model();
     let registration = wire::RegisterRequest {
         address: config.reached_at(address),

@@ -126,7 +126,9 @@ async fn read_frames(
         match Dispatch::try_from(message) {
             Ok(frame) => node.submit(frame, Box::new(reply)),
             Err(error) => {
-                let result = Err(Refusal::Invalid(error.to_string()));
+                let refusal = Refusal::Invalid(error.to_string());
+                node.account().refused(&refusal);
+                let result = Err(refusal);
                 reply(Answer { exchange, fence: None, result });
             }
         }
@@ -142,7 +144,7 @@ async fn greet_again(mut incarnation: watch::Receiver<Incarnation>, streams: Arc
 }
 
 /// Ends its task when it is dropped, also when whoever held it was.
-struct AbortOnDrop(JoinHandle<()>);
+pub(crate) struct AbortOnDrop(pub(crate) JoinHandle<()>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

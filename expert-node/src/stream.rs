@@ -147,7 +147,9 @@ fn take(node: &NodeHandle, connection: &Arc<Connection>, frame: Framed<wire::Dis
             node.compute(frame, Box::new(move |answer| connection.answer(answer)));
         }
         Err(error) => {
-            let result = Err(Refusal::Invalid(error.to_string()));
+            let refusal = Refusal::Invalid(error.to_string());
+            node.account().refused(&refusal);
+            let result = Err(refusal);
             connection.answer(Answer { exchange, fence: None, result });
         }
     }

@@ -28,6 +28,7 @@ use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::ExpertId;
 use tokio::sync::watch;
 
+use crate::account::Account;
 use crate::limits::{BATCH_BYTES_MAX, QUEUE_BYTES_MAX, QUEUE_LEN_MAX};
 use crate::node::Reply;
 use crate::store::{Expert, Layer};
@@ -85,12 +86,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Queue {
     /// Starts the compute thread.
-    pub(crate) fn start(kernels: Arc<dyn Kernels>) -> io::Result<Self> {
+    pub(crate) fn start(kernels: Arc<dyn Kernels>, account: Arc<Account>) -> io::Result<Self> {
         let load = watch::Sender::new(Load::default());
+        let worker = Worker { kernels, account, load: load.clone(), answers: Bytes::new() };
         let shared = Arc::new(Shared {
             waiting: Mutex::default(),
             changed: Condvar::new(),
-            worker: Mutex::new(Worker { kernels, load: load.clone(), answers: Bytes::new() }),
+            worker: Mutex::new(worker),
             load,
         });
         let of_thread = shared.clone();
@@ -194,6 +196,7 @@ type SourcesAndOutputs = Vec<(u32, u32)>;
 
 struct Worker {
     kernels: Arc<dyn Kernels>,
+    account: Arc<Account>,
     load: watch::Sender<Load>,
     /// What the answers of the last batch are part of. It is used again once all of them have left:
     /// to get megabytes from the system, or to fill them with zeros, costs more than to fill them
@@ -242,6 +245,11 @@ impl Worker {
     /// Answers first: who waits for the queue to be idle closes connections after that.
     fn finish(&self, work: Work, result: Result<Bytes, Refusal>) {
         let bytes = work.bytes();
+        // Before it is answered, so that whoever has an answer finds it in the account.
+        match &result {
+            Ok(_) => self.account.computed(&work.frame),
+            Err(refusal) => self.account.refused(refusal),
+        }
         work.answer(result);
         release(&self.load, bytes);
     }

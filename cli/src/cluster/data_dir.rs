@@ -47,6 +47,9 @@ pub struct ProcessEntry {
     pub pid: u32,
     /// Where it listens; for a witness this is its control plane.
     pub address: SocketAddr,
+    /// The URL of its metrics; a witness has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<String>,
 }
 
 impl ClusterFile {

@@ -251,6 +251,7 @@ impl Cluster {
             region: process.member.region,
             pid: *pid,
             address: process.addresses.main,
+            metrics: process.metrics().map(|address| format!("{}/metrics", url(address))),
         };
         let control = |p: &Process| Some((p.member.name.clone(), p.addresses.control?.to_string()));
         let is_coordinator = |p: &&Process| p.member.role == Role::Coordinator;
@@ -278,6 +279,11 @@ impl Cluster {
 }
 
 impl Process {
+    fn metrics(&self) -> Option<SocketAddr> {
+        let Addresses { main, metrics, .. } = self.addresses;
+        if self.member.role == Role::Coordinator { Some(main) } else { metrics }
+    }
+
     fn launch(&self, listeners: Vec<TcpListener>) -> Launch<'_> {
         let (config, log) = (self.config.clone(), self.log.clone());
         Launch { member: &self.member, config, log, listeners }
@@ -357,7 +363,8 @@ fn bind_all(
             let api = if at == 0 { http } else { SocketAddr::new(http.ip(), 0) };
             [Some(api), is_live.then_some(free)]
         }
-        Role::ExpertNode | Role::Witness => [Some(free), None],
+        Role::ExpertNode => [Some(free), Some(free)],
+        Role::Witness => [Some(free), None],
     };
     let bind_one = |(at, member): (usize, &Member)| {
         let wanted = wanted(at, member).into_iter().flatten();
@@ -371,7 +378,8 @@ fn bind_all(
             listeners.iter().map(TcpListener::local_addr).collect::<io::Result<_>>()?;
         let (main, last) = (bound[0], bound[bound.len() - 1]);
         let control = (is_live && member.role.votes_as().is_some()).then_some(last);
-        Ok((listeners, Addresses { main, control }))
+        let metrics = (member.role == Role::ExpertNode).then_some(last);
+        Ok((listeners, Addresses { main, control, metrics }))
     };
     members.iter().enumerate().map(bind_one).collect()
 }
@@ -409,9 +417,10 @@ fn relay(
 /// the standard library binds with SO_REUSEADDR.
 fn bind_again(addresses: Addresses) -> anyhow::Result<Vec<TcpListener>> {
     let control = addresses.control.filter(|control| *control != addresses.main);
+    let second = control.or(addresses.metrics);
     let bind =
         |address| TcpListener::bind(address).with_context(|| format!("cannot listen at {address}"));
-    std::iter::once(addresses.main).chain(control).map(bind).collect()
+    std::iter::once(addresses.main).chain(second).map(bind).collect()
 }
 
 /// The URL by which this machine reaches a listener.
@@ -458,7 +467,8 @@ mod tests {
             members.iter().zip(bind_all(&members, http, true).unwrap())
         {
             assert_eq!(addresses.control.is_some(), member.role != Role::ExpertNode);
-            assert_eq!(listeners.len(), if member.role == Role::Coordinator { 2 } else { 1 });
+            assert_eq!(addresses.metrics.is_some(), member.role == Role::ExpertNode);
+            assert_eq!(listeners.len(), if member.role == Role::Witness { 1 } else { 2 });
             let before: Vec<_> = listeners.iter().map(|l| l.local_addr().unwrap()).collect();
             drop(listeners);
             let again = bind_again(addresses).unwrap();

@@ -271,6 +271,8 @@ pub struct Addresses {
     pub main: SocketAddr,
     /// The control plane of a voter.
     pub control: Option<SocketAddr>,
+    /// Where an expert node tells its metrics; a coordinator does so beside its API.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// The voters that found the raft group, for [`Roster::with_voters`].
@@ -306,7 +308,7 @@ pub fn configuration(
             membership,
             ..coordinator(common, member, listen)
         }),
-        Role::ExpertNode => toml::to_string(&expert_node(common, member, listen, via)),
+        Role::ExpertNode => toml::to_string(&expert_node(common, member, addresses, via)),
         Role::Witness => toml::to_string(&witness::Config {
             name: member.name.clone(),
             region: member.region,
@@ -322,17 +324,18 @@ pub fn configuration(
 fn expert_node(
     common: &Common,
     member: &Member,
-    listen: SocketAddr,
+    addresses: Addresses,
     via: Via,
 ) -> entente_expert_node::Config {
     entente_expert_node::Config {
+        metrics_listen: addresses.metrics.map(|address| address.to_string()),
         membership: entente_expert_node::MembershipConfig { via, ..Default::default() },
         threads: common.threads.map(usize::from),
         tls: common.tls_files(member),
         ..entente_expert_node::Config::new(
             member.name.clone(),
             member.region,
-            listen.to_string(),
+            addresses.main.to_string(),
             common.model.clone(),
             common.weights.into(),
             common.roster.clone(),
@@ -437,13 +440,14 @@ mod tests {
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(2, nodes).unwrap(),
         };
-        let addresses = Addresses { main: address, control: None };
+        let addresses = Addresses { main: address, control: None, metrics: Some(address) };
         let text =
             |at: usize| configuration(&common, &members[at], addresses, Via::default()).unwrap();
         let coordinator: entente_coordinator::Config = toml::from_str(&text(0)).unwrap();
         let node: entente_expert_node::Config = toml::from_str(&text(2)).unwrap();
         assert_eq!((coordinator.cluster, node.cluster), (common.roster.clone(), common.roster));
         assert_eq!(node.model, common.model);
+        assert_eq!(node.metrics_listen.as_deref(), Some("127.0.0.1:4001"));
         assert_eq!(coordinator.engine.kv_dtype, Some(KvDtype::F32));
         assert_eq!(coordinator.api.endpoints, common.endpoints);
         assert_eq!(node.tls, Some(pki::files("certificates".as_ref(), &members[2].name)));
@@ -460,9 +464,9 @@ mod tests {
         members.push(witness);
         let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
         let addresses = [
-            Addresses { main: at(1), control: Some(at(2)) },
-            Addresses { main: at(3), control: None },
-            Addresses { main: at(4), control: Some(at(4)) },
+            Addresses { main: at(1), control: Some(at(2)), metrics: None },
+            Addresses { main: at(3), control: None, metrics: None },
+            Addresses { main: at(4), control: Some(at(4)), metrics: None },
         ];
         let voters = voters(members.iter().zip(&addresses));
         let common = Common {

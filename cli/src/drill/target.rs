@@ -60,6 +60,7 @@ mod tests {
             region: member.region,
             pid: 1,
             address: "127.0.0.1:1".parse().unwrap(),
+            metrics: None,
         });
         let processes: Vec<ProcessEntry> = processes.collect();
         let text = format!("at: 1\naction: kill\nrepeat: {repeat}\n{target}");
@@ -90,6 +91,7 @@ mod tests {
             region: "fr".parse().unwrap(),
             pid: 1,
             address: "127.0.0.1:1".parse().unwrap(),
+            metrics: None,
         };
         let processes = [process(1), process(2), process(3)];
         let drawn = |seed| strikes(&fault, &processes, &mut Random::new(seed)).unwrap();

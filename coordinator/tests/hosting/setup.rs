@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use entente_coordinator::config::{ApiConfig, EngineConfig, Transport};
 use entente_coordinator::{Config, Error};
+use entente_expert_node::Listeners;
 use entente_membership::client::Client;
 use entente_membership::roster::Roster;
 use entente_membership::service;
@@ -141,6 +142,7 @@ impl Lonely {
             site: None,
             advertise: None,
             drain_deadline_ms: None,
+            metrics_listen: None,
             tls: Some(self.issue("expert", name)),
             membership: Default::default(),
             cluster: self.roster.clone(),
@@ -149,7 +151,7 @@ impl Lonely {
         let never = std::future::pending;
         runtime.spawn(entente_expert_node::run(
             config,
-            Some(listener),
+            Listeners { exchange: Some(listener), metrics: None },
             |_, _| {},
             |_| {},
             never(),

@@ -120,7 +120,7 @@ static STORE: LazyLock<ExpertStore> = LazyLock::new(|| {
 fn start() -> (Queue, Arc<Fragile>) {
     let real = select(WeightFormat::F32, 1).unwrap();
     let fragile = Arc::new(Fragile { real, calls: AtomicUsize::new(0), held_up: Mutex::new(()) });
-    (Queue::start(fragile.clone()).unwrap(), fragile)
+    (Queue::start(fragile.clone(), Arc::default()).unwrap(), fragile)
 }
 
 /// A frame of two rows, both through both experts of the layer.

@@ -5,11 +5,11 @@
 mod peer;
 mod plane;
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use entente_expert_node::{Config, Error, Ready, run};
+use entente_expert_node::{Config, Error, Listeners, Ready, run};
 use entente_membership::roster::{Roster, RosterVoter, VoterRole};
 use entente_membership::state::NodeState;
 use entente_model::Checkpoint;
@@ -19,6 +19,8 @@ use entente_proto::identity::Role;
 use entente_proto::ids::NodeName;
 use entente_proto::link::NodeInfo;
 use entente_tls::{Authority, Credentials, Files, Issued};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -111,7 +113,7 @@ impl Cluster {
         let config = self.config.clone();
         let ended = tokio::spawn(run(
             config,
-            Some(self.exchange.try_clone().unwrap()),
+            Listeners { exchange: Some(self.exchange.try_clone().unwrap()), metrics: None },
             |_, _| {},
             move |ready| {
                 let _ = on_ready.send(ready);
@@ -266,4 +268,51 @@ async fn a_node_with_another_model_ends_with_the_reason() {
     let cluster = Cluster::serving(&[9; 32]).await;
     let error = cluster.start().end().await.unwrap_err();
     assert!(error.to_string().ends_with("the cluster serves another model"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_configuration_names_another_region_than_its_certificate_does_not_start() {
+    let mut cluster = Cluster::new().await;
+    cluster.config.region = "se".parse().unwrap();
+    let error = cluster.start().end().await.unwrap_err().to_string();
+    assert!(error.contains("/region/fr/role/expert/node/fr-expert-1"), "{error}");
+    assert!(error.contains("expected was expert fr-expert-1 of test in se"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_computed_and_frames_refused_are_told_over_http() {
+    let mut cluster = Cluster::new().await;
+    let metrics = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = metrics.local_addr().unwrap();
+    drop(metrics);
+    cluster.config.metrics_listen = Some(address.to_string());
+    let _node = cluster.start_serving().await;
+    assert!(http(address, "/livez").await.starts_with("HTTP/1.1 200"));
+    assert!(http(address, "/readyz").await.starts_with("HTTP/1.1 200"));
+    let mut link = cluster.coordinator.dial().await;
+    let good = cluster.frame(&link.info, [0, 3]);
+    assert!(link.ask(&good).await.result.is_ok());
+    for regions in [vec![], vec!["se".parse().unwrap()]] {
+        let allowed_regions = regions.into_iter().collect();
+        let refused = link.ask(&Dispatch { allowed_regions, ..good.clone() }).await.result;
+        assert!(matches!(refused, Err(Refusal::RegionRefused(_))), "{refused:?}");
+    }
+    let text = http(address, "/metrics").await;
+    for line in [
+        "entente_expert_rows_total{region=\"fr\"} 3\n",
+        "entente_refused_frames_total{reason=\"region_refused\"} 2\n",
+        "entente_experts_held 4\n",
+    ] {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
+}
+
+/// What is answered, head and body.
+async fn http(address: SocketAddr, path: &str) -> String {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    answer
 }

@@ -84,7 +84,7 @@ impl Nodes {
         let mut supervisor = Supervisor::new();
         let exe = std::env::current_exe().context("cannot find this program's own file")?;
         for ((member, listener), address) in members.iter().zip(listeners).zip(&addresses) {
-            let addresses = Addresses { main: *address, control: None };
+            let addresses = Addresses { main: *address, control: None, metrics: None };
             let toml = plan::configuration(&common, member, addresses, Via::default())?;
             let config = data.write_config(&member.name, &toml)?;
             let log = data.empty_log(&member.name)?;

@@ -1,0 +1,106 @@
+//! What an expert node tells its operator over HTTP: whether it lives, whether it takes traffic,
+//! and its counters in the Prometheus text format.
+//!
+//! It answers from the moment that the process starts, so that a long load is not taken for a
+//! process that hangs. It says nothing of requests, tenants or single experts, and takes no orders.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::node::NodeHandle;
+
+/// How far the node is.
+#[derive(Clone, Default)]
+pub(crate) enum Stage {
+    /// Its model is being opened.
+    #[default]
+    Opening,
+    /// It is there and does not take traffic yet.
+    Loading(NodeHandle),
+    /// It takes traffic.
+    Ready(NodeHandle),
+}
+
+impl Stage {
+    fn node(&self) -> Option<&NodeHandle> {
+        match self {
+            Self::Opening => None,
+            Self::Loading(node) | Self::Ready(node) => Some(node),
+        }
+    }
+}
+
+type Stages = Arc<watch::Receiver<Stage>>;
+
+/// Answers on `listener` for as long as it is polled.
+pub(crate) async fn serve(listener: TcpListener, stages: watch::Receiver<Stage>) {
+    let router = Router::new()
+        .route("/livez", get(async || "ok\n"))
+        .route("/health", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(Arc::new(stages));
+    if let Err(error) = axum::serve(listener, router).await {
+        tracing::error!(%error, "metrics are not served any more");
+    }
+}
+
+async fn ready(State(stages): State<Stages>) -> Response {
+    let not = |why| (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
+    match &*stages.borrow() {
+        Stage::Opening => not("the model is being opened\n"),
+        Stage::Loading(_) => not("experts are being loaded\n"),
+        Stage::Ready(node) if node.is_draining() => not("the node is leaving\n"),
+        Stage::Ready(_) => "ready\n".into_response(),
+    }
+}
+
+async fn metrics(State(stages): State<Stages>) -> Response {
+    let kind = "text/plain; version=0.0.4; charset=utf-8";
+    let text = stages.borrow().node().map(text).unwrap_or_default();
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// The node's counters.
+fn text(node: &NodeHandle) -> String {
+    let (info, account, mut text) = (node.info(), node.account(), String::new());
+    let mut metric = |name: &str, kind: &str, help: &str, samples: &[(String, u64)]| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "# HELP entente_{name} {help}\n# TYPE entente_{name} {kind}");
+        for (labels, value) in samples {
+            let _ = writeln!(text, "entente_{name}{labels} {value}");
+        }
+    };
+    let plain = |value| [(String::new(), value)];
+    metric(
+        "expert_rows_total",
+        "counter",
+        "(row, expert) pairs computed, by the region of the node.",
+        &[(format!("{{region=\"{}\"}}", info.region), account.rows())],
+    );
+    let refused = account.refusals().into_iter();
+    let refused = refused.map(|(reason, frames)| (format!("{{reason=\"{reason}\"}}"), frames));
+    metric(
+        "refused_frames_total",
+        "counter",
+        "Frames that were not computed.",
+        &refused.collect::<Vec<_>>(),
+    );
+    metric(
+        "forgotten_requests_total",
+        "counter",
+        "Requests whose rows can be stated no more, for want of room.",
+        &plain(account.forgotten()),
+    );
+    metric("experts_held", "gauge", "Experts in memory.", &plain(info.experts.len() as u64));
+    metric("weights_bytes", "gauge", "Bytes of weights in memory.", &plain(info.weights_bytes));
+    text
+}
