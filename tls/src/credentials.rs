@@ -109,6 +109,10 @@ impl Credentials {
         self.0.roots()
     }
 
+    pub(crate) fn inner(&self) -> Arc<Inner> {
+        self.0.clone()
+    }
+
     /// Checks that these are the credentials of the process that is meant.
     pub fn belong_to(&self, process: &Expected) -> Result<(), Error> {
         Ok(process.check(self.identity())?)
@@ -191,6 +195,10 @@ impl Credentials {
 }
 
 impl Inner {
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     pub(crate) fn roots(&self) -> Arc<Roots> {
         self.latest.load().roots.clone()
     }

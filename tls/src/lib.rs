@@ -8,7 +8,8 @@
 //! - [`Authority`] (feature `mint`): makes CAs and certificates.
 //!
 //! Invariants:
-//! - TLS 1.3 only, both ends authenticated, always; there is no option for less;
+//! - TLS 1.3 only, both ends authenticated, always; there is no option for less. The one exception is
+//!   how a process gets its first certificate, under an ALPN name of its own (`join`);
 //! - sessions are never resumed: a resumed one would carry an old answer to the question of who the
 //!   peer is past the end of its certificate. Links live long, so a full handshake costs nothing;
 //! - a certificate is believed only if a CA of its own cluster and its own region signed it;
@@ -19,6 +20,7 @@
 mod certificate;
 mod channel;
 mod credentials;
+mod join;
 #[cfg(feature = "mint")]
 mod mint;
 mod records;
@@ -36,6 +38,7 @@ use entente_proto::identity::{Identity, Stranger};
 pub use certificate::{Unfit, fingerprint};
 pub use channel::{Channel, Incoming, PIECE_BYTES};
 pub use credentials::{Credentials, Files};
+pub use join::{ALPN_JOIN, join_client};
 #[cfg(feature = "mint")]
 pub use mint::{Authority, Issued, SigningRequest};
 pub use roots::Roots;
@@ -61,6 +64,9 @@ pub enum Error {
     /// A certificate that is not of the kind that it should be.
     #[error(transparent)]
     Unfit(#[from] Unfit),
+    /// A certificate of no coordinator where one was dialled to join.
+    #[error("{0} is no coordinator")]
+    NoCoordinator(Box<Identity>),
     /// A certificate of somebody else.
     #[error(transparent)]
     Stranger(#[from] Stranger),

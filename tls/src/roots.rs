@@ -31,6 +31,7 @@ pub struct Roots {
 /// One CA. What is left of its certificate does not say how long it is valid, so that is kept too.
 #[derive(Debug, Clone)]
 struct Authority {
+    certificate: CertificateDer<'static>,
     anchor: TrustAnchor<'static>,
     validity: Validity,
 }
@@ -50,19 +51,27 @@ impl Roots {
     /// # Errors
     /// There is none, one is not the CA of a region, or they are of several clusters.
     pub fn from_pem(pem: &[u8]) -> Result<Self, Error> {
-        let certificates: Vec<CertificateDer<'static>> = certificates(pem)?;
+        Self::new(certificates(pem)?)
+    }
+
+    /// The same from the certificates themselves.
+    ///
+    /// # Errors
+    /// As [`Roots::from_pem`].
+    pub fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, Error> {
         let mut cluster = None;
         let mut regions = BTreeMap::<Region, Vec<Authority>>::new();
-        for certificate in &certificates {
-            let (domain, validity) = certificate::authority(certificate)?;
+        for certificate in certificates {
+            let (domain, validity) = certificate::authority(&certificate)?;
             let first = cluster.get_or_insert_with(|| domain.clone());
             if first.cluster != domain.cluster {
                 return Err(Unfit::Clusters(first.clone(), domain).into());
             }
-            let anchor = webpki::anchor_from_trusted_cert(certificate)
+            let anchor = webpki::anchor_from_trusted_cert(&certificate)
                 .map_err(|error| Unfit::Encoding(error.to_string()))?
                 .to_owned();
-            regions.entry(domain.region).or_default().push(Authority { anchor, validity });
+            let authority = Authority { certificate, anchor, validity };
+            regions.entry(domain.region).or_default().push(authority);
         }
         let first = cluster.ok_or(rustls::Error::NoCertificatesPresented)?;
         Ok(Self { cluster: first.cluster, regions })
@@ -76,6 +85,22 @@ impl Roots {
     /// The regions that a CA speaks for.
     pub fn regions(&self) -> impl Iterator<Item = Region> + '_ {
         self.regions.keys().copied()
+    }
+
+    /// All CA certificates, by region.
+    pub fn certificates(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
+        self.regions.values().flatten().map(|ca| &ca.certificate)
+    }
+
+    /// The CA certificates of a region.
+    pub fn of_region(&self, region: Region) -> impl Iterator<Item = &CertificateDer<'static>> {
+        self.regions.get(&region).into_iter().flatten().map(|ca| &ca.certificate)
+    }
+
+    /// All of them as PEM, as a file that is to be [loaded](Roots::load) holds them.
+    pub fn to_pem(&self) -> String {
+        let pem = |ca: &CertificateDer<'_>| pem::Pem::new("CERTIFICATE", ca.to_vec());
+        pem::encode_many(&self.certificates().map(pem).collect::<Vec<_>>())
     }
 
     /// Who the holder of a certificate is, if a CA of its region says so at this time.
