@@ -224,7 +224,7 @@ impl Client {
 fn next(status: &Status) -> Next {
     match (Reason::of(status), status.code()) {
         (Some(Reason::NotLeader), _) => Next::Ask(Reason::leader_in(status).map(str::to_owned)),
-        (Some(Reason::UnknownOutcome), _) => Next::Ask(None),
+        (Some(Reason::UnknownOutcome | Reason::NoAuthority), _) => Next::Ask(None),
         (Some(_), _) => Next::GiveUp(Box::new(status.clone())),
         (
             None,

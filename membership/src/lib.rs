@@ -16,6 +16,7 @@
 //!
 //!   service         a thread and sockets around voter, store and steward: the control plane
 //!   client          how everybody else speaks to it, over net
+//!   enrolment       how a process gets its first certificate, and keeps one
 //! ```
 //!
 //! Invariants:
@@ -26,10 +27,12 @@
 //! - nothing is said to a peer or a client before what it rests on is durable.
 //!
 //! What the pure parts do not know: sockets, clocks, threads, randomness, hash order, floats. Files
-//! are known to [`store`] alone; sockets, time and tasks to [`net`], [`client`] and [`service`]. What
+//! are known to [`store`] alone; sockets, time and tasks to [`net`], [`client`],
+//! [`enrolment`] and [`service`]. What
 //! no part knows: what a model is, and how a placement is computed (the router plans it).
 
 pub mod client;
+pub mod enrolment;
 pub mod log;
 #[cfg(feature = "etcd")]
 pub mod mirror;

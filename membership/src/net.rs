@@ -3,11 +3,13 @@
 //! ```text
 //!   Dialler::dial ──► TLS, ALPN h2, the peer votes in our cluster ──► a tonic Channel
 //!   accept        ──► TLS, ALPN h2, any role of our cluster ──► tonic, with who it is as Peer
+//!                 └─► TLS, ALPN entente-join, no certificate ──► tonic, one call and no other
 //! ```
 //!
 //! Invariants:
 //! - there is no plain control port, not even on loopback: what is said here changes the cluster;
 //! - who it is follows from the certificate alone; what it may do is decided elsewhere, by a table;
+//! - whoever has no certificate gets to one call, on one of a few connections;
 //! - a handshake ends after [`HANDSHAKE_MAX`], and at most [`HANDSHAKES_MAX`] are under way.
 //!
 //! What it does not know: which calls there are, where voters are.
@@ -33,7 +35,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 
-pub use accept::{ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, accept};
+pub use accept::{Accepted, ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, Stranger, accept};
 pub use reason::{LEADER_KEY, REASON_KEY, Reason};
 pub use via::Via;
 
@@ -108,28 +110,47 @@ impl Dialler {
     /// # Errors
     /// Nobody is there, or it is not who it should be; the text says which.
     pub async fn dial(&self, address: &str) -> Result<Channel, Unreachable> {
-        let unreachable = |reason| Unreachable { address: address.to_owned(), reason };
         let to = match &self.own {
             Some((own, listens)) if own == address => listens.to_string(),
             _ => self.via.resolve(address).to_owned(),
         };
-        // The scheme says what gRPC is to do about TLS: nothing, the connector does it.
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(|error| unreachable(causes(&error)))?
-            .connect_timeout(DIAL_MAX)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE_MAX)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
-        let config = self.config.clone();
-        let connector = tower::service_fn(move |_| secured(config.clone(), to.clone()));
-        let connected = timeout(DIAL_MAX, endpoint.connect_with_connector(connector)).await;
-        match connected {
-            Ok(Ok(channel)) => Ok(channel),
-            Ok(Err(error)) => Err(unreachable(causes(&error))),
-            Err(_) => Err(unreachable(format!("no answer within {} s", DIAL_MAX.as_secs()))),
-        }
+        connect(self.config.clone(), address, to).await
+    }
+}
+
+/// Dials a coordinator that is known by its CA alone, to join. See [`entente_tls::join_client`].
+///
+/// # Errors
+/// As [`Dialler::dial`].
+pub async fn dial_to_join(ca_sha256: &[[u8; 32]], address: &str) -> Result<Channel, Unreachable> {
+    let unreachable = |reason| Unreachable { address: address.to_owned(), reason };
+    let config = entente_tls::join_client(ca_sha256.to_vec());
+    let config = config.map_err(|error| unreachable(error.to_string()))?;
+    connect(config, address, address.to_owned()).await
+}
+
+/// Connects to what is known as `address`, at `to`.
+async fn connect(
+    config: Arc<ClientConfig>,
+    address: &str,
+    to: String,
+) -> Result<Channel, Unreachable> {
+    let unreachable = |reason| Unreachable { address: address.to_owned(), reason };
+    // The scheme says what gRPC is to do about TLS: nothing, the connector does it.
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|error| unreachable(causes(&error)))?
+        .connect_timeout(DIAL_MAX)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE_MAX)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+    let connector = tower::service_fn(move |_| secured(config.clone(), to.clone()));
+    let connected = timeout(DIAL_MAX, endpoint.connect_with_connector(connector)).await;
+    match connected {
+        Ok(Ok(channel)) => Ok(channel),
+        Ok(Err(error)) => Err(unreachable(causes(&error))),
+        Err(_) => Err(unreachable(format!("no answer within {} s", DIAL_MAX.as_secs()))),
     }
 }
 

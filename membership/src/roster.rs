@@ -149,6 +149,30 @@ impl Roster {
         Self::try_from(RosterFile { voters, ..self.0 })
     }
 
+    /// The roster whose [`Roster::specs`] these are.
+    ///
+    /// # Errors
+    /// They are not those of a roster.
+    pub fn of_specs(
+        name: String,
+        replicas: u16,
+        specs: Vec<NodeSpec>,
+    ) -> Result<Self, InvalidRoster> {
+        let (mut nodes, mut voters) = (Vec::new(), Vec::new());
+        for NodeSpec { name, region, role, address, .. } in specs {
+            let role = match role {
+                Role::ExpertNode => {
+                    nodes.push(RosterNode { name, region, address });
+                    continue;
+                }
+                Role::Coordinator => VoterRole::Coordinator,
+                Role::Witness => VoterRole::Witness,
+            };
+            voters.push(RosterVoter { name, region, role, address });
+        }
+        Self::try_from(RosterFile { name, replicas, voters, nodes })
+    }
+
     /// The cluster's name.
     pub fn name(&self) -> &str {
         &self.0.name

@@ -1,7 +1,7 @@
 //! The service around the pure [`crate::voter::Voter`]: a thread with a disk, and sockets.
 //!
 //! ```text
-//!   control port ──► guard (who may call what) ──► raft | members | admin
+//!   control port ──► guard (who may call what) ──► raft | members | admin | enrolment
 //!                                                    │  bounded commands
 //!                                                    ▼
 //!                        owner: ONE thread, Voter + Store ──► peers: a task for each voter
@@ -20,8 +20,11 @@
 //! What it does not know: models, experts' weights, the exchange.
 
 mod admin;
+mod authorities;
 mod config;
 mod disk;
+mod enlist;
+mod enrolment;
 mod guard;
 mod heartbeat;
 mod members;
@@ -43,7 +46,7 @@ use entente_tls::Credentials;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 pub use config::{CaConfig, Config, InvalidConfig};
 pub use guard::{ALLOWED, allowed};
@@ -57,6 +60,8 @@ use crate::state::{Applied, Command, Expect, Refused, State};
 use crate::steward;
 use crate::store::StoreError;
 use crate::voter::{Voter, VoterError};
+use authorities::Authorities;
+use enrolment::Enrolment;
 use shared::Shared;
 
 /// How long what is being answered may take when the service stops.
@@ -74,6 +79,9 @@ pub enum ServiceError {
     /// The disk is of another process, or of none.
     #[error("membership.data_dir: {0}")]
     Disk(String),
+    /// A CA whose certificates are to be issued here cannot be used.
+    #[error("membership.ca: {0}")]
+    Ca(String),
     /// The durable log cannot be used, or not any longer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -144,15 +152,7 @@ impl Membership {
     /// A state in which everything is that was committed before this call; not only the leader can
     /// tell. `None`: nobody could confirm it in time.
     pub async fn read(&self, deadline: Duration) -> Option<Arc<State>> {
-        let confirmed = async {
-            // A question that is lost on its way to the leader is never answered.
-            let ask = || timeout(self.shared.election, self.shared.owner.read());
-            while ask().await != Ok(true) {
-                sleep(self.shared.tick).await;
-            }
-        };
-        timeout(deadline, confirmed).await.ok()?;
-        Some(self.shared.state())
+        self.shared.read(deadline).await
     }
 
     /// The library with which this process speaks to all voters.
@@ -201,6 +201,7 @@ pub async fn start(
         Client::with(dialler.clone(), addresses).map_err(ServiceError::Refused)
     };
     let own = disk::Own { name, credentials: &credentials, address: &address };
+    let authorities = Authorities::load(config.ca.as_ref())?;
     let disk = disk::open(&config, roster, &own, &client(&[])?).await?;
     let voter = Voter::open(config.voter(disk.identity), disk.durable)?;
     let own_voter = disk.identity.voter;
@@ -222,8 +223,21 @@ pub async fn start(
     })?;
     tracing::info!(voter = own_voter, %name, %listens, "the membership service has started");
     let handle = Membership { shared: shared.clone(), stop: Arc::new(stop) };
-    let parts =
-        Running { thread, shared, stop: handle.stop.clone(), asks, settings: config.steward() };
+    let enrolment = Enrolment::new(enrolment::Parts {
+        shared: shared.clone(),
+        authorities,
+        credentials: credentials.clone(),
+        roster: roster.clone(),
+    });
+    let parts = Running {
+        thread,
+        shared,
+        stop: handle.stop.clone(),
+        asks,
+        settings: config.steward(),
+        enrolment,
+        joins: config.join,
+    };
     let ended = tokio::spawn(parts.run(listener, credentials));
     Ok(Service { handle, ended })
 }
@@ -235,6 +249,8 @@ struct Running {
     stop: Arc<watch::Sender<bool>>,
     asks: mpsc::Receiver<steward_shell::Ask>,
     settings: steward::Settings,
+    enrolment: Enrolment,
+    joins: bool,
 }
 
 impl Running {
@@ -244,11 +260,13 @@ impl Running {
         listener: TcpListener,
         credentials: Credentials,
     ) -> Result<(), ServiceError> {
-        let Self { thread, shared, stop, asks, settings } = self;
-        let mut server = tokio::spawn(server::serve(shared.clone(), listener, &credentials)?);
+        let Self { thread, shared, stop, asks, settings, enrolment, joins } = self;
+        let mut server =
+            tokio::spawn(server::serve(shared.clone(), enrolment, listener, &credentials)?);
         let mut owner = thread.start()?;
         let mut steward = tokio::spawn(steward_shell::run(shared.clone(), settings, asks));
         let mut registration = tokio::spawn(registration::run(shared.clone()));
+        let enlisting = joins.then(|| tokio::spawn(enlist::run(shared.clone())));
         let ended = |part| Err(ServiceError::Ended(part));
         let early = tokio::select! {
             biased;
@@ -262,6 +280,7 @@ impl Running {
         stop.send_replace(true);
         shared.owner.wake();
         registration.abort();
+        enlisting.inspect(JoinHandle::abort);
         steward.abort();
         let result = match early {
             Some(result) => result,

@@ -1,20 +1,23 @@
 //! Takes connections, and shows those in whose certificate is of our cluster.
 
+use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use entente_proto::identity::{Expected, Identity, Role};
-use entente_tls::{ALPN_GRPC, Credentials};
+use entente_tls::{ALPN_GRPC, ALPN_JOIN, Credentials};
 use rustls::ServerConfig;
+use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{sleep, timeout};
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
@@ -24,6 +27,8 @@ pub const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
 pub const HANDSHAKES_MAX: usize = 256;
 /// Connections that wait for the gRPC server to take them.
 const ACCEPTED_MAX: usize = 64;
+/// Connections of processes that join: each is there for one call.
+const JOINERS_MAX: usize = 16;
 /// Pause after an error of the listener: too many open files, most often.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -31,33 +36,68 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone)]
 pub struct Peer(pub Arc<Identity>);
 
-/// Connections of authenticated peers, for as long as the result lives.
+/// Somebody who has shown no certificate, and may join at most; in the extensions likewise.
+#[derive(Debug, Clone, Copy)]
+pub struct Stranger(SocketAddr);
+
+impl fmt::Display for Stranger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Connections by who is at the other end.
+pub struct Accepted {
+    /// Of members and operators.
+    pub members: ReceiverStream<io::Result<ControlIo<Peer>>>,
+    /// Of those who have no certificate; none come where nobody can join.
+    pub joiners: ReceiverStream<io::Result<ControlIo<Stranger>>>,
+}
+
+/// Connections, for as long as the members' part of the result lives. Processes without a certificate
+/// are let as far as a coordinator's: it can issue one.
 ///
 /// # Errors
 /// The credentials are of no use.
 pub fn accept(
     listener: TcpListener,
     credentials: &Credentials,
-) -> Result<ReceiverStream<io::Result<ControlIo>>, entente_tls::Error> {
+) -> Result<Accepted, entente_tls::Error> {
     let roles = vec![Role::Coordinator, Role::Witness, Role::Expert, Role::Operator];
-    let cluster = credentials.identity().cluster.clone();
-    let anyone = Expected { cluster, roles, member: None };
-    let config = credentials.server(anyone, &[ALPN_GRPC])?;
-    let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
+    let own = credentials.identity();
+    let anyone = Expected { cluster: own.cluster.clone(), roles, member: None };
+    let joins = (own.role == Role::Coordinator).then(|| credentials.join_server());
+    let (members, accepted) = mpsc::channel(ACCEPTED_MAX);
+    let (joiners, joining) = mpsc::channel(JOINERS_MAX);
+    let door = Door {
+        member: credentials.server(anyone, &[ALPN_GRPC])?,
+        joiner: joins.transpose()?,
+        members: members.clone(),
+        joiners,
+        places: Arc::new(Semaphore::new(JOINERS_MAX)),
+    };
     tokio::spawn(async move {
         tokio::select! {
-            () = listen(listener, config, sender.clone()) => {}
-            () = sender.closed() => {}
+            () = listen(listener, door) => {}
+            () = members.closed() => {}
         }
     });
-    Ok(ReceiverStream::new(accepted))
+    let (members, joiners) = (ReceiverStream::new(accepted), ReceiverStream::new(joining));
+    Ok(Accepted { members, joiners })
 }
 
-async fn listen(
-    listener: TcpListener,
-    config: Arc<ServerConfig>,
-    sender: mpsc::Sender<io::Result<ControlIo>>,
-) {
+/// What is needed to let somebody in. Cheap to clone.
+#[derive(Clone)]
+struct Door {
+    member: Arc<ServerConfig>,
+    joiner: Option<Arc<ServerConfig>>,
+    members: mpsc::Sender<io::Result<ControlIo<Peer>>>,
+    joiners: mpsc::Sender<io::Result<ControlIo<Stranger>>>,
+    /// For those who have shown nothing.
+    places: Arc<Semaphore>,
+}
+
+async fn listen(listener: TcpListener, door: Door) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let (socket, peer) = match listener.accept().await {
@@ -72,13 +112,12 @@ async fn listen(
             tracing::warn!(%peer, "a control connection was not taken: too many handshakes");
             continue;
         };
-        let (config, sender) = (config.clone(), sender.clone());
+        let door = door.clone();
         tokio::spawn(async move {
-            let greeted = timeout(HANDSHAKE_MAX, greet(socket, config)).await;
+            let greeted = timeout(HANDSHAKE_MAX, door.greet(socket, peer)).await;
             drop(permit);
             match greeted {
-                // Fails only when the gRPC server has ended.
-                Ok(Ok(io)) => drop(sender.send(Ok(io)).await),
+                Ok(Ok(guest)) => door.show_in(guest).await,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     // Somebody who only looked whether anybody is there.
                     tracing::debug!(%peer, %error, "a control connection was not served");
@@ -92,28 +131,72 @@ async fn listen(
     }
 }
 
-async fn greet(socket: TcpStream, config: Arc<ServerConfig>) -> io::Result<ControlIo> {
-    socket.set_nodelay(true)?;
-    let stream = TlsAcceptor::from(config).accept(socket).await.map_err(super::in_words)?;
-    let peer = entente_tls::peer_identity(stream.get_ref().1.peer_certificates())?;
-    Ok(ControlIo { stream: Box::new(stream), peer: Peer(Arc::new(peer)) })
+/// Somebody whose handshake is over.
+enum Guest {
+    Member(ControlIo<Peer>),
+    Joiner(ControlIo<Stranger>),
 }
 
-/// A connection of an authenticated peer.
-pub struct ControlIo {
+impl Door {
+    /// The name of the protocol decides which certificates are asked for.
+    async fn greet(&self, socket: TcpStream, address: SocketAddr) -> io::Result<Guest> {
+        socket.set_nodelay(true)?;
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), socket).await;
+        let hello = hello.map_err(super::in_words)?;
+        let wants_to_join =
+            hello.client_hello().alpn().into_iter().flatten().any(|n| n == ALPN_JOIN);
+        match self.joiner.as_ref().filter(|_| wants_to_join) {
+            Some(config) => {
+                let place = self.places.clone().try_acquire_owned();
+                let place = place.map_err(|_| io::Error::other("too many processes join"))?;
+                let stream = shake(hello, config).await?;
+                Ok(Guest::Joiner(ControlIo {
+                    stream,
+                    peer: Stranger(address),
+                    _place: Some(place),
+                }))
+            }
+            None => {
+                let stream = shake(hello, &self.member).await?;
+                let peer = entente_tls::peer_identity(stream.get_ref().1.peer_certificates())?;
+                Ok(Guest::Member(ControlIo { stream, peer: Peer(Arc::new(peer)), _place: None }))
+            }
+        }
+    }
+
+    /// Fails only when the gRPC server has ended.
+    async fn show_in(&self, guest: Guest) {
+        match guest {
+            Guest::Member(io) => drop(self.members.send(Ok(io)).await),
+            Guest::Joiner(io) => drop(self.joiners.send(Ok(io)).await),
+        }
+    }
+}
+
+async fn shake(
+    hello: StartHandshake<TcpStream>,
+    config: &Arc<ServerConfig>,
+) -> io::Result<Box<TlsStream<TcpStream>>> {
+    Ok(Box::new(hello.into_stream(config.clone()).await.map_err(super::in_words)?))
+}
+
+/// A connection of somebody, whose handshake is over.
+pub struct ControlIo<P> {
     stream: Box<TlsStream<TcpStream>>,
-    peer: Peer,
+    peer: P,
+    /// Given back when the connection ends.
+    _place: Option<OwnedSemaphorePermit>,
 }
 
-impl Connected for ControlIo {
-    type ConnectInfo = Peer;
+impl<P: Clone + Send + Sync + 'static> Connected for ControlIo<P> {
+    type ConnectInfo = P;
 
-    fn connect_info(&self) -> Peer {
+    fn connect_info(&self) -> P {
         self.peer.clone()
     }
 }
 
-impl AsyncRead for ControlIo {
+impl<P: Unpin> AsyncRead for ControlIo<P> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -123,7 +206,7 @@ impl AsyncRead for ControlIo {
     }
 }
 
-impl AsyncWrite for ControlIo {
+impl<P: Unpin> AsyncWrite for ControlIo<P> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

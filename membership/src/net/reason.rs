@@ -23,16 +23,19 @@ pub enum Reason {
     OtherModel,
     /// An expert would be left without a replica.
     Unsafe,
+    /// The CA that is needed is somebody else's.
+    NoAuthority,
 }
 
 impl Reason {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::NotLeader,
         Self::Fenced,
         Self::UnknownOutcome,
         Self::OtherCluster,
         Self::OtherModel,
         Self::Unsafe,
+        Self::NoAuthority,
     ];
 
     /// As it is written.
@@ -44,6 +47,7 @@ impl Reason {
             Self::OtherCluster => "other-cluster",
             Self::OtherModel => "other-model",
             Self::Unsafe => "unsafe",
+            Self::NoAuthority => "no-authority",
         }
     }
 

@@ -70,7 +70,7 @@ impl admin_server::Admin for Admin {
         }
         let proposed = self.0.owner.change(change).await;
         proposed.map_err(|error| not_proposed(&self.0, &error))?;
-        self.wait_for(|status| in_effect(change, status)).await?;
+        wait_for(&self.0, |status| in_effect(change, status)).await?;
         Ok(Response::new(wire::ChangeGroupReply { voter }))
     }
 
@@ -82,7 +82,7 @@ impl admin_server::Admin for Admin {
         let to = member(&self.0.state(), &self.0.status(), &request.into_inner().to)?;
         let proposed = self.0.owner.transfer(to).await;
         proposed.map_err(|error| not_proposed(&self.0, &error))?;
-        self.wait_for(|status| status.leader == Some(to)).await?;
+        wait_for(&self.0, |status| status.leader == Some(to)).await?;
         Ok(Response::new(wire::TransferLeaderReply {}))
     }
 
@@ -200,21 +200,24 @@ impl Admin {
             error => Status::failed_precondition(error.to_string()),
         }
     }
+}
 
-    /// What was proposed may get lost; then it is unknown, and the operator looks.
-    async fn wait_for(&self, done: impl FnMut(&raft::Status) -> bool) -> Result<(), Status> {
-        let mut status = self.0.status.clone();
-        match tokio::time::timeout(CHANGE_MAX, status.wait_for(done)).await {
-            Ok(Ok(_)) => Ok(()),
-            // Not the reason that makes clients repeat the call: it may not be harmless.
-            _ => Err(Status::failed_precondition(
-                "it was not done in time, and may still be; see Status",
-            )),
-        }
+/// What was proposed may get lost; then it is unknown, and the operator looks.
+pub(super) async fn wait_for(
+    shared: &Shared,
+    done: impl FnMut(&raft::Status) -> bool,
+) -> Result<(), Status> {
+    let mut status = shared.status.clone();
+    match tokio::time::timeout(CHANGE_MAX, status.wait_for(done)).await {
+        Ok(Ok(_)) => Ok(()),
+        // Not the reason that makes clients repeat the call: it may not be harmless.
+        _ => Err(Status::failed_precondition(
+            "it was not done in time, and may still be; see Status",
+        )),
     }
 }
 
-fn in_effect(change: Change, status: &raft::Status) -> bool {
+pub(super) fn in_effect(change: Change, status: &raft::Status) -> bool {
     let group = &status.group;
     match change {
         Change::AddLearner(id) => group.learners.contains(&id) || group.voters.contains(&id),

@@ -20,6 +20,10 @@ pub const ALLOWED: &[(&str, &[Role])] = &[
     ("/entente.v1.Membership/Heartbeat", &[Expert]),
     ("/entente.v1.Membership/Watch", &[Coordinator, Witness, Expert, Operator]),
     ("/entente.v1.Membership/Propose", &[Coordinator, Witness, Operator]),
+    // For those who have no certificate yet, on connections of their own; no member has a token.
+    ("/entente.v1.Enrolment/Join", &[]),
+    ("/entente.v1.Enrolment/Renew", &[Coordinator, Witness, Expert, Operator]),
+    ("/entente.v1.Enrolment/Enlist", &[Coordinator, Witness]),
     ("/entente.v1.Admin/Status", &[Operator]),
     ("/entente.v1.Admin/ChangeGroup", &[Operator]),
     ("/entente.v1.Admin/TransferLeader", &[Operator]),

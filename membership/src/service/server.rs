@@ -1,10 +1,11 @@
-//! The control port: the three gRPC services behind the guard.
+//! The control port: the gRPC services behind the guard, and the one call of those who join.
 
 use std::convert::Infallible;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use entente_proto::wire::admin_server::AdminServer;
+use entente_proto::wire::enrolment_server::EnrolmentServer;
 use entente_proto::wire::membership_server::MembershipServer;
 use entente_proto::wire::raft_server::RaftServer;
 use entente_tls::Credentials;
@@ -14,12 +15,13 @@ use tonic::codegen::{BoxFuture, Service, http};
 use tonic::transport::Server;
 
 use super::admin::Admin;
+use super::enrolment::Enrolment;
 use super::guard::admit;
 use super::members::Members;
 use super::raft_rpc::Raft;
 use super::shared::Shared;
 use super::{Config, ServiceError};
-use crate::net::accept;
+use crate::net::{Accepted, accept};
 use crate::state::codec::{REQUEST_LEN_MAX, STATE_LEN_MAX};
 use crate::voter::ENVELOPE_LEN_MAX;
 
@@ -29,6 +31,11 @@ const KEEPALIVE: Duration = Duration::from_secs(2);
 const STREAMS_MAX: u32 = 64;
 /// HTTP/2 window of a stream and of a connection: a snapshot must not wait for our permission.
 const WINDOW_BYTES: u32 = 8 << 20;
+
+/// Longest request of the service Enrolment: a CSR has some hundred bytes.
+const JOIN_LEN_MAX: usize = 16 << 10;
+/// How long a process that joins may be worked for.
+const JOIN_MAX: Duration = Duration::from_secs(10);
 
 /// Takes the socket that was handed over, or binds one.
 pub(super) async fn listen(
@@ -51,28 +58,63 @@ pub(super) fn cannot(config: &Config, error: &std::io::Error) -> ServiceError {
 /// Serves until the service stops and the last call has ended.
 pub(super) fn serve(
     shared: Shared,
+    enrolment: Enrolment,
     listener: TcpListener,
     credentials: &Credentials,
 ) -> Result<impl Future<Output = ()> + use<>, ServiceError> {
-    let incoming = accept(listener, credentials)?;
+    let Accepted { members: incoming, joiners } = accept(listener, credentials)?;
+    let enrolment = EnrolmentServer::new(enrolment).max_decoding_message_size(JOIN_LEN_MAX);
+    let joining = Joining(enrolment.clone());
     let raft = RaftServer::new(Raft(shared.clone())).max_decoding_message_size(ENVELOPE_LEN_MAX);
     let members = MembershipServer::new(Members::new(shared.clone()))
         .max_decoding_message_size(2 * REQUEST_LEN_MAX)
         .max_encoding_message_size(STATE_LEN_MAX + (1 << 16));
-    let control = Control { raft, members, admin: AdminServer::new(Admin(shared.clone())) };
+    let admin = AdminServer::new(Admin(shared.clone()));
+    let control = Control { raft, members, admin, enrolment };
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(2 * WINDOW_BYTES);
+    let door = Server::builder()
+        .max_concurrent_streams(1)
+        .timeout(JOIN_MAX)
+        .max_connection_age(JOIN_MAX)
+        .max_connection_age_grace(KEEPALIVE);
     Ok(async move {
-        let stopped = async move { shared.stopped().await };
-        let served = server.serve_with_incoming_shutdown(control, incoming, stopped);
-        if let Err(error) = served.await {
+        let stopped = || {
+            let shared = shared.clone();
+            async move { shared.stopped().await }
+        };
+        let joined = door.serve_with_incoming_shutdown(joining, joiners, stopped());
+        let served = server.serve_with_incoming_shutdown(control, incoming, stopped());
+        if let Err(error) = tokio::try_join!(joined, served) {
             tracing::error!(%error, "the control port has ended");
         }
     })
+}
+
+/// What those find who have no certificate: one call, and nothing beside it.
+#[derive(Clone)]
+struct Joining(EnrolmentServer<Enrolment>);
+
+impl Service<http::Request<Body>> for Joining {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<http::Response<Body>, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if request.uri().path() == "/entente.v1.Enrolment/Join" {
+            return self.0.call(request);
+        }
+        let refused = tonic::Status::permission_denied("whoever has no certificate may join");
+        Box::pin(async move { Ok(refused.into_http()) })
+    }
 }
 
 /// The services on the control port, behind the guard.
@@ -81,6 +123,7 @@ struct Control {
     raft: RaftServer<Raft>,
     members: MembershipServer<Members>,
     admin: AdminServer<Admin>,
+    enrolment: EnrolmentServer<Enrolment>,
 }
 
 impl Service<http::Request<Body>> for Control {
@@ -99,7 +142,8 @@ impl Service<http::Request<Body>> for Control {
         match request.uri().path().split('/').nth(1) {
             Some("entente.v1.Raft") => self.raft.call(request),
             Some("entente.v1.Membership") => self.members.call(request),
-            // What the guard admits is of one of the three.
+            Some("entente.v1.Enrolment") => self.enrolment.call(request),
+            // What the guard admits is of one of the four.
             _ => self.admin.call(request),
         }
     }

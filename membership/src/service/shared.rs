@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use entente_proto::ids::{NodeId, NodeName};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tonic::Status as GrpcStatus;
 
 use super::owner::Owner;
@@ -62,6 +62,20 @@ impl Shared {
         let leader = self.status.borrow().leader.filter(|leader| *leader != own);
         let spec = leader.and_then(|leader| self.directory.voter(leader));
         Reason::not_leader(spec.as_ref().map(|spec| spec.address.as_str()))
+    }
+
+    /// A state in which everything is that was committed before this call. `None`: nobody could
+    /// confirm it in time.
+    pub(super) async fn read(&self, deadline: Duration) -> Option<Arc<State>> {
+        let confirmed = async {
+            // A question that is lost on its way to the leader is never answered.
+            let ask = || timeout(self.election, self.owner.read());
+            while ask().await != Ok(true) {
+                sleep(self.tick).await;
+            }
+        };
+        timeout(deadline, confirmed).await.ok()?;
+        Some(self.state())
     }
 
     /// Hands leadership over and waits until it is there; false if it is not in time.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod authority;
+mod enrolment;
 mod faults;
 mod group;
 mod heartbeat;
