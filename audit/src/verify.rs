@@ -304,7 +304,8 @@ impl<'a> Checker<'a> {
         for node in &request.nodes {
             let Some(fingerprint) = node.certificate else { continue };
             // A node's certificate comes with its first statement, which is after its first request.
-            let known = self.certificates.get(&fingerprint).map(|(_, name, region)| (name, *region));
+            let known =
+                self.certificates.get(&fingerprint).map(|(_, name, region)| (name, *region));
             let claimed = self.claimed.get(&fingerprint).map(|(name, region, _)| (name, *region));
             if let Some((name, region)) = known.or(claimed)
                 && (name, region) != (&node.node, node.region)

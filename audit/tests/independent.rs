@@ -1,6 +1,9 @@
 //! Somebody else's programs read what this one writes: notes, checkpoints, tiles and proofs are
 //! checked by the crates `signed_note` and `tlog_tiles`, which share no code with this crate.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use entente_audit::checkpoint::Checkpoint;

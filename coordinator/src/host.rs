@@ -3,20 +3,23 @@
 //!
 //! Whoever leads plans placements by the record of the model, also a witness, which has none. The
 //! first coordinator that finds no record writes it, with the replicas that the roster wants of each
-//! region that has a coordinator. What is there already is never written again: an operator may have
+//! region that has a coordinator, and of its own. What is there already is never written again: an operator may have
 //! changed it since.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use entente_membership::enrolment;
 use entente_membership::raft;
 use entente_membership::roster::{Roster, VoterRole};
 use entente_membership::served::{Differs, SERVED_MODEL_KEY, ServedModel};
 use entente_membership::service::{self, Membership, Service};
 use entente_membership::state::{Command, Expect, RecordKind, State};
 use entente_proto::ids::Region;
+use entente_tls::{Credentials, Files};
 use tokio::sync::watch;
 
 use crate::metrics::Metrics;
@@ -28,20 +31,35 @@ const ATTEMPT_MAX: Duration = Duration::from_secs(5);
 /// How long the service may take to stop.
 const STOP_MAX: Duration = Duration::from_secs(2);
 
+/// A voter with what it shows.
+pub(crate) struct Host {
+    pub(crate) service: Service,
+    pub(crate) credentials: Credentials,
+    files: Files,
+}
+
 /// Starts the voter that the configuration describes, on `listener` if one is given.
 ///
 /// # Errors
 /// What is wrong with the configuration, the credentials, the disk or the port.
-pub(crate) async fn start(
-    config: &Config,
-    listener: Option<TcpListener>,
-) -> Result<Service, Error> {
+pub(crate) async fn start(config: &Config, listener: Option<TcpListener>) -> Result<Host, Error> {
     check_followable(config)?;
     let needed =
         |section| Error::Config(format!("[{section}] is needed where cluster.voters is not empty"));
     let membership = config.membership.clone().ok_or_else(|| needed("membership"))?;
+    let files = config.tls.clone().ok_or_else(|| needed("tls"))?;
     let credentials = credentials(config)?.ok_or_else(|| needed("tls"))?;
-    Ok(service::start(membership, &config.cluster, &config.name, credentials, listener).await?)
+    let (roster, name) = (&config.cluster, &config.name);
+    let service = service::start(membership, roster, name, credentials.clone(), listener).await?;
+    Ok(Host { service, credentials, files })
+}
+
+impl Host {
+    /// Keeps the certificate valid, that of the voter and that of the links: they are the same.
+    pub(crate) fn keep_fresh(&self) -> impl Future<Output = Infallible> + use<> {
+        let client = self.service.handle.client().clone();
+        enrolment::keep_fresh(client, self.credentials.clone(), self.files.clone())
+    }
 }
 
 /// Stops the voter; what it had not finished it takes up at its next start.
@@ -69,7 +87,7 @@ pub(crate) async fn ended(service: &mut Service) -> Error {
 pub(crate) async fn agree(
     membership: &Membership,
     model: &ServedModel,
-    roster: &Roster,
+    config: &Config,
 ) -> Result<(), Error> {
     check(&membership.state().borrow(), model)?;
     loop {
@@ -78,7 +96,8 @@ pub(crate) async fn agree(
             continue;
         };
         check(&state, model)?;
-        let Some(command) = lacking(&state, model, roster) else { return Ok(()) };
+        let command = lacking(&state, model, &config.cluster, config.region);
+        let Some(command) = command else { return Ok(()) };
         // Another coordinator may have been faster; the next look at the state tells.
         if let Err(error) = membership.propose(ATTEMPT_MAX, Expect::default(), command).await {
             tracing::debug!(%error, "a proposal came to nothing");
@@ -104,13 +123,14 @@ fn check(state: &State, model: &ServedModel) -> Result<(), Error> {
 }
 
 /// The first thing that the cluster has not agreed on yet.
-fn lacking(state: &State, model: &ServedModel, roster: &Roster) -> Option<Command> {
+fn lacking(state: &State, model: &ServedModel, roster: &Roster, own: Region) -> Option<Command> {
     if ServedModel::of(state).is_none() {
         let (key, value) = (SERVED_MODEL_KEY.to_owned(), model.encode());
         return Some(Command::PutRecord { kind: RecordKind::Model, key, value, revision: Some(0) });
     }
     let coordinators = roster.voters().iter().filter(|v| v.role == VoterRole::Coordinator);
-    let regions: BTreeSet<Region> = coordinators.map(|voter| voter.region).collect();
+    // This coordinator may have joined later, in a region that no founder stands in.
+    let regions: BTreeSet<Region> = coordinators.map(|voter| voter.region).chain([own]).collect();
     let region = regions.into_iter().find(|region| !state.replicas().contains_key(region))?;
     Some(Command::SetReplicas(region, roster.replicas()))
 }
@@ -141,6 +161,10 @@ mod tests {
         ServedModel { digest: ModelDigest([digest; 32]), shape, manifest_sha256: Some([4; 32]) }
     }
 
+    fn fr() -> Region {
+        "fr".parse().unwrap()
+    }
+
     /// Coordinators in fr and se, a witness in de.
     fn roster() -> Roster {
         let voter = |(name, code, role): (&str, &str, VoterRole)| RosterVoter {
@@ -168,7 +192,7 @@ mod tests {
         let (roster, model) = (roster(), model(1));
         let mut state = State::genesis(roster.specs()).unwrap();
         let mut proposed = Vec::new();
-        while let Some(command) = lacking(&state, &model, &roster) {
+        while let Some(command) = lacking(&state, &model, &roster, fr()) {
             proposed.push(command.clone());
             state.apply(command).unwrap();
         }
@@ -176,6 +200,9 @@ mod tests {
         assert!(matches!(proposed[0], Command::PutRecord { revision: Some(0), .. }));
         let wanted = [region("fr"), region("se")].map(|region| Command::SetReplicas(region, 2));
         assert_eq!(proposed[1..], wanted);
+        // A coordinator that joins in another region brings it in.
+        let nl = region("nl");
+        assert_eq!(lacking(&state, &model, &roster, nl), Some(Command::SetReplicas(nl, 2)));
         assert_eq!(ServedModel::of(&state), Some(Ok(model)));
     }
 
@@ -184,11 +211,11 @@ mod tests {
         let (roster, ours) = (roster(), model(1));
         let mut state = State::genesis(roster.specs()).unwrap();
         assert!(check(&state, &ours).is_ok(), "nothing is agreed yet");
-        while let Some(command) = lacking(&state, &ours, &roster) {
+        while let Some(command) = lacking(&state, &ours, &roster, fr()) {
             state.apply(command).unwrap();
         }
         state.apply(Command::SetReplicas("fr".parse().unwrap(), 1)).unwrap();
-        assert_eq!(lacking(&state, &ours, &roster), None);
+        assert_eq!(lacking(&state, &ours, &roster, fr()), None);
         assert!(check(&state, &ours).is_ok());
         let refused = check(&state, &model(2)).unwrap_err().to_string();
         assert!(refused.starts_with("the cluster serves the model 0101"), "{refused}");

@@ -71,7 +71,9 @@ fn reason(
         _ if allowed.is_empty() => "the policy allows no region".to_owned(),
         _ => {
             let allowed = list(allowed);
-            format!("the request may be served in {allowed}, this is {home}, and no entry is known there")
+            format!(
+                "the request may be served in {allowed}, this is {home}, and no entry is known there"
+            )
         }
     }
 }
@@ -99,12 +101,7 @@ mod tests {
         let narrowing = narrowing.map(regions);
         let endpoints = [("fr", "https://fr"), ("se", "https://se")];
         let endpoints = endpoints.map(|(code, url)| (code.parse().unwrap(), url.to_owned()));
-        decide(
-            &regions(policy),
-            narrowing.as_ref(),
-            "fr".parse().unwrap(),
-            &endpoints.into(),
-        )
+        decide(&regions(policy), narrowing.as_ref(), "fr".parse().unwrap(), &endpoints.into())
     }
 
     #[test]
@@ -119,10 +116,8 @@ mod tests {
 
     #[test]
     fn who_may_be_served_elsewhere_only_is_told_where() {
-        let se = Decision::WrongEntry {
-            region: "se".parse().unwrap(),
-            url: "https://se".to_owned(),
-        };
+        let se =
+            Decision::WrongEntry { region: "se".parse().unwrap(), url: "https://se".to_owned() };
         for (policy, narrowing) in [("se", None), ("fr se", Some("se")), ("de se", Some("de se"))] {
             assert_eq!(decided(policy, narrowing), se, "{policy} {narrowing:?}");
         }
@@ -135,7 +130,11 @@ mod tests {
             ("", Some("fr"), "the request is narrowed to fr, the policy allows no region"),
             ("fr", Some("se"), "the request is narrowed to se, the policy allows fr"),
             ("fr", Some(""), "the request is narrowed to no region, the policy allows fr"),
-            ("de", None, "the request may be served in de, this is fr, and no entry is known there"),
+            (
+                "de",
+                None,
+                "the request may be served in de, this is fr, and no entry is known there",
+            ),
         ];
         for (policy, narrowing, reason) in cases {
             let reason = reason.to_owned();

@@ -9,7 +9,7 @@ use axum::serve::ListenerExt;
 
 use crate::api::{self, Api};
 use crate::engine::{EngineHandle, Readiness};
-use crate::{Config, Error, Started, follow, host, start};
+use crate::{Config, Error, Started, Wiring, host, start, start_wired};
 
 /// How long running requests may take to finish once the coordinator is told to stop.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -48,14 +48,20 @@ pub async fn run(
         }
         return front.serve(start(&config, progress).await?).await;
     }
-    let mut service = host::start(&config, control).await?;
-    let membership = service.handle.clone();
+    let mut host = host::start(&config, control).await?;
+    let membership = host.service.handle.clone();
+    let wiring = Wiring {
+        states: Some(membership.state()),
+        credentials: Some(host.credentials.clone()),
+        ..Wiring::default()
+    };
+    let fresh = host.keep_fresh();
     let live = async {
-        let started = follow(&config, membership.state(), progress).await?;
+        let started = start_wired(&config, wiring, progress).await?;
         tokio::spawn(host::show(membership.status(), started.api.metrics.clone()));
         let served = started.served.clone();
         let agreed = async {
-            match host::agree(&membership, &served, &config.cluster).await {
+            match host::agree(&membership, &served, &config).await {
                 Ok(()) => std::future::pending().await,
                 Err(error) => error,
             }
@@ -67,9 +73,10 @@ pub async fn run(
     };
     let result = tokio::select! {
         result = live => result,
-        error = host::ended(&mut service) => return Err(error),
+        error = host::ended(&mut host.service) => return Err(error),
+        never = fresh => match never {},
     };
-    host::stop(service).await;
+    host::stop(host.service).await;
     result
 }
 

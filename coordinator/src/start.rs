@@ -97,6 +97,8 @@ pub struct Wiring {
     pub states: Option<watch::Receiver<Arc<State>>>,
     /// Who is told of each generation that has ended; see [`Parts::closings`].
     pub closings: Option<Sender<Closed>>,
+    /// Credentials that somebody keeps fresh; those of the configuration when absent.
+    pub credentials: Option<Credentials>,
 }
 
 /// A coordinator whose engine runs, before anything listens.
@@ -132,7 +134,7 @@ pub async fn follow(
     states: watch::Receiver<Arc<State>>,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
-    start_wired(config, Wiring { states: Some(states), closings: None }, progress).await
+    start_wired(config, Wiring { states: Some(states), ..Wiring::default() }, progress).await
 }
 
 /// Nodes of this process would not follow what is committed.
@@ -150,12 +152,15 @@ pub async fn start_wired(
     wiring: Wiring,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
-    let Wiring { states, closings } = wiring;
+    let Wiring { states, closings, credentials: fresh } = wiring;
     if states.is_some() {
         check_followable(config)?;
     }
     config.engine.check().map_err(Error::Config)?;
-    let credentials = credentials(config)?;
+    let credentials = match fresh {
+        Some(credentials) => Some(credentials),
+        None => credentials(config)?,
+    };
     let to_load = config.clone();
     let loaded = tokio::task::spawn_blocking(move || load(&to_load, states, &progress))
         .await

@@ -88,6 +88,9 @@ pub struct MembershipConfig {
     /// Where to dial voters, if not where the cluster says that they are.
     #[serde(default, skip_serializing_if = "Via::is_empty")]
     pub via: Via,
+    /// Control ports to ask besides those of `cluster.voters`, who may be gone one day.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub contacts: Vec<String>,
 }
 
 fn is_default(config: &MembershipConfig) -> bool {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use entente_membership::client::Client;
+use entente_membership::enrolment::keep_fresh;
 use entente_membership::net::Dialler;
 use entente_model::kernels;
 use entente_model::{Checkpoint, Progress};
@@ -130,9 +131,12 @@ impl Live {
     ) -> Result<(), Error> {
         let Self { config, credentials, listener, address, stages } = self;
         let mut stop = std::pin::pin!(stop);
-        let voters = config.cluster.voters().iter().map(|voter| voter.address.clone()).collect();
+        let files = config.tls.clone().ok_or(ConfigError::TlsNeeded)?;
+        let founders = config.cluster.voters().iter().map(|voter| voter.address.clone());
+        let voters = founders.chain(config.membership.contacts.iter().cloned()).collect();
         let dialler = Dialler::new(&credentials, None)?.through(config.membership.via.clone());
         let client = Client::with(dialler, voters)?;
+        let fresh = keep_fresh(client.clone(), credentials.clone(), files);
         let (model, own) = (config.model.clone(), credentials.clone());
         let scrub_interval = config.scrub_interval();
         let (taking_out, spoilt) = mpsc::channel(SPOILT_MAX);
@@ -165,7 +169,10 @@ impl Live {
                 Err(_) => Ok(()),
             }
         };
-        tokio::try_join!(membership, service).map(|_| ())
+        tokio::select! {
+            ended = async { tokio::try_join!(membership, service) } => ended.map(|_| ()),
+            never = fresh => match never {},
+        }
     }
 }
 

@@ -13,8 +13,8 @@ use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use entente_proto::frame::{Answer, Dtype};
 use entente_proto::ids::{
-    Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest, NodeId, PlacementEpoch, Region,
-    RequestId,
+    Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest, NodeId, PlacementEpoch,
+    Region, RequestId,
 };
 use entente_proto::placement::{ModelShape, PlacementNode};
 use entente_router::exchange::{Command, Job, Owners};

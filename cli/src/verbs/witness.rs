@@ -3,9 +3,11 @@
 //! It keeps the log, votes, and leads when it is elected; it can do all that a leader does, since
 //! planning needs no model. It serves nobody and holds no experts.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use anyhow::Context;
+use entente_membership::enrolment::keep_fresh;
 use entente_membership::roster::Roster;
 use entente_membership::service::{self, Service};
 use entente_proto::identity::Role;
@@ -62,9 +64,11 @@ async fn witness(
             .with_context(|| format!("cannot listen at {}", config.membership.listen))?,
     };
     let address = listener.local_addr()?;
-    let Config { name, membership, cluster, .. } = config;
-    let service = service::start(membership, &cluster, &name, credentials, Some(listener)).await?;
+    let Config { name, tls, membership, cluster, .. } = config;
+    let own = credentials.clone();
+    let service = service::start(membership, &cluster, &name, own, Some(listener)).await?;
     let Service { handle, mut ended } = service;
+    let mut fresh = pin!(keep_fresh(handle.client().clone(), credentials, tls));
     let mut status = handle.status();
     let mut is_ready = false;
     loop {
@@ -78,6 +82,7 @@ async fn witness(
                 is_ready = true;
             }
             result = &mut ended => return Ok(result??),
+            never = &mut fresh => match never {},
             () = &mut shutdown => break,
         }
     }

@@ -130,7 +130,7 @@ impl Engine {
     fn wired(config: &Config, states: Option<watch::Receiver<Arc<State>>>) -> Self {
         let runtime = Runtime::new().unwrap();
         let (closings, closed) = crossbeam_channel::bounded(1_000);
-        let wiring = Wiring { states, closings: Some(closings) };
+        let wiring = Wiring { states, closings: Some(closings), ..Wiring::default() };
         let started = entente_coordinator::start_wired(config, wiring, |_, _| {});
         let started = runtime.block_on(started).unwrap();
         Self { started, closed, runtime }

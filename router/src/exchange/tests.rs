@@ -573,7 +573,8 @@ fn each_frame_tells_whose_its_assignments_are_and_what_is_repeated_is_its_owners
             let slots = exchange.in_flight[&frame.exchange].slots.clone();
             let owned = slots.iter().map(|slot| exchange.job.owner_of(*slot as usize));
             let owned: Vec<u16> = owned.collect();
-            let told = shares.iter().flat_map(|(owner, n)| std::iter::repeat_n(*owner, *n as usize));
+            let told =
+                shares.iter().flat_map(|(owner, n)| std::iter::repeat_n(*owner, *n as usize));
             assert!(told.eq(owned.iter().copied()), "seed {seed}");
             let request = |(owner, n): &(u16, u32)| (owners.owners[usize::from(*owner)].0, *n);
             assert_eq!(frame.requests, shares.iter().map(request).collect::<Vec<_>>());

@@ -59,8 +59,7 @@ impl Exchanges {
             first_row: 0,
         };
         let home = self.exchanger.home();
-        let owners =
-            Owners { policies: vec![[home].into()], owners: vec![(RequestId(0), 0)] };
+        let owners = Owners { policies: vec![[home].into()], owners: vec![(RequestId(0), 0)] };
         self.exchanger.begin_step(owners, vec![0; count]);
         let in_flight = self.exchanger.start(rows);
         let finished = self.exchanger.finish(in_flight, &mut self.sums);
