@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use serde_json::{Value, json};
 use ureq::http::Response;
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, RequestBuilder};
 
+use crate::api_key::ApiKey;
 use crate::sse::Events;
 
 /// How long a connection may take to come up. An answer may take as long as it needs.
@@ -39,24 +40,33 @@ pub struct Sampling {
 pub struct Client {
     agent: Agent,
     base: String,
+    key: Option<ApiKey>,
     model: String,
 }
 
 impl Client {
-    /// Asks the server at `base` (such as `http://127.0.0.1:8080`) for the name of its model.
-    pub fn connect(base: &str) -> anyhow::Result<Self> {
-        let agent = agent(None);
+    /// Asks the server at `base` (such as `http://127.0.0.1:8080`) for the name of its model, and
+    /// shows `key` from then on.
+    pub fn connect(base: &str, key: Option<&ApiKey>) -> anyhow::Result<Self> {
         let base = base.trim_end_matches('/').to_owned();
-        let mut response = agent
-            .get(format!("{base}/v1/models"))
-            .call()
-            .with_context(|| format!("cannot reach {base}"))?;
+        let mut client = Self { agent: agent(None), base, key: key.cloned(), model: String::new() };
+        let request = client.agent.get(format!("{}/v1/models", client.base));
+        let response = client.shown(request).call();
+        let mut response = response.with_context(|| format!("cannot reach {}", client.base))?;
         let listing = success(&mut response)?;
-        let model = listing["data"][0]["id"]
-            .as_str()
-            .with_context(|| format!("{base} serves no model"))?
-            .to_owned();
-        Ok(Self { agent, base, model })
+        let model = listing["data"][0]["id"].as_str();
+        model
+            .with_context(|| format!("{} serves no model", client.base))?
+            .clone_into(&mut client.model);
+        Ok(client)
+    }
+
+    /// A request that shows the key, if there is one.
+    fn shown<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
+        match &self.key {
+            Some(key) => request.header("authorization", key.authorization()),
+            None => request,
+        }
     }
 
     /// The same server, where no request may take longer than `deadline` from first to last byte.
@@ -152,8 +162,7 @@ impl Client {
     }
 
     fn post(&self, path: &str, request: &Value) -> anyhow::Result<Response<Body>> {
-        self.agent
-            .post(format!("{}/v1/{path}", self.base))
+        self.shown(self.agent.post(format!("{}/v1/{path}", self.base)))
             .send_json(request)
             .with_context(|| format!("cannot ask {}", self.base))
     }

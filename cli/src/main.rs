@@ -4,8 +4,8 @@
 //! - `entente coordinator`, `entente expert-node` and `entente witness` are one role each, described
 //!   by a TOML file ([`role`]); `up` starts exactly these, so a cluster over several machines is the
 //!   same programs with other addresses.
-//! - `entente node`, `entente raft`, `entente experts` and `entente token` are an operator's: they ask
-//!   the control plane of a running cluster ([`operator`]).
+//! - `entente node`, `raft`, `experts`, `token`, `tenant` and `key` are an operator's: they ask the
+//!   control plane of a running cluster ([`operator`]).
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
 //! - `entente drill` puts load on a cluster, breaks parts of it and gives a verdict ([`drill`]).
 //! - `entente bench` measures, and `entente model` works with checkpoint folders.
@@ -15,6 +15,7 @@
 //!
 //! This crate holds no model, no protocol and no policy. It parses, starts, measures, prints and stops.
 
+mod api_key;
 mod bundled;
 mod client;
 mod cluster;
@@ -70,6 +71,12 @@ enum Verb {
     /// Make, list and revoke the tokens by which processes join a cluster.
     #[command(subcommand)]
     Token(verbs::token::TokenVerb),
+    /// Say who may use a cluster, in which regions, and how much.
+    #[command(subcommand)]
+    Tenant(verbs::tenant::TenantVerb),
+    /// Make, replace and revoke the keys by which tenants use the public API.
+    #[command(subcommand)]
+    Key(verbs::key::KeyVerb),
     /// Change the network between the processes of an `entente up --link`.
     #[command(subcommand)]
     Link(verbs::link::LinkVerb),
@@ -100,6 +107,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Raft(verb) => verbs::raft::run(verb),
         Verb::Experts(verb) => verbs::experts::run(verb),
         Verb::Token(verb) => verbs::token::run(verb),
+        Verb::Tenant(verb) => verbs::tenant::run(verb),
+        Verb::Key(verb) => verbs::key::run(verb),
         Verb::Link(verb) => verbs::link::run(verb),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),

@@ -41,6 +41,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     // Bind before loading: an address in use should not cost a minute of reading.
     let listener = listen(&config.http, http)?;
+    check_open(&config, &listener)?;
     let front = Front { config: &config, listener, on_ready, shutdown };
     if config.cluster.voters().is_empty() {
         if config.membership.is_some() {
@@ -103,6 +104,16 @@ where
         tokio::spawn(announce(api.engine.clone(), on_ready, ready));
         serve(api, listener, shutdown).await.map_err(unusable)
     }
+}
+
+/// An API that asks for no key must not be reachable from elsewhere.
+fn check_open(config: &Config, listener: &tokio::net::TcpListener) -> Result<(), Error> {
+    let address = listener.local_addr().map_err(|source| listen_error(&config.http, source))?;
+    if config.api.open && !address.ip().is_loopback() {
+        let text = format!("api.open: {address} is not on loopback, so a key is needed there");
+        return Err(Error::Config(text));
+    }
+    Ok(())
 }
 
 fn listen_error(address: &str, source: std::io::Error) -> Error {

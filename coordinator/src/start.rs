@@ -20,7 +20,7 @@ use entente_router::view::Model;
 use entente_tls::Credentials;
 use tokio::sync::watch;
 
-use crate::api::{self, Api};
+use crate::api::{self, Access, Api};
 use crate::config::{Config, Speculation, Transport};
 use crate::engine::cluster::Cluster;
 use crate::engine::exchanger::Exchanger;
@@ -162,6 +162,7 @@ pub async fn start_wired(
         None => credentials(config)?,
     };
     let to_load = config.clone();
+    let access = access(config, states.clone())?;
     let loaded = tokio::task::spawn_blocking(move || load(&to_load, states, &progress))
         .await
         .map_err(|error| Error::Start(error.to_string()))??;
@@ -174,7 +175,7 @@ pub async fn start_wired(
     let exchanger = connect(config, credentials, &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
-    let api = start_engine(config, loaded, kv_dtype, (exchanger, closings), metrics)?;
+    let api = start_engine(config, loaded, kv_dtype, (exchanger, closings), access, metrics)?;
     Ok(Started {
         api: Arc::new(api),
         served,
@@ -183,6 +184,20 @@ pub async fn start_wired(
         experts: local.iter().map(|node| node.experts.len()).sum(),
         weights_bytes: own_bytes + local.iter().map(|node| node.weights_bytes).sum::<u64>(),
         step_weights_bytes,
+    })
+}
+
+/// Whom the API lets in: where the cluster agrees on anything, those whose keys it has agreed on.
+fn access(config: &Config, states: Option<watch::Receiver<Arc<State>>>) -> Result<Access, Error> {
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret)
+        .map_err(|error| Error::Start(format!("the system has no random numbers: {error}")))?;
+    Ok(match states {
+        Some(states) if !config.api.open => Access::keyed(states, &secret),
+        _ => {
+            let entered = config.api.endpoints.keys().copied();
+            Access::open(entered.chain([config.region]).collect(), &secret)
+        }
     })
 }
 
@@ -290,6 +305,7 @@ fn start_engine(
     loaded: Loaded,
     kv_dtype: KvDtype,
     (exchanger, closings): (Exchanger, Option<Sender<Closed>>),
+    access: Access,
     metrics: Arc<Metrics>,
 ) -> Result<Api, Error> {
     let architecture = loaded.checkpoint.architecture().clone();
@@ -340,6 +356,7 @@ fn start_engine(
         created_s: api::now_s(),
         home: config.region,
         endpoints: config.api.endpoints.clone(),
+        access,
         metrics,
     })
 }

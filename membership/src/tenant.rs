@@ -68,9 +68,9 @@ impl Policy {
         Self { id: format!("{name}@{revision}"), sha256, allowed }
     }
 
-    /// Where rows of a request may go that nobody had to show a key for: in `home`, no further.
-    pub fn anonymous(name: &TenantName, home: Region) -> Self {
-        Self::new(name, 0, RegionSet::from([home]))
+    /// Where rows of a request may go that nobody had to show a key for.
+    pub fn anonymous(name: &TenantName, allowed: RegionSet) -> Self {
+        Self::new(name, 0, allowed)
     }
 
     /// The one way to write a policy, for whoever wants to compute its hash again: JSON with sorted

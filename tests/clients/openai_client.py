@@ -1,4 +1,4 @@
-"""What a user of OpenAI's own Python client does, against the cluster at the URL given.
+"""What a user of OpenAI's own Python client does, against the cluster at the URL and with the key given.
 
 Ends with an exception at the first answer that is not as it should be.
 """
@@ -61,6 +61,13 @@ def check(client):
 
 
 if __name__ == "__main__":
-    # The SDK insists on a key; this server does not ask for one yet.
-    check(openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0))
+    url, key = sys.argv[1:]
+    wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="mk_none", max_retries=0)
+    try:
+        wrong.models.list()
+    except openai.AuthenticationError as error:
+        assert error.code == "invalid_api_key", error
+    else:
+        raise AssertionError("a wrong key was accepted")
+    check(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
     print("ok")

@@ -118,6 +118,9 @@ impl Cluster {
                 let processes =
                     pids.filter_map(|p| Process::find(p["pid"].as_u64().unwrap())).collect();
                 let cluster = Self { up, data_dir, file, processes, _dir: dir };
+                if let Some(key) = cluster.api_key() {
+                    cluster.endpoints().iter().for_each(|url| http::show_key(url, key));
+                }
                 cluster.wait_for_first_answer();
                 Ok(cluster)
             }
@@ -150,6 +153,11 @@ impl Cluster {
     /// URL of the first region's coordinator.
     pub fn http(&self) -> &str {
         self.file["http"].as_str().unwrap()
+    }
+
+    /// The key of the tenant that the cluster began with, where it needs one.
+    pub fn api_key(&self) -> Option<&str> {
+        self.file["api_key"].as_str()
     }
 
     /// URL of every region's coordinator.

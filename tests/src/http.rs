@@ -1,17 +1,44 @@
 //! A plain HTTP client that keeps bodies as text.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
-use ureq::Agent;
+use ureq::{Agent, RequestBuilder};
 
 /// Longest that any one request of a test may take.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Keys by what URLs begin with. A test is a process of its own, and its clusters are few.
+static KEYS: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+
+/// From now on `key` is shown to the server at `base`.
+pub fn show_key(base: &str, key: &str) {
+    KEYS.lock().unwrap().insert(base.to_owned(), key.to_owned());
+}
+
+/// The value of the header `Authorization` that the server of this URL is shown, if any.
+fn authorization(url: &str) -> Option<String> {
+    let keys = KEYS.lock().unwrap();
+    let of_server = |base: &&String| {
+        url.strip_prefix(base.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    keys.keys().find(of_server).map(|base| format!("Bearer {}", keys[base]))
+}
+
+/// The same request with the server's key.
+fn keyed<B>(request: RequestBuilder<B>, url: &str) -> RequestBuilder<B> {
+    match authorization(url) {
+        Some(value) => request.header("authorization", value),
+        None => request,
+    }
+}
 
 /// A response that arrived completely.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +85,7 @@ fn reply(mut response: ureq::http::Response<ureq::Body>) -> Reply {
 
 /// `GET url`.
 pub fn get(url: &str) -> Reply {
-    reply(agent().get(url).call().unwrap())
+    reply(keyed(agent().get(url), url).call().unwrap())
 }
 
 /// `POST url` with a JSON body.
@@ -68,7 +95,8 @@ pub fn post(url: &str, body: &Value) -> Reply {
 
 /// `POST url` with any body, said to be JSON.
 pub fn post_text(url: &str, body: &str) -> Reply {
-    reply(agent().post(url).header("content-type", "application/json").send(body).unwrap())
+    let request = keyed(agent().post(url), url).header("content-type", "application/json");
+    reply(request.send(body).unwrap())
 }
 
 /// Asks all at once, one connection each; the answers come in the order of the questions.
@@ -86,11 +114,12 @@ pub fn post_all(requests: &[(String, Value)]) -> Vec<Reply> {
 pub fn abandon(url: &str, body: &Value) -> TcpStream {
     let (address, path) = url.trim_start_matches("http://").split_once('/').unwrap();
     let body = body.to_string();
+    let key = authorization(url).map_or(String::new(), |key| format!("authorization: {key}\r\n"));
     let mut connection = TcpStream::connect(address).unwrap();
     write!(
         connection,
         "POST /{path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n\
-         content-length: {}\r\n\r\n{body}",
+         {key}content-length: {}\r\n\r\n{body}",
         body.len()
     )
     .unwrap();
@@ -109,7 +138,7 @@ pub struct Stream {
 pub fn stream(url: &str, body: &Value) -> Stream {
     let mut body = body.clone();
     body["stream"] = Value::Bool(true);
-    let response = agent().post(url).send_json(&body).unwrap();
+    let response = keyed(agent().post(url), url).send_json(&body).unwrap();
     if response.status() != 200 {
         panic!("the server refused to stream: {}", reply(response).text);
     }

@@ -13,7 +13,11 @@ fn the_openai_python_client_works() {
     assert!(python.exists(), "there is no {}; run `cargo xtask setup`", python.display());
     let cluster = Cluster::start(&[]);
     let script = root.join("tests/clients/openai_client.py");
-    let end = Command::new(python).arg(script).arg(cluster.http()).output().unwrap();
+    let end = Command::new(python)
+        .arg(script)
+        .args([cluster.http(), cluster.api_key().unwrap()])
+        .output()
+        .unwrap();
     let told = String::from_utf8_lossy(&end.stderr);
     assert!(end.status.success() && end.stdout == b"ok\n", "{told}");
 }

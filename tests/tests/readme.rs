@@ -9,8 +9,9 @@ use std::process::Command;
 use entente_tests::Cluster;
 use serde_json::Value;
 
-/// The address in the README; the test's cluster has another.
+/// The address and the folder in the README; the test's cluster has others.
 const ADDRESS: &str = "http://127.0.0.1:8080";
+const FOLDER: &str = "@.entente/";
 
 /// One fenced block: its language and its lines.
 struct Block {
@@ -37,6 +38,7 @@ fn blocks(markdown: &str) -> Vec<Block> {
 
 fn run(cluster: &Cluster, script: &str) -> String {
     let script = script.replace(ADDRESS, cluster.http());
+    let script = script.replace(FOLDER, &format!("@{}/", cluster.data_dir()));
     // A refusal must fail the test although curl itself is content with it.
     let script = script.replace("curl ", "curl --silent --show-error --fail-with-body ");
     let output = Command::new("sh").args(["-e", "-c", &script]).output().unwrap();

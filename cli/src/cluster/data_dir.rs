@@ -8,8 +8,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -17,9 +18,14 @@ use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
 use super::plan::Role;
+use crate::api_key::ApiKey;
 use crate::exit::Misuse;
 
 const CLUSTER_FILE: &str = "cluster.json";
+
+/// The header that shows the key, as `curl -H @FILE` reads it: so the key is neither on a screen nor
+/// in a list of processes.
+pub const AUTHORIZATION_FILE: &str = "authorization";
 
 /// What `cluster.json` says: how scripts find a cluster and its processes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +36,9 @@ pub struct ClusterFile {
     pub endpoints: BTreeMap<Region, String>,
     /// The control plane of each voter, by name; empty where nobody votes.
     pub control: BTreeMap<NodeName, String>,
+    /// Key of the tenant that the cluster began with; absent where no key is needed or known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_key: Option<ApiKey>,
     /// Every child process.
     pub processes: Vec<ProcessEntry>,
 }
@@ -154,29 +163,70 @@ impl DataDir {
 
     /// Tells everyone that the cluster is ready.
     pub fn publish(&self, cluster: &ClusterFile) -> anyhow::Result<()> {
-        let path = self.root.join(CLUSTER_FILE);
-        let part = self.root.join("cluster.json.part");
-        let text = serde_json::to_string_pretty(cluster)?;
-        fs::write(&part, text + "\n")
-            .and_then(|()| fs::rename(&part, &path))
-            .with_context(|| format!("cannot write {}", path.display()))
+        if let Some(key) = &cluster.api_key {
+            let header = format!("Authorization: {}\n", key.authorization());
+            self.write_private(AUTHORIZATION_FILE, &header)?;
+        }
+        self.write_private(CLUSTER_FILE, &(serde_json::to_string_pretty(cluster)? + "\n"))
+    }
+
+    /// Replaces a file in one step by one that nobody else may read.
+    fn write_private(&self, name: &str, text: &str) -> anyhow::Result<()> {
+        let (path, part) = (self.root.join(name), self.root.join(format!("{name}.part")));
+        let write = || {
+            remove(&part)?;
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(&part)?;
+            file.write_all(text.as_bytes())?;
+            fs::rename(&part, &path)
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Tells everyone that there is no cluster here (any more).
     pub fn retract(&self) -> anyhow::Result<()> {
-        let path = self.root.join(CLUSTER_FILE);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove {}", path.display()))
-            }
-            _ => Ok(()),
+        for name in [CLUSTER_FILE, AUTHORIZATION_FILE] {
+            let path = self.root.join(name);
+            remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
+        Ok(())
+    }
+}
+
+/// Removes a file if it is there.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    #[test]
+    fn nobody_else_may_read_the_key_and_it_goes_with_the_cluster() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        let api_key: Option<ApiKey> = Some("mk_0_secret".parse().unwrap());
+        let (http, endpoints) = ("http://a".to_owned(), BTreeMap::new());
+        let (control, processes) = (BTreeMap::new(), Vec::new());
+        let file = ClusterFile { http, endpoints, control, api_key, processes };
+        // Twice, as it is when a process was restarted.
+        data.publish(&file).unwrap();
+        data.publish(&file).unwrap();
+        let paths = [CLUSTER_FILE, AUTHORIZATION_FILE].map(|name| data.root().join(name));
+        for path in &paths {
+            let mode = fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{}", path.display());
+            assert!(fs::read_to_string(path).unwrap().contains("mk_0_secret"));
+        }
+        assert_eq!(ClusterFile::read(dir.path()).unwrap(), file);
+        data.retract().unwrap();
+        assert!(paths.iter().all(|path| !path.exists()));
+    }
 
     #[test]
     fn a_second_owner_is_refused_until_the_first_lets_go() {

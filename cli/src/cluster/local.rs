@@ -21,7 +21,9 @@ use super::relay::{Path, Relay};
 use super::report::{Progress, log_tail, process_table};
 use super::restart::Backoff;
 use super::supervisor::{Event, Launch, Supervisor};
+use super::tenant;
 use super::voters::{Witness, witnesses};
+use crate::api_key::ApiKey;
 use crate::logging::LogArgs;
 use crate::status::Status;
 
@@ -53,6 +55,8 @@ pub struct Wanted {
     pub restart: bool,
     /// What the network between processes is like; without a word there is no relay in between.
     pub links: Vec<Change>,
+    /// Whether the public API asks for no key.
+    pub open: bool,
 }
 
 /// One process and how it fares.
@@ -81,6 +85,8 @@ pub struct Cluster {
     logging: LogArgs,
     restart: bool,
     published: bool,
+    /// Of the tenant that the cluster begins with.
+    api_key: Option<ApiKey>,
     /// Connections through it end with it.
     relay: Option<Relay>,
 }
@@ -106,6 +112,7 @@ impl Cluster {
             logging: logging.clone(),
             restart: wanted.restart,
             published: false,
+            api_key: None,
             relay,
         };
         for (member, (listeners, addresses)) in members.into_iter().zip(bound) {
@@ -153,10 +160,25 @@ impl Cluster {
                 }
             }
         }
+        self.api_key = self.first_key().await?;
         let file = self.file();
         self.data.publish(&file)?;
         self.published = true;
         Ok(file)
+    }
+
+    /// The key of the first tenant, where the cluster can agree on one.
+    async fn first_key(&self) -> anyhow::Result<Option<ApiKey>> {
+        let members = self.processes.iter().map(|process| (&process.member, process.addresses));
+        let coordinators = members.filter(|(member, _)| member.role == Role::Coordinator);
+        let (regions, control): (Vec<_>, Vec<_>) =
+            coordinators.map(|(member, addresses)| (member.region, addresses.control)).unzip();
+        let control: Vec<String> = control.iter().flatten().map(ToString::to_string).collect();
+        if control.is_empty() {
+            return Ok(None);
+        }
+        let allowed = regions.into_iter().collect();
+        Ok(Some(tenant::found(&self.data.tls(), &control, allowed).await?))
     }
 
     /// Whether the cluster was ready.
@@ -260,6 +282,7 @@ impl Cluster {
             http: url(self.processes[0].addresses.main),
             endpoints: coordinators.map(|p| (p.member.region, url(p.addresses.main))).collect(),
             control: self.processes.iter().filter_map(control).collect(),
+            api_key: self.api_key.clone(),
             processes: self.processes.iter().zip(self.supervisor.pids()).map(entry).collect(),
         }
     }
@@ -347,6 +370,7 @@ fn common(
         raft: data.empty_raft()?,
         endpoints,
         roster,
+        open: wanted.open,
     })
 }
 

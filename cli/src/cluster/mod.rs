@@ -19,15 +19,18 @@ pub mod relay;
 pub mod report;
 pub mod restart;
 pub mod supervisor;
+pub mod tenant;
 pub mod voters;
 
 use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::api_key::ApiKey;
+use crate::client::Client;
 pub use report::columns;
 
-/// How `chat` and `eval` find a cluster.
+/// How verbs that ask a cluster's public API find it, and who they are to it.
 #[derive(Debug, Args)]
 pub struct Endpoint {
     /// Address of a coordinator's public API; by default that of the cluster in --data-dir.
@@ -37,14 +40,19 @@ pub struct Endpoint {
     /// Folder of the `entente up` to talk to.
     #[arg(long, env = "ENTENTE_DATA_DIR", value_name = "DIR", default_value = ".entente")]
     data_dir: PathBuf,
+
+    /// Key of a tenant; by default, without --url, the one in --data-dir.
+    #[arg(long, env = "ENTENTE_API_KEY", value_name = "KEY", hide_env_values = true)]
+    api_key: Option<ApiKey>,
 }
 
 impl Endpoint {
-    /// The address to ask, without a trailing slash.
-    pub fn url(&self) -> anyhow::Result<String> {
-        match &self.url {
-            Some(url) => Ok(url.trim_end_matches('/').to_owned()),
-            None => Ok(data_dir::ClusterFile::read(&self.data_dir)?.http),
+    /// Asks the cluster for its model.
+    pub fn connect(&self) -> anyhow::Result<Client> {
+        if let Some(url) = &self.url {
+            return Client::connect(url, self.api_key.as_ref());
         }
+        let file = data_dir::ClusterFile::read(&self.data_dir)?;
+        Client::connect(&file.http, self.api_key.as_ref().or(file.api_key.as_ref()))
     }
 }

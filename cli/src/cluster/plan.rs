@@ -242,6 +242,8 @@ pub struct Common {
     pub endpoints: Endpoints,
     /// The expert nodes and where they listen.
     pub roster: Roster,
+    /// Whether the public API asks for no key.
+    pub open: bool,
 }
 
 impl Common {
@@ -358,7 +360,7 @@ pub fn coordinator(
         threads: common.threads.map(usize::from),
         transport: common.transport.into(),
         served_model_name: None,
-        api: ApiConfig { endpoints: common.endpoints.clone() },
+        api: ApiConfig { endpoints: common.endpoints.clone(), open: common.open },
         engine: EngineConfig {
             kv_dtype: common.kv_dtype.map(KvDtype::from),
             ..EngineConfig::default()
@@ -439,6 +441,7 @@ mod tests {
             raft: "raft".into(),
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(2, nodes).unwrap(),
+            open: false,
         };
         let addresses = Addresses { main: address, control: None, metrics: Some(address) };
         let text =
@@ -481,6 +484,7 @@ mod tests {
             roster: roster(1, [(members[1].clone(), Some(at(3)))].into_iter())
                 .and_then(|roster| Ok(roster.with_voters(voters)?))
                 .unwrap(),
+            open: false,
         };
         let via = Via::from_iter([("127.0.0.1:3".to_owned(), "127.0.0.1:9".to_owned())]);
         let text =

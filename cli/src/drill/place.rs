@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::board::Board;
+use crate::api_key::ApiKey;
 use crate::client::Client;
 use crate::cluster::data_dir::{ClusterFile, ProcessEntry};
 use crate::cluster::plan::Role;
@@ -40,8 +41,8 @@ pub enum Place {
     Own(Own),
     /// It runs on this machine.
     DataDir(PathBuf),
-    /// It runs elsewhere.
-    Urls(Vec<String>),
+    /// It runs elsewhere, and this key opens it.
+    Urls(Vec<String>, Option<ApiKey>),
 }
 
 /// An `entente up` of this drill's own; dropping it stops it.
@@ -70,7 +71,7 @@ impl Place {
         match self {
             Self::Own(own) => Some(&own.data_dir),
             Self::DataDir(data_dir) => Some(data_dir),
-            Self::Urls(_) => None,
+            Self::Urls(..) => None,
         }
     }
 
@@ -90,9 +91,10 @@ impl Place {
     /// Every coordinator.
     pub fn servers(&self) -> anyhow::Result<Vec<Server>> {
         let Some(dir) = self.data_dir() else {
-            let Self::Urls(urls) = self else { return Ok(Vec::new()) };
+            let Self::Urls(urls, key) = self else { return Ok(Vec::new()) };
             let server = |url: &String| {
-                Ok(Server { name: None, region: None, client: Client::connect(url)? })
+                let client = Client::connect(url, key.as_ref())?;
+                Ok(Server { name: None, region: None, client })
             };
             return urls.iter().map(server).collect();
         };
@@ -103,7 +105,7 @@ impl Place {
             found.map(|process| process.name.clone())
         };
         let server = |(region, url): (&Region, &String)| {
-            let client = Client::connect(url)?;
+            let client = Client::connect(url, file.api_key.as_ref())?;
             Ok(Server { name: name(*region), region: Some(*region), client })
         };
         file.endpoints.iter().map(server).collect()
@@ -158,7 +160,7 @@ impl Own {
     fn has_answered(&self) -> bool {
         let Ok(file) = ClusterFile::read(&self.data_dir) else { return false };
         let answered = || {
-            let (_, text) = Client::connect(&file.http)?.get("/metrics")?;
+            let (_, text) = Client::connect(&file.http, file.api_key.as_ref())?.get("/metrics")?;
             Ok::<_, anyhow::Error>(metric(&text, FINISHED) >= 1.0)
         };
         answered().unwrap_or(false)

@@ -2,10 +2,13 @@
 //!
 //! Operators are clients of the voters' services Membership and Admin, with a certificate of their
 //! own. What a call may do is decided by the voters; here is only how to ask, how to say what went
-//! wrong ([`failure`]), how to wait ([`wait`]) and how to show the answer ([`output`]).
+//! wrong ([`failure`]), how to wait ([`wait`]), how to change a tenant ([`tenants`]) and how to show
+//! the answer ([`output`]).
 
 mod failure;
+pub mod lifetime;
 mod output;
+pub mod tenants;
 pub mod wait;
 
 use std::path::PathBuf;

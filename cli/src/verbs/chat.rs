@@ -30,7 +30,7 @@ pub struct ChatArgs {
 
 /// Asks the one prompt, or every line of standard input until its end.
 pub fn run(args: ChatArgs) -> anyhow::Result<()> {
-    let client = Client::connect(&args.endpoint.url()?)?;
+    let client = args.endpoint.connect()?;
     let sampling = Sampling { max_tokens: args.max_tokens, temperature: args.temperature };
     if let Some(prompt) = &args.prompt {
         return ask(&client, prompt, sampling);

@@ -10,6 +10,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::api_key::ApiKey;
 use crate::drill::board::Board;
 use crate::drill::place::{Own, Place};
 use crate::drill::report::Report;
@@ -47,6 +48,10 @@ struct RunArgs {
     /// Public API of each coordinator of a cluster elsewhere; commands are the only faults there.
     #[arg(long, env = "ENTENTE_URL", value_name = "URL,…", value_delimiter = ',')]
     url: Vec<String>,
+
+    /// Key of a tenant of the cluster at --url.
+    #[arg(long, env = "ENTENTE_API_KEY", value_name = "KEY", hide_env_values = true)]
+    api_key: Option<ApiKey>,
 
     /// Write everything that was measured to this file too.
     #[arg(long, env = "ENTENTE_JSON", value_name = "FILE")]
@@ -91,7 +96,7 @@ pub fn run(args: DrillArgs) -> anyhow::Result<()> {
 impl RunArgs {
     fn place(&self, scenario: &Scenario, board: &Board) -> anyhow::Result<Place> {
         if !self.url.is_empty() {
-            return Ok(Place::Urls(self.url.clone()));
+            return Ok(Place::Urls(self.url.clone(), self.api_key.clone()));
         }
         if let Some(data_dir) = &self.data_dir {
             return Ok(Place::DataDir(data_dir.clone()));

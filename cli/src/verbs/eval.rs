@@ -89,7 +89,7 @@ struct Report {
 /// Asks every question and prints the report.
 pub fn run(args: EvalArgs) -> anyhow::Result<()> {
     let questions = load(args.file.as_deref())?;
-    let client = Client::connect(&args.endpoint.url()?)?;
+    let client = args.endpoint.connect()?;
     let answers = ask_all(&client, &questions, usize::from(args.concurrency))?;
     let report = Report::new(&questions, &answers);
     let mut stdout = io::stdout().lock();

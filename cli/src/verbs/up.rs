@@ -15,7 +15,7 @@ use tokio::task::spawn_blocking;
 
 use crate::bundled;
 use crate::client::{Client, Sampling, Style};
-use crate::cluster::data_dir::{ClusterFile, DataDir};
+use crate::cluster::data_dir::{AUTHORIZATION_FILE, ClusterFile, DataDir};
 use crate::cluster::local::{Cluster, Wanted};
 use crate::cluster::plan::{KvCache, Regions, Transport, Weights};
 use crate::cluster::relay::rule::Change;
@@ -90,6 +90,10 @@ pub struct UpArgs {
     #[arg(long, env = "ENTENTE_LINK", value_name = "LINK=EFFECT", value_delimiter = ',')]
     link: Vec<Change>,
 
+    /// Answer whoever asks, without a key. Only on loopback.
+    #[arg(long, env = "ENTENTE_OPEN")]
+    open: bool,
+
     /// Compute threads of each process; all cores if absent.
     #[arg(long, env = "ENTENTE_THREADS", value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -103,6 +107,11 @@ pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
         let text = "--link is about the network between processes; with --transport inproc there \
                     is none";
         return Err(Misuse(text.to_owned()).into());
+    }
+    if args.open && !args.http.ip().is_loopback() {
+        let text =
+            format!("--open is for loopback only: {} can be reached from elsewhere", args.http);
+        return Err(Misuse(text).into());
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(up(&args, logging));
@@ -153,6 +162,7 @@ impl UpArgs {
             transport: self.transport,
             restart: !self.no_restart,
             links: self.link.clone(),
+            open: self.open,
         }
     }
 }
@@ -186,12 +196,12 @@ async fn serve(cluster: &mut Cluster, args: &UpArgs, model: &Path) -> anyhow::Re
     let file = cluster.ready().await?;
     let style = style_of(model);
     if let Some(prompt) = &args.once {
-        let ask = answer(file.http, style, prompt.clone(), args.max_tokens);
+        let ask = answer(file, style, prompt.clone(), args.max_tokens);
         return cluster.watch_until(ask).await;
     }
     let prompt = if args.model.is_none() { bundled::PROMPT } else { NEUTRAL_PROMPT };
-    introduce(&cluster.table(), &file, style, prompt)?;
-    let ask = answer(file.http, style, prompt.to_owned(), DEMO_TOKENS_MAX);
+    introduce(&cluster.table(), &file, args, (style, prompt))?;
+    let ask = answer(file, style, prompt.to_owned(), DEMO_TOKENS_MAX);
     if let Err(error) = cluster.watch_until(ask).await {
         tracing::warn!("the first prompt was not answered: {error:#}");
     }
@@ -199,7 +209,12 @@ async fn serve(cluster: &mut Cluster, args: &UpArgs, model: &Path) -> anyhow::Re
 }
 
 /// What a person wants to see first: what runs, where it is, and how to ask it.
-fn introduce(table: &str, file: &ClusterFile, style: Style, prompt: &str) -> anyhow::Result<()> {
+fn introduce(
+    table: &str,
+    file: &ClusterFile,
+    args: &UpArgs,
+    (style, prompt): (Style, &str),
+) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "\n{table}\n")?;
     for (region, url) in &file.endpoints {
@@ -209,9 +224,14 @@ fn introduce(table: &str, file: &ClusterFile, style: Style, prompt: &str) -> any
         Style::Chat => ("chat/completions", chat_field(prompt)),
         Style::Completion => ("completions", format!(r#""prompt": "{prompt}""#)),
     };
+    // The file has the key's header in it; without a key there is none to show.
+    let key = match file.api_key.as_ref().filter(|_| !args.open) {
+        Some(_) => format!("-H '@{}' ", args.data_dir.join(AUTHORIZATION_FILE).display()),
+        None => String::new(),
+    };
     writeln!(
         stdout,
-        "\ncurl {}/v1/{path} -H 'content-type: application/json' -d '{{{field}}}'\n",
+        "\ncurl {}/v1/{path} {key}-H 'content-type: application/json' -d '{{{field}}}'\n",
         file.http
     )?;
     writeln!(stdout, "{prompt}")?;
@@ -238,14 +258,24 @@ fn style_of(model: &Path) -> Style {
 }
 
 /// Asks the cluster through its public API and writes the answer to standard output as it comes.
-async fn answer(http: String, style: Style, prompt: String, max_tokens: u32) -> anyhow::Result<()> {
+async fn answer(
+    file: ClusterFile,
+    style: Style,
+    prompt: String,
+    max_tokens: u32,
+) -> anyhow::Result<()> {
     let ask = move || -> anyhow::Result<()> {
         let sampling = Sampling { max_tokens, temperature: Some(0.0) };
         let mut stdout = io::stdout().lock();
-        Client::connect(&http)?.stream(style, &prompt, sampling, |text| {
-            stdout.write_all(text.as_bytes())?;
-            stdout.flush()
-        })?;
+        Client::connect(&file.http, file.api_key.as_ref())?.stream(
+            style,
+            &prompt,
+            sampling,
+            |text| {
+                stdout.write_all(text.as_bytes())?;
+                stdout.flush()
+            },
+        )?;
         writeln!(stdout)?;
         Ok(())
     };

@@ -3,32 +3,77 @@
 
 use std::sync::Arc;
 
+use axum::body::Body;
+use axum::extract::{Request, State};
 use axum::http::HeaderMap;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use entente_membership::tenant::Scope;
 use entente_proto::frame::REGIONS_MAX;
 use entente_proto::ids::{Region, RegionSet};
+use futures::StreamExt;
 
 use super::request::Common;
-use super::{Api, ApiError};
+use super::{Api, ApiError, BODY_LEN_MAX, Caller};
 use crate::engine::origin::Origin;
 use crate::residency::{self, Decision};
 
 /// The header by which a request says where it may be served.
 pub const RESIDENCY_HEADER: &str = "x-entente-residency";
 
+/// Finds out who asks before a byte of the body is kept; handlers get the [`Caller`] as an extension.
+pub(super) async fn authenticate(
+    State(api): State<Arc<Api>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    match api.access.authenticate(request.headers()) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error) => {
+            discard(request.into_body()).await;
+            error.into_response()
+        }
+    }
+}
+
+/// Reads a body to its end, or as far as any body may go: a connection that is closed in the middle
+/// of what the client sends takes the answer with it.
+async fn discard(body: Body) {
+    let mut left = BODY_LEN_MAX;
+    let mut pieces = body.into_data_stream();
+    while let Some(Ok(piece)) = pieces.next().await {
+        left = left.saturating_sub(piece.len());
+        if left == 0 {
+            return;
+        }
+    }
+}
+
 impl Api {
     /// Decides whose a request is and where its rows may go, or refuses it. Whether experts are
     /// there is not asked: a request waits for those that it needs.
     pub(super) fn admit(
         &self,
+        caller: &Caller,
         headers: &HeaderMap,
         common: &Common,
     ) -> Result<Arc<Origin>, ApiError> {
-        if let Some(model) = common.model.as_ref().filter(|model| **model != self.model_name) {
-            return Err(ApiError::unknown_model(model));
-        }
+        caller.may(Scope::Inference)?;
+        self.check_model(common)?;
         let narrowing = narrowing(headers, common)?;
-        let allowed = self.permit(&self.open_policy(), narrowing.as_ref())?;
-        Ok(Arc::new(Origin { allowed, ..Origin::anonymous(self.home) }))
+        let allowed = self.permit(&caller.policy.allowed, narrowing.as_ref())?;
+        Ok(Arc::new(caller.origin(allowed)))
+    }
+
+    /// Refuses a request for another model than the one that is served.
+    fn check_model(&self, common: &Common) -> Result<(), ApiError> {
+        match common.model.as_ref().filter(|model| **model != self.model_name) {
+            Some(model) => Err(ApiError::unknown_model(model)),
+            None => Ok(()),
+        }
     }
 
     /// Where a request of somebody bound by `policy` may go, if it may be served here.
@@ -42,11 +87,6 @@ impl Api {
             Decision::Unsatisfiable { reason } => Err(ApiError::residency(reason)),
             Decision::WrongEntry { region, url } => Err(ApiError::wrong_entry(region, &url)),
         }
-    }
-
-    /// What binds those who need no key: every region that the cluster can be entered in.
-    fn open_policy(&self) -> RegionSet {
-        self.endpoints.keys().copied().chain([self.home]).collect()
     }
 }
 

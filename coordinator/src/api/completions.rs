@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
@@ -12,20 +13,21 @@ use serde_json::{Map, Value, json};
 use super::choice::{Answer, Envelope, finish_reason};
 use super::request::{Common, Completion, Prompt};
 use super::stream::{self, Format};
-use super::{Api, ApiError};
+use super::{Api, ApiError, Caller};
 use crate::engine::sampler::ScoredToken;
 use crate::engine::{Event, Request};
 
 /// Answers a completion request.
 pub async fn create(
     State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = super::body::bytes(body)?;
     let common: Common = super::body::read(&body)?;
     let completion: Completion = super::body::read(&body)?;
-    let origin = api.admit(&headers, &common)?;
+    let origin = api.admit(&caller, &headers, &common)?;
     let prompts = prompts(&api, &completion.prompt)?;
     let (max_tokens, logprobs, n) =
         (completion.max_tokens()?, completion.top_logprobs()?, common.n()?);

@@ -4,6 +4,7 @@
 //! Every limit on what a client may send is a constant of `request` or of this file. What this
 //! module does not know: scheduling, nodes, weights.
 
+mod access;
 mod admission;
 pub mod body;
 mod chat;
@@ -19,10 +20,12 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
+use axum::middleware;
 use axum::routing::{get, post};
 use entente_model::{ChatTemplate, GenerationConfig, Tokenizer, TokenizerError};
 use entente_proto::ids::Region;
 
+pub use self::access::{Access, Caller};
 pub use self::error::ApiError;
 use crate::engine::EngineHandle;
 use crate::metrics::Metrics;
@@ -53,16 +56,21 @@ pub struct Api {
     pub home: Region,
     /// Where the coordinators of all regions are asked, as far as it is known.
     pub endpoints: Endpoints,
+    /// Who may come in.
+    pub access: Access,
     /// What is measured.
     pub metrics: Arc<Metrics>,
 }
 
 /// The routes.
 pub fn router(api: Arc<Api>) -> Router {
+    let known = middleware::from_fn_with_state(api.clone(), admission::authenticate);
     Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/models", get(meta::models))
+        // Above are the routes for which one must be somebody, below those for anybody.
+        .route_layer(known)
         .route("/health", get(meta::live))
         .route("/livez", get(meta::live))
         .route("/readyz", get(meta::ready))

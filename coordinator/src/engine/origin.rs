@@ -32,7 +32,7 @@ impl Origin {
 }
 
 /// The tenant of requests that nobody had to show a key for.
-const ANONYMOUS: &str = "anonymous";
+pub const ANONYMOUS: &str = "anonymous";
 
 impl Origin {
     /// A request without a tenant, whose rows stay in `region`.

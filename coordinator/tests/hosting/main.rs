@@ -4,6 +4,7 @@
 // Everything here is a test, which clippy sees in #[test] functions only.
 #![allow(clippy::unwrap_used)]
 
+mod keys;
 mod setup;
 
 use entente_coordinator::Config;

@@ -96,7 +96,7 @@ impl Lonely {
             threads: Some(1),
             transport: Transport::Stream,
             served_model_name: None,
-            api: ApiConfig::default(),
+            api: ApiConfig { open: true, ..ApiConfig::default() },
             engine: EngineConfig::default(),
             tls: Some(self.issue("coordinator", "fr-coordinator")),
             membership: Some(service::Config {
@@ -109,13 +109,16 @@ impl Lonely {
     }
 
     pub fn run(&self, model: &str) -> Running {
+        self.run_with(self.config(model))
+    }
+
+    pub fn run_with(&self, config: Config) -> Running {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let http = listener.local_addr().unwrap();
         let (stop, told) = oneshot::channel();
         let until_told = async {
             let _ = told.await;
         };
-        let config = self.config(model);
         let control = self.listener.lock().unwrap().take();
         let run = entente_coordinator::run(
             config,
@@ -143,6 +146,7 @@ impl Lonely {
             advertise: None,
             drain_deadline_ms: None,
             metrics_listen: None,
+            scrub_interval_s: None,
             tls: Some(self.issue("expert", name)),
             membership: Default::default(),
             cluster: self.roster.clone(),
@@ -160,13 +164,17 @@ impl Lonely {
         Node(Some(runtime))
     }
 
-    /// The committed state, once it is as wanted, as an operator sees it.
-    pub async fn committed(&self, wanted: impl Fn(&State) -> bool) -> Arc<State> {
+    /// A client with an operator's certificate.
+    pub fn operator(&self) -> Client {
         let identity = "spiffe://test/region/fr/role/operator/node/somebody";
         let issued = self.authority.issue(&identity.parse().unwrap(), HOUR).unwrap();
         let credentials = self.authority.credentials(&issued).unwrap();
-        let client = Client::new(&credentials, vec![self.control.to_string()]).unwrap();
-        let mut states = client.watch();
+        Client::new(&credentials, vec![self.control.to_string()]).unwrap()
+    }
+
+    /// The committed state, once it is as wanted, as an operator sees it.
+    pub async fn committed(&self, wanted: impl Fn(&State) -> bool) -> Arc<State> {
+        let mut states = self.operator().watch();
         let committed = states.wait_for(|state| state.as_ref().is_some_and(|state| wanted(state)));
         let state = tokio::time::timeout(PATIENCE, committed).await.expect("not committed in time");
         state.unwrap().clone().unwrap()
@@ -233,7 +241,7 @@ impl Running {
         serde_json::from_str::<Value>(body).unwrap()["choices"].take()
     }
 
-    async fn ask(&self, request: String) -> String {
+    pub async fn ask(&self, request: String) -> String {
         let mut socket = TcpStream::connect(self.http).await.unwrap();
         socket.write_all(request.as_bytes()).await.unwrap();
         let mut reply = String::new();

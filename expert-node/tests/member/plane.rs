@@ -77,7 +77,7 @@ impl Plane {
         listener.set_nonblocking(true).unwrap();
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            let incoming = accept(listener, &own).unwrap();
+            let incoming = accept(listener, &own).unwrap().members;
             Server::builder().serve_with_incoming(control, incoming).await.unwrap();
         });
         Voter(Some(runtime))

@@ -80,6 +80,7 @@ impl Nodes {
             raft: PathBuf::new(),
             endpoints: Default::default(),
             roster,
+            open: false,
         };
         let mut supervisor = Supervisor::new();
         let exe = std::env::current_exe().context("cannot find this program's own file")?;

@@ -90,7 +90,7 @@ pub struct Found {
 
 /// Measures the capacity unless the rate is given, then sends everything and waits for the end.
 pub fn run(args: &ServeArgs) -> anyhow::Result<Found> {
-    let client = Client::connect(&args.endpoint.url()?)?;
+    let client = args.endpoint.connect()?;
     let prompts = Prompts::Tokens(args.prompt_tokens);
     let mix = |seed| Mix::new(seed, client.model(), prompts, args.output_tokens);
     let capacity = match args.rate {
