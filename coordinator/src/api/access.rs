@@ -23,6 +23,8 @@ use entente_proto::ids::{RegionSet, RequestId, TenantName};
 use tokio::sync::watch;
 
 use super::ApiError;
+use super::meter::Limits;
+use super::quota::Quota;
 use crate::engine::origin::{ANONYMOUS, Origin};
 
 /// Who asks, as far as it is known and matters.
@@ -34,6 +36,8 @@ pub struct Caller {
     pub policy: Arc<Policy>,
     /// What the key that was shown may be used for.
     pub scopes: Scopes,
+    /// How much the tenant may ask for.
+    pub(super) quota: Quota,
     cache_salt: Vec<u8>,
 }
 
@@ -68,7 +72,7 @@ pub struct Access {
 
 enum Door {
     /// Everybody is the same caller.
-    Open { tenant: TenantName, policy: Arc<Policy> },
+    Open(Account),
     /// By key.
     Keyed { states: watch::Receiver<Arc<State>>, directory: Box<Mutex<Directory>> },
 }
@@ -78,7 +82,10 @@ impl Access {
     pub fn open(allowed: RegionSet, secret: &[u8; 32]) -> Self {
         let tenant: TenantName = ANONYMOUS.parse().expect("the word is a valid name");
         let policy = Arc::new(Policy::anonymous(&tenant, allowed));
-        Self { door: Door::Open { tenant, policy }, salt: salt(secret) }
+        let (revision, keys) = (0, Vec::new());
+        let quota = Quota::new(Limits::default());
+        let account = Account { name: tenant, revision, policy, quota, keys };
+        Self { door: Door::Open(account), salt: salt(secret) }
     }
 
     /// Lets those in whose keys are in the latest of `states`. `secret` is random.
@@ -92,18 +99,27 @@ impl Access {
     /// # Errors
     /// 401 unless the key is there, known, right and live.
     pub fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
-        let (tenant, policy, scopes) = match &self.door {
-            Door::Open { tenant, policy } => (tenant.clone(), policy.clone(), Scope::ALL.into()),
+        match &self.door {
+            Door::Open(account) => Ok(self.caller(account, Scope::ALL.into())),
             Door::Keyed { states, directory } => {
                 let text = bearer(headers).ok_or_else(no_key)?;
                 let mut directory = directory.lock().unwrap_or_else(PoisonError::into_inner);
                 directory.follow(&states.borrow());
                 let (account, key) = directory.find(text, now_ms()).ok_or_else(wrong_key)?;
-                (account.name.clone(), account.policy.clone(), key.scopes.clone())
+                Ok(self.caller(account, key.scopes.clone()))
             }
-        };
-        let cache_salt = hmac::sign(&self.salt, tenant.as_str().as_bytes()).as_ref().to_vec();
-        Ok(Caller { tenant, policy, scopes, cache_salt })
+        }
+    }
+
+    fn caller(&self, account: &Account, scopes: Scopes) -> Caller {
+        let name = account.name.as_str();
+        Caller {
+            tenant: account.name.clone(),
+            policy: account.policy.clone(),
+            scopes,
+            quota: account.quota.clone(),
+            cache_salt: hmac::sign(&self.salt, name.as_bytes()).as_ref().to_vec(),
+        }
     }
 }
 
@@ -144,6 +160,8 @@ struct Account {
     /// That of the record that this was made from.
     revision: u64,
     policy: Arc<Policy>,
+    /// Outlives changes of the record: to change a tenant does not fill its bucket.
+    quota: Quota,
     keys: Vec<Key>,
 }
 
@@ -178,34 +196,39 @@ impl Directory {
             if self.accounts.get(name).is_some_and(|have| have.revision == record.revision) {
                 continue;
             }
-            self.forget(name);
+            let quota = self.forget(name);
             match Tenant::read(name, record) {
-                Ok(tenant) => self.insert(tenant, record.revision),
+                Ok(tenant) => self.insert(tenant, record.revision, quota),
                 Err(error) => tracing::error!(tenant = name, %error, "a tenant cannot be read"),
             }
         }
     }
 
-    fn insert(&mut self, tenant: Tenant, revision: u64) {
+    fn insert(&mut self, tenant: Tenant, revision: u64, quota: Option<Quota>) {
         let policy = Arc::new(tenant.policy(revision));
-        let Tenant { name, keys, .. } = tenant;
+        let Tenant { name, keys, tokens_per_minute, concurrent_max, .. } = tenant;
+        let limits = Limits { tokens_per_minute, concurrent_max };
+        let quota = quota.unwrap_or_else(|| Quota::new(limits));
+        quota.set_limits(limits);
         for key in &keys {
             // Ids are random, so this never happens unless somebody wants it; then the first stays.
             let id = key.id.as_str().to_owned();
             self.keys.entry(id).or_insert_with(|| name.as_str().to_owned());
         }
-        let account = Account { name, revision, policy, keys };
+        let account = Account { name, revision, policy, quota, keys };
         self.accounts.insert(account.name.as_str().to_owned(), account);
     }
 
-    fn forget(&mut self, name: &str) {
-        let Some(account) = self.accounts.remove(name) else { return };
+    /// Gives the quota of the account that was there.
+    fn forget(&mut self, name: &str) -> Option<Quota> {
+        let account = self.accounts.remove(name)?;
         for key in account.keys {
             let is_its = |owner: &mut String| owner == name;
             if self.keys.get_mut(key.id.as_str()).is_some_and(is_its) {
                 self.keys.remove(key.id.as_str());
             }
         }
+        Some(account.quota)
     }
 
     /// The account and the key that `text` is, if it is one that is live at `now_ms`.

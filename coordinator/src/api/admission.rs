@@ -22,6 +22,7 @@ use crate::residency::{self, Decision};
 pub const RESIDENCY_HEADER: &str = "x-entente-residency";
 
 /// Finds out who asks before a byte of the body is kept; handlers get the [`Caller`] as an extension.
+/// Every answer tells how much of the tenant's quota is left.
 pub(super) async fn authenticate(
     State(api): State<Arc<Api>>,
     mut request: Request,
@@ -29,8 +30,11 @@ pub(super) async fn authenticate(
 ) -> Response {
     match api.access.authenticate(request.headers()) {
         Ok(caller) => {
+            let quota = caller.quota.clone();
             request.extensions_mut().insert(caller);
-            next.run(request).await
+            let mut response = next.run(request).await;
+            response.headers_mut().extend(quota.headers());
+            response
         }
         Err(error) => {
             discard(request.into_body()).await;

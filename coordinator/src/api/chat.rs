@@ -36,7 +36,8 @@ pub async fn create(
     let (logprobs, n) = (chat.top_logprobs()?, common.n()?);
     let (sampling, stop) =
         (common.sampling(&api.generation)?, common.stop(max_tokens, &api.generation)?);
-    let pending = api.submit(n, || Request {
+    let grant = caller.quota.reserve(prompt.len(), max_tokens * n as usize)?;
+    let pending = api.submit(n, &Arc::new(grant), || Request {
         origin: origin.clone(),
         prompt: prompt.clone(),
         sampling: sampling.clone(),

@@ -7,6 +7,7 @@ use entente_proto::ids::RequestId;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use super::quota::Grant;
 use super::request::Common;
 use super::{Api, ApiError};
 use crate::engine::output::Finish;
@@ -18,7 +19,9 @@ pub struct Pending {
     /// The prompt.
     pub prompt: Vec<u32>,
     /// What the engine says of it. Dropping it ends the work.
-    pub events: mpsc::Receiver<Event>,
+    events: mpsc::Receiver<Event>,
+    /// What the request may use, and has used.
+    grant: Arc<Grant>,
 }
 
 /// A complete answer.
@@ -47,24 +50,55 @@ pub fn finish_reason(finish: &Finish) -> (&'static str, Option<&str>) {
 
 impl Api {
     /// Hands `n` copies of a request to the engine, each with a seed of its own.
-    pub fn submit(&self, n: u32, request: impl Fn() -> Request) -> Result<Vec<Pending>, ApiError> {
+    pub fn submit(
+        &self,
+        n: u32,
+        grant: &Arc<Grant>,
+        request: impl Fn() -> Request,
+    ) -> Result<Vec<Pending>, ApiError> {
         (0..n)
             .map(|copy| {
                 let mut request = request();
                 request.sampling.seed = request.sampling.seed.wrapping_add(copy.into());
-                let prompt = request.prompt.clone();
-                Ok(Pending { prompt, events: self.engine.submit(request)? })
+                let (prompt, grant) = (request.prompt.clone(), grant.clone());
+                let events = self.engine.submit(request).inspect_err(|_| grant.forgive())?;
+                Ok(Pending { prompt, events, grant })
             })
             .collect()
     }
 }
 
+impl Drop for Pending {
+    /// Counts what was generated and never read, too.
+    fn drop(&mut self) {
+        self.events.close();
+        while let Ok(event) = self.events.try_recv() {
+            self.count(&event);
+        }
+    }
+}
+
 impl Pending {
+    /// What happens next; nothing once the engine has gone away.
+    pub async fn next(&mut self) -> Option<Event> {
+        let event = self.events.recv().await?;
+        self.count(&event);
+        Some(event)
+    }
+
+    fn count(&self, event: &Event) {
+        match event {
+            Event::Token { .. } => self.grant.count(1),
+            Event::Failed(_) => self.grant.forgive(),
+            Event::Prompt(_) | Event::Finished { .. } => {}
+        }
+    }
+
     /// Waits for the whole answer.
     pub async fn collect(&mut self) -> Result<Answer, ApiError> {
         let mut answer = Answer::default();
         while answer.finish.is_none() {
-            match self.events.recv().await {
+            match self.next().await {
                 Some(Event::Prompt(scores)) => answer.prompt_scores = scores,
                 Some(Event::Token { id, text, score }) => {
                     answer.token_ids.push(id);

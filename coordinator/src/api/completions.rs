@@ -38,8 +38,11 @@ pub async fn create(
         api.check_prompt(prompt)?;
         api.check_fit(prompt.len(), max_tokens)?;
     }
+    let prompt_tokens = prompts.iter().map(Vec::len).sum();
+    let answers = prompts.len() * n as usize;
+    let grant = Arc::new(caller.quota.reserve(prompt_tokens, max_tokens * answers)?);
     for prompt in &prompts {
-        pending.extend(api.submit(n, || Request {
+        pending.extend(api.submit(n, &grant, || Request {
             origin: origin.clone(),
             prompt: prompt.clone(),
             sampling: sampling.clone(),
@@ -48,7 +51,6 @@ pub async fn create(
             prompt_logprobs: logprobs.filter(|_| completion.echo),
         })?);
     }
-    let prompt_tokens = prompts.iter().map(Vec::len).sum();
     let writer = Writer {
         envelope: Envelope::new(api, "cmpl", origin.id, &common, prompt_tokens),
         echo: completion.echo,

@@ -12,6 +12,8 @@ mod choice;
 mod completions;
 mod error;
 mod meta;
+mod meter;
+mod quota;
 pub mod request;
 mod stream;
 

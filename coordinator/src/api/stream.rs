@@ -12,7 +12,6 @@ use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt};
 use serde_json::Value;
-use tokio_stream::wrappers::ReceiverStream;
 
 use super::ApiError;
 use super::choice::{Answer, Pending};
@@ -59,13 +58,16 @@ async fn stream_of<F: Format>(pending: Vec<Pending>, format: F) -> Result<Respon
     let mut source = Source::new();
     let mut first = Vec::new();
     for (index, mut pending) in pending.into_iter().enumerate() {
-        match pending.events.recv().await {
+        match pending.next().await {
             Some(Event::Failed(error)) => return Err(error.into()),
             None => return Err(EngineError::Stopped.into()),
             Some(event) => first.push((index, event)),
         }
-        let events = ReceiverStream::new(pending.events);
-        source.push(events.map(move |event| (index, event)).boxed());
+        let events = stream::unfold(pending, move |mut pending| async move {
+            let event = pending.next().await?;
+            Some(((index, event), pending))
+        });
+        source.push(events.boxed());
     }
     let mut streamer = Streamer { source, format, open, queue: VecDeque::new() };
     for (index, event) in first {
