@@ -103,6 +103,8 @@ pub struct EngineConfig {
     pub running_max: usize,
     /// Sequences that wait beyond those; more are refused with 503.
     pub waiting_max: usize,
+    /// Sequences of one tenant that wait; more of its own are refused with 429.
+    pub tenant_waiting_max: usize,
     /// Memory of the KV cache in MiB; it bounds prompt and answer together.
     pub kv_cache_mib: usize,
     /// How keys and values are kept: `f32` or `bf16`; what goes with the weights when absent.
@@ -125,7 +127,8 @@ impl Default for EngineConfig {
             prefill_rows_beside_decode_max: 128,
             micro_batch_rows_min: 128,
             running_max: 128,
-            waiting_max: 256,
+            waiting_max: 1_024,
+            tenant_waiting_max: 256,
             kv_cache_mib: 256,
             kv_dtype: None,
             exchange_deadline_ms: 10_000,
@@ -150,6 +153,7 @@ impl EngineConfig {
             ("micro_batch_rows_min", self.micro_batch_rows_min, 1, 65_536),
             ("running_max", self.running_max, 1, 4_096),
             ("waiting_max", self.waiting_max, 1, 65_536),
+            ("tenant_waiting_max", self.tenant_waiting_max, 1, 65_536),
             ("kv_cache_mib", self.kv_cache_mib, 1, 1 << 20),
             ("exchange_deadline_ms", self.exchange_deadline_ms as usize, 1, 600_000),
             ("request_wait_max_ms", self.request_wait_max_ms as usize, 0, 600_000),

@@ -327,6 +327,7 @@ fn start_engine(
         prefill_rows_beside_decode_max: config.engine.prefill_rows_beside_decode_max,
         running_max: config.engine.running_max,
         waiting_max: config.engine.waiting_max,
+        tenant_waiting_max: config.engine.tenant_waiting_max,
         blocks,
     };
     let draft_tokens_max = match config.engine.speculation {

@@ -128,6 +128,7 @@ impl From<EngineError> for ApiError {
             EngineError::TooLong(_) => Self::invalid("max_tokens", message),
             EngineError::NotPermitted(_) => Self::residency(message),
             EngineError::Unreadable(_) => Self::invalid("prompt", message),
+            EngineError::TenantBusy(_) => super::quota::too_many(message),
             EngineError::Busy(_) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_busy", message, None)
             }

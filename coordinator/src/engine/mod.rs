@@ -104,6 +104,9 @@ pub enum EngineError {
     /// Too much waits already.
     #[error("the server is busy: {0}")]
     Busy(String),
+    /// Too much of this tenant waits already.
+    #[error("{0}")]
+    TenantBusy(String),
     /// It does not fit, not even alone.
     #[error("{0}")]
     TooLong(String),
@@ -125,6 +128,7 @@ impl From<Refused> for EngineError {
     fn from(refused: Refused) -> Self {
         match refused {
             Refused::QueueFull { .. } => Self::Busy(refused.to_string()),
+            Refused::TenantQueueFull { .. } => Self::TenantBusy(refused.to_string()),
             Refused::TooLong { .. } => Self::TooLong(refused.to_string()),
         }
     }
@@ -310,6 +314,7 @@ impl Engine {
         let positions_max = request.prompt.len() + request.stop.max_tokens;
         self.scheduler.submit(NewSequence {
             id,
+            tenant: request.origin.tenant.clone(),
             tokens: request.prompt.clone(),
             positions_max,
             reuses: request.prompt_logprobs.is_none(),

@@ -9,8 +9,9 @@
 //! - rows of sequences that decode come first, so a prefill never holds a decode back, and beside
 //!   them a step has few rows of prompts, so that it does not make them wait for long;
 //! - a step never has more than `step_rows_max` rows, and every chunk's positions have blocks;
-//! - when blocks run out the youngest sequence gives its own back and waits at the head of the
-//!   queue: never an error, and never a different token, since rows do not depend on company;
+//! - when blocks run out the youngest sequence gives its own back and goes on before anybody who has
+//!   not begun: never an error, and never a different token, since rows do not depend on company;
+//! - tenants take turns ([`queue`]), and one that fills its own queue leaves room in the others';
 //! - a sequence that begins like an earlier one takes that one's full blocks as far as they go, but
 //!   always computes its last token itself, whose logits somebody waits for;
 //! - a draft, which is a guess at tokens to come, takes rows and blocks that nobody else wanted in
@@ -18,15 +19,19 @@
 //!   tokens only;
 //! - a sequence that could not fit alone is refused when it is submitted.
 //!
-//! What it does not know: tokens' meaning, sampling, the model, time, who waits for the answer.
+//! What it does not know: tokens' meaning, sampling, the model, time, who waits for the answer; of a
+//! tenant it knows the name.
 
+mod queue;
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
 
 use entente_model::kernels::BLOCK_LEN;
+use entente_proto::ids::TenantName;
 
+use self::queue::Queue;
 use super::blocks::{BlockName, Blocks};
 
 /// Names a sequence for as long as the engine lives.
@@ -44,6 +49,8 @@ pub struct SchedulerConfig {
     pub running_max: usize,
     /// Sequences that wait.
     pub waiting_max: usize,
+    /// Sequences of one tenant that wait.
+    pub tenant_waiting_max: usize,
     /// Blocks of the KV cache.
     pub blocks: usize,
 }
@@ -56,6 +63,12 @@ pub enum Refused {
     QueueFull {
         /// The bound.
         waiting_max: usize,
+    },
+    /// Too many of this tenant wait already; others may still come.
+    #[error("too many requests of this tenant wait ({tenant_waiting_max})")]
+    TenantQueueFull {
+        /// The bound.
+        tenant_waiting_max: usize,
     },
     /// It would not fit even alone.
     #[error("{positions} positions do not fit the KV cache of {positions_max}")]
@@ -70,6 +83,7 @@ pub enum Refused {
 #[derive(Debug)]
 struct Sequence {
     id: SequenceId,
+    tenant: TenantName,
     tokens: Vec<u32>,
     /// Tokens that there may be one day.
     positions_max: usize,
@@ -120,6 +134,8 @@ impl Sequence {
 pub struct NewSequence {
     /// Its name.
     pub id: SequenceId,
+    /// Whose it is.
+    pub tenant: TenantName,
     /// The prompt; not empty.
     pub tokens: Vec<u32>,
     /// Positions that it may grow to.
@@ -165,7 +181,9 @@ pub struct Scheduler {
     config: SchedulerConfig,
     /// Oldest first.
     running: Vec<Sequence>,
-    waiting: VecDeque<Sequence>,
+    /// Those that had to give their blocks back. They have had their turn, so they go first.
+    set_back: VecDeque<Sequence>,
+    waiting: Queue<Sequence>,
     blocks: Blocks,
     preemptions: u64,
     rows_reused: u64,
@@ -178,7 +196,8 @@ impl Scheduler {
         Self {
             config,
             running: Vec::new(),
-            waiting: VecDeque::new(),
+            set_back: VecDeque::new(),
+            waiting: Queue::default(),
             blocks,
             preemptions: 0,
             rows_reused: 0,
@@ -187,29 +206,40 @@ impl Scheduler {
 
     /// Takes a sequence.
     pub fn submit(&mut self, new: NewSequence) -> Result<(), Refused> {
-        let NewSequence { id, tokens, positions_max, reuses, salt } = new;
+        let NewSequence { id, tenant, tokens, positions_max, reuses, salt } = new;
         debug_assert!(!tokens.is_empty() && tokens.len() <= positions_max);
         if Blocks::needed(positions_max) > self.blocks.total() {
             let have = self.blocks.total() * BLOCK_LEN;
             return Err(Refused::TooLong { positions: positions_max, positions_max: have });
         }
-        if self.waiting.len() >= self.config.waiting_max {
-            return Err(Refused::QueueFull { waiting_max: self.config.waiting_max });
+        let SchedulerConfig { waiting_max, tenant_waiting_max, .. } = self.config;
+        if self.waiting.len_of(&tenant) >= tenant_waiting_max {
+            return Err(Refused::TenantQueueFull { tenant_waiting_max });
+        }
+        if self.waiting_len() >= waiting_max {
+            return Err(Refused::QueueFull { waiting_max });
+        }
+        if self.waiting_len() + self.running_len() == 0 {
+            self.waiting.reset();
         }
         let (names, blocks) = (vec![BlockName::root(&salt)], Vec::new());
         let computed = 0;
-        let sequence = Sequence { id, tokens, positions_max, computed, blocks, names, reuses };
-        self.waiting.push_back(sequence);
+        let lane = tenant.clone();
+        let sequence =
+            Sequence { id, tenant, tokens, positions_max, computed, blocks, names, reuses };
+        self.waiting.push(&lane, sequence);
         Ok(())
     }
 
     /// Forgets a sequence and frees what it held. Unknown ids are fine: it may have finished.
     pub fn remove(&mut self, id: SequenceId) {
-        self.waiting.retain(|sequence| sequence.id != id);
         if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
             let mut sequence = self.running.remove(at);
             self.blocks.release(&mut sequence.blocks);
+            return;
         }
+        self.set_back.retain(|sequence| sequence.id != id);
+        self.waiting.remove(|sequence| sequence.id == id);
     }
 
     /// Plans the next step: chunks, decoding sequences first. Empty when nothing is to be done.
@@ -258,6 +288,7 @@ impl Scheduler {
                 return None;
             }
         }
+        self.waiting.charge(&self.running[at].tenant, len);
         Some(chunk(&self.running[at], len))
     }
 
@@ -265,13 +296,15 @@ impl Scheduler {
         let Some(mut sequence) = self.running.pop() else { return };
         sequence.reset(&mut self.blocks);
         self.preemptions += 1;
-        self.waiting.push_front(sequence);
+        self.set_back.push_front(sequence);
     }
 
     /// Starts waiting sequences while rows, slots and blocks last. Nobody is preempted for them.
     fn admit(&mut self, rows_left: &mut usize, chunks: &mut Vec<Chunk>) {
         while *rows_left > 0 && self.running.len() < self.config.running_max {
-            let Some(sequence) = self.waiting.front_mut() else { return };
+            let first = self.set_back.front_mut();
+            let is_back = first.is_some();
+            let Some(sequence) = first.or_else(|| self.waiting.front_mut()) else { return };
             sequence.reuse(&mut self.blocks);
             let len = sequence.remaining().min(*rows_left);
             if !self.blocks.grow(&mut sequence.blocks, sequence.computed + len) {
@@ -281,7 +314,10 @@ impl Scheduler {
             self.rows_reused += sequence.computed as u64;
             chunks.push(chunk(sequence, len));
             *rows_left -= len;
-            self.running.extend(self.waiting.pop_front());
+            let began = if is_back { self.set_back.pop_front() } else { self.waiting.pop() };
+            let Some(sequence) = began else { return };
+            self.waiting.charge(&sequence.tenant, len);
+            self.running.push(sequence);
         }
     }
 
@@ -334,7 +370,7 @@ impl Scheduler {
 
     /// Sequences that wait for their first or next turn.
     pub fn waiting_len(&self) -> usize {
-        self.waiting.len()
+        self.set_back.len() + self.waiting.len()
     }
 
     /// Rows of one step at most.

@@ -210,6 +210,7 @@ fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Resul
     let sequences_max = args.decode.iter().copied().max().unwrap_or(1);
     config.engine.running_max = config.engine.running_max.max(sequences_max.into());
     config.engine.waiting_max = config.engine.waiting_max.max(sequences_max.into());
+    config.engine.tenant_waiting_max = config.engine.waiting_max;
     let started = runtime.block_on(async {
         let started = entente_coordinator::start(&config, |_, _| {}).await?;
         links_up(&started.api.engine).await?;

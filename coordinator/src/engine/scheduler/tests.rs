@@ -8,13 +8,26 @@ fn scheduler(step_rows_max: usize, blocks: usize) -> Scheduler {
         prefill_rows_beside_decode_max: step_rows_max,
         running_max: 8,
         waiting_max: 4,
+        tenant_waiting_max: 4,
         blocks,
     })
 }
 
 fn submit(s: &mut Scheduler, id: u64, tokens: &[u32], max: usize) -> Result<(), Refused> {
-    let (tokens, salt) = (tokens.to_vec(), Vec::new());
-    s.submit(NewSequence { id: SequenceId(id), tokens, positions_max: max, reuses: true, salt })
+    submit_for(s, "a", id, tokens, max)
+}
+
+/// The same for a tenant, whose name is also its salt.
+fn submit_for(
+    s: &mut Scheduler,
+    tenant: &str,
+    id: u64,
+    tokens: &[u32],
+    positions_max: usize,
+) -> Result<(), Refused> {
+    let (id, salt, reuses) = (SequenceId(id), tenant.as_bytes().to_vec(), true);
+    let (tenant, tokens) = (tenant.parse().unwrap(), tokens.to_vec());
+    s.submit(NewSequence { id, tenant, tokens, positions_max, reuses, salt })
 }
 
 /// Runs one step with a fake model; every finished chunk appends one token.
@@ -216,8 +229,74 @@ fn what_cannot_fit_is_refused_and_so_is_a_full_queue() {
     for id in 0..4 {
         submit(&mut s, id, &[1], 2).unwrap();
     }
-    let refused = submit(&mut s, 9, &[1], 2).unwrap_err();
+    let refused = submit_for(&mut s, "b", 9, &[1], 2).unwrap_err();
     assert_eq!(refused, Refused::QueueFull { waiting_max: 4 });
+}
+
+#[test]
+fn a_tenant_that_fills_its_own_queue_leaves_room_for_others() {
+    let mut s = scheduler(64, 64);
+    s.config.tenant_waiting_max = 3;
+    for id in 0..3 {
+        submit_for(&mut s, "greedy", id, &[1], 2).unwrap();
+    }
+    let refused = submit_for(&mut s, "greedy", 3, &[1], 2).unwrap_err();
+    assert_eq!(refused, Refused::TenantQueueFull { tenant_waiting_max: 3 });
+    submit_for(&mut s, "modest", 4, &[1], 2).unwrap();
+    // What has begun waits no more, and makes room.
+    s.plan();
+    submit_for(&mut s, "greedy", 5, &[1], 2).unwrap();
+}
+
+#[test]
+fn a_thousand_waiting_requests_of_one_tenant_delay_anothers_first_by_one_turn_at_most() {
+    for seed in 0..20_u64 {
+        let mut s = scheduler(16, 4_096);
+        (s.config.waiting_max, s.config.tenant_waiting_max) = (2_000, 1_000);
+        s.config.running_max = 1;
+        let mut draw = seed;
+        let mut random = |below: u64| {
+            draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(2 * seed + 1);
+            (draw >> 33) % below
+        };
+        for id in 0..1_000 {
+            let prompt = vec![1 + id as u32; 1 + random(40) as usize];
+            submit_for(&mut s, "greedy", id, &prompt, 64).unwrap();
+        }
+        let (comes_at, mut turns) = (random(60), 0);
+        for turn in 0.. {
+            assert!(turn < 10_000, "seed {seed}: it never came");
+            if turn == comes_at {
+                submit_for(&mut s, "modest", 5_000, &[9; 30], 64).unwrap();
+            }
+            let plan = s.plan();
+            if plan.iter().any(|chunk| chunk.id.0 == 5_000) {
+                break;
+            }
+            for chunk in plan {
+                s.computed(chunk.id, chunk.tokens.len());
+                if chunk.reaches_end {
+                    s.remove(chunk.id);
+                    turns += u64::from(turn >= comes_at);
+                }
+            }
+        }
+        assert!(turns <= 1, "seed {seed}: {turns} others ended before it began");
+    }
+}
+
+#[test]
+fn a_prefix_is_shared_by_one_tenants_sequences_and_by_nobody_elses() {
+    let mut s = scheduler(64, 16);
+    let prompt: Vec<u32> = (0..40).collect();
+    submit_for(&mut s, "a", 1, &prompt, 48).unwrap();
+    step(&mut s);
+    submit_for(&mut s, "b", 2, &prompt, 48).unwrap();
+    assert_eq!(step(&mut s).last(), Some(&(2, 0, 40)));
+    assert_eq!(s.rows_reused(), 0);
+    submit_for(&mut s, "a", 3, &prompt, 48).unwrap();
+    assert_eq!(step(&mut s).last(), Some(&(3, 32, 8)));
+    assert_eq!(s.rows_reused(), 32);
 }
 
 #[test]
