@@ -46,7 +46,7 @@ fn a_ready_cluster_shows_and_publishes_what_runs() {
     let cluster = Cluster::start(&[]);
     let file = cluster.file();
     let keys: BTreeSet<&str> = file.as_object().unwrap().keys().map(String::as_str).collect();
-    assert_eq!(keys, BTreeSet::from(["http", "endpoints", "control", "processes"]));
+    assert_eq!(keys, BTreeSet::from(["http", "endpoints", "control", "api_key", "processes"]));
     assert_eq!(file["http"], file["endpoints"]["fr"]);
     let processes = file["processes"].as_array().unwrap();
     let shape = |p: &serde_json::Value| {
@@ -210,8 +210,11 @@ fn chat_finds_the_cluster_by_its_data_directory() {
     let cluster = Cluster::start(&["--regions", "se=1"]);
     let end = run(&["chat", "--data-dir", cluster.data_dir(), PROMPT]);
     assert_eq!((end.code(), end.stdout.as_str()), (Some(0), ANSWER), "{}", end.stderr);
-    let end = run(&["chat", "--url", cluster.http(), PROMPT]);
+    let key = cluster.api_key().unwrap();
+    let end = run(&["chat", "--url", cluster.http(), "--api-key", key, PROMPT]);
     assert_eq!((end.code(), end.stdout.as_str()), (Some(0), ANSWER), "{}", end.stderr);
+    let end = run(&["chat", "--url", cluster.http(), PROMPT]);
+    assert!(end.code() == Some(1) && end.stderr.contains("401"), "{end:#?}");
     let nowhere = tempfile::tempdir().unwrap();
     let end = run(&["chat", "--data-dir", nowhere.path().to_str().unwrap(), PROMPT]);
     assert_eq!(end.code(), Some(2), "{end:#?}");
