@@ -104,10 +104,14 @@ impl Control {
         Some((status.membership_epoch, status.placement_epoch))
     }
 
+    /// What is committed, as some voter told last.
+    pub fn state(&self) -> Option<Arc<State>> {
+        self.states.borrow().clone()
+    }
+
     /// Whether every expert node of the cluster takes traffic, by the committed state.
     pub fn all_active(&self) -> bool {
-        let state = self.states.borrow().clone();
-        state.is_some_and(|state| {
+        self.state().is_some_and(|state| {
             let nodes = state.nodes().filter(|node| node.spec.role == Role::ExpertNode);
             let mut nodes = nodes.filter(|node| node.state != NodeState::Removed);
             nodes.all(|node| node.state == NodeState::Active)
@@ -116,7 +120,7 @@ impl Control {
 
     /// Every replica that is placed, by the committed state.
     fn placed(&self) -> BTreeSet<(ExpertKey, NodeId)> {
-        let state = self.states.borrow().clone();
+        let state = self.state();
         let placed = state.iter().flat_map(|state| state.placement().iter());
         placed.flat_map(|(expert, nodes)| nodes.iter().map(move |node| (expert, *node))).collect()
     }
@@ -129,7 +133,7 @@ impl Control {
     /// Commits a change that changes nothing: the replicas that a region wants are set to what they
     /// are. Its place in the order of all changes; nothing when it is not known to be committed.
     fn write(&self, client: &Client) -> Option<u64> {
-        let state = self.states.borrow().clone()?;
+        let state = self.state()?;
         let (region, replicas) = state.replicas().iter().next().map(|(r, n)| (*r, *n))?;
         let command = Command::SetReplicas(region, replicas);
         let proposed = client.propose(CHANGE_DEADLINE, Expect::default(), command);

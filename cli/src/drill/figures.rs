@@ -56,6 +56,8 @@ pub struct Struck {
     pub servers_ended: Vec<usize>,
     /// When these processes were back.
     pub back_ms: Option<f64>,
+    /// How the stream fared that it held up for longest.
+    pub longest_stall: Option<Stall>,
     /// Why it could not be done.
     pub error: Option<String>,
 }
@@ -114,27 +116,42 @@ fn overlaps(a: (f64, f64), b: (f64, f64)) -> bool {
     a.0 < b.1 && b.0 < a.1
 }
 
-/// How much longer than usual each stream waited for a token around each strike: of every answer
-/// that was under way near it when it struck, the longest gap that touches the strike's span, less
-/// the usual gap. An answer without a piece before the strike, or without one after it, has no such
-/// gap; one of another region would only make the figure look better.
+/// How one stream fared around one strike.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Stall {
+    /// How much longer than usual it waited for a token.
+    pub added_ms: f64,
+    /// When that wait began, counted from the strike; negative for one that was under way.
+    pub began_ms: f64,
+}
+
+/// How the streams fared around a strike: of every answer that was under way near it when it
+/// struck, the longest gap that touches the strike's span, less the usual gap. An answer without a
+/// piece before the strike, or without one after it, has no such gap; one of another region would
+/// only make the figure look better.
+pub fn stalls(answers: &[Answer], strike: &Struck, window_ms: f64, usual_ms: f64) -> Vec<Stall> {
+    let near = &strike.servers_near;
+    let stall = |answer: &Answer| {
+        let (first, last) = (answer.pieces.first()?.0, answer.pieces.last()?.0);
+        let is_near = near.is_empty() || near.contains(&answer.server);
+        let under_way = first < strike.at_ms && strike.at_ms < last && is_near;
+        let touching = gaps(answer).filter(|gap| overlaps(*gap, strike.span(window_ms)));
+        let (from, to) = touching.max_by(|a, b| (a.1 - a.0).total_cmp(&(b.1 - b.0)))?;
+        let added_ms = (to - from - usual_ms).max(0.0);
+        under_way.then_some(Stall { added_ms, began_ms: from - strike.at_ms })
+    };
+    answers.iter().filter_map(stall).collect()
+}
+
+/// The added stalls of all streams around all strikes.
 pub fn added_stalls_ms(
     answers: &[Answer],
     strikes: &[Struck],
     window_ms: f64,
     usual_ms: f64,
 ) -> Vec<f64> {
-    let longest = |answer: &Answer, strike: &Struck| {
-        let (first, last) = (answer.pieces.first()?.0, answer.pieces.last()?.0);
-        let is_near = |servers: &[usize]| servers.is_empty() || servers.contains(&answer.server);
-        let under_way =
-            first < strike.at_ms && strike.at_ms < last && is_near(&strike.servers_near);
-        let near = gaps(answer).filter(|gap| overlaps(*gap, strike.span(window_ms)));
-        let longest = near.map(|(from, to)| to - from).reduce(f64::max)?;
-        under_way.then_some((longest - usual_ms).max(0.0))
-    };
-    let of = |strike| answers.iter().filter_map(move |answer| longest(answer, strike));
-    strikes.iter().flat_map(of).collect()
+    let of = |strike| stalls(answers, strike, window_ms, usual_ms);
+    strikes.iter().flat_map(of).map(|stall| stall.added_ms).collect()
 }
 
 /// Moments of an undisturbed run to look at as if something had struck there: as many as there
@@ -246,6 +263,8 @@ mod tests {
         assert_eq!(stall(&[strike(45.0, 0.0)], 105.0), [80.0]);
         assert_eq!(stall(&[strike(45.0, 0.0)], 106.0), [290.0]);
         assert_eq!(stall(&[strike(45.0, 100.0)], 6.0), [290.0]);
+        let longest = stalls(std::slice::from_ref(&stalled), &strike(45.0, 0.0), 106.0, 10.0);
+        assert_eq!(longest, [Stall { added_ms: 290.0, began_ms: 105.0 }]);
         // Never less than nothing, and one figure for each strike.
         assert_eq!(stall(&[strike(15.0, 0.0), strike(200.0, 0.0)], 1.0), [0.0, 290.0]);
     }

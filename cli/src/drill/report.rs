@@ -132,6 +132,12 @@ impl Report {
             }
             notes.push(line);
         }
+        if let Some(ms) = figures.stolen_ms.filter(|ms| *ms > 0.0) {
+            notes.push(format!(
+                "the host of this machine took {ms:.0} ms of processor time meanwhile, in which \
+                 what ran stood still"
+            ));
+        }
         if let Some((before, after)) = figures.tokens_s {
             notes.push(format!(
                 "{before:.0} tok/s before the first strike, {after:.0} from then on"

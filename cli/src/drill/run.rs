@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use entente_proto::ids::NodeName;
+use entente_proto::ids::{Incarnation, NodeName};
 
 use super::board::Board;
 use super::control::Log;
@@ -18,7 +18,7 @@ use super::schedule::{Due, Schedule, Timing};
 use super::strike::Striker;
 use super::target;
 use super::verdict::{Figures, judge};
-use super::watch::{POLL_INTERVAL, Rows, Watch};
+use super::watch::{POLL_INTERVAL, Rows, Watch, stolen_ms};
 use crate::client::Client;
 use crate::cluster::data_dir::ProcessEntry;
 use crate::cluster::plan::Role;
@@ -44,7 +44,30 @@ struct Run {
     answers: Vec<Answer>,
     struck: Vec<Struck>,
     hedged_share: Option<f64>,
+    stolen_ms: Option<f64>,
     control: Log,
+}
+
+/// One start of a process: what the system and what the cluster call it.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    pid: Option<u32>,
+    incarnation: Option<Incarnation>,
+}
+
+impl Start {
+    /// Whether this is a later start, of which the cluster has heard if it heard of the other one.
+    /// Until then it takes the process that is gone for one that serves.
+    fn is_after(self, other: Self) -> bool {
+        let known = other.incarnation.is_none() || self.incarnation != other.incarnation;
+        self.pid.is_some() && self.pid != other.pid && known
+    }
+}
+
+/// Where a run began, for what is counted by others from their own start.
+struct Begin {
+    rows: Rows,
+    stolen_ms: Option<f64>,
 }
 
 /// One drill on one cluster.
@@ -96,8 +119,9 @@ impl<'a> Drill<'a> {
             bail!("the undisturbed run failed already: request {}: {error}", failed.request);
         }
         tell("under faults");
-        let disturbed = self.disturbed(board, tell)?;
+        let mut disturbed = self.disturbed(board, tell)?;
         let figures = self.figures(&quiet, &disturbed);
+        self.blame(&mut disturbed, figures.usual_gap_ms);
         let checks = judge(&self.scenario.expect, &figures);
         Ok(Report {
             scenario: self.scenario.name.clone(),
@@ -117,8 +141,7 @@ impl<'a> Drill<'a> {
             Pace::Closed { streams } => streams,
             Pace::Open { .. } => QUIET_STREAMS,
         };
-        let before = self.watch.rows();
-        board.begin();
+        let before = self.begin(board);
         let on_piece = |tokens| board.saw(tokens);
         let sender = Sender { servers: &self.clients, on_piece: &on_piece };
         let sent = AtomicUsize::new(0);
@@ -132,8 +155,7 @@ impl<'a> Drill<'a> {
 
     /// The load for as long as it is to last and strikes are made.
     fn disturbed(&self, board: &Board, tell: &(impl Fn(&str) + Sync)) -> anyhow::Result<Run> {
-        let before = self.watch.rows();
-        board.begin();
+        let before = self.begin(board);
         let writers = if self.scenario.expect.changes_linearizable { WRITERS } else { 0 };
         let (outcomes, control) = thread::scope(|scope| {
             let load = scope.spawn(|| self.load(board));
@@ -167,7 +189,13 @@ impl<'a> Drill<'a> {
         })
     }
 
-    fn ended(&self, board: &Board, outcomes: Vec<Outcome>, before: &Rows) -> anyhow::Result<Run> {
+    fn begin(&self, board: &Board) -> Begin {
+        let begin = Begin { rows: self.watch.rows(), stolen_ms: stolen_ms() };
+        board.begin();
+        begin
+    }
+
+    fn ended(&self, board: &Board, outcomes: Vec<Outcome>, before: &Begin) -> anyhow::Result<Run> {
         let mut state = board.lock();
         if state.interrupted {
             bail!(crate::exit::Interrupted);
@@ -175,9 +203,10 @@ impl<'a> Drill<'a> {
         let struck = std::mem::take(&mut state.struck);
         drop(state);
         let start = board.start();
-        let hedged_share = self.watch.rows().hedged_share_since(before);
+        let hedged_share = self.watch.rows().hedged_share_since(&before.rows);
+        let stolen_ms = stolen_ms().zip(before.stolen_ms).map(|(now, then)| now - then);
         let answers = outcomes.into_iter().map(|outcome| answer(outcome, start)).collect();
-        Ok(Run { answers, struck, hedged_share, control: Log::default() })
+        Ok(Run { answers, struck, hedged_share, stolen_ms, control: Log::default() })
     }
 
     /// Makes every strike when it is due, and returns when the effects of the last one are over.
@@ -232,7 +261,7 @@ impl<'a> Drill<'a> {
         if actions.contains(&(Action::KillLeader {})) {
             names.extend(self.watch.leader());
         }
-        let before = self.pids(&names);
+        let before = self.starts(&names);
         let mut struck = self.begun(due, &names, board);
         tell(&struck.to_string());
         let done = actions.iter().try_for_each(|action| striker.act(action, &names));
@@ -248,8 +277,8 @@ impl<'a> Drill<'a> {
         board.tell(|state| state.struck.push(struck));
         let ends = actions.iter().any(Action::ends_process);
         let back = || {
-            let again = self.pids(&names);
-            let anew = before.iter().zip(&again).all(|(old, new)| new.is_some() && old != new);
+            let again = self.starts(&names);
+            let anew = before.iter().zip(&again).all(|(old, new)| new.is_after(*old));
             (!ends || anew) && self.watch.is_whole()
         };
         let back = wait_until(board, BACK_INTERVAL, back);
@@ -302,10 +331,23 @@ impl<'a> Drill<'a> {
         servers.map(|(number, _)| number).collect()
     }
 
-    /// The pids that these processes have now; nothing of one that is not there.
-    fn pids(&self, names: &[NodeName]) -> Vec<Option<u32>> {
-        let pid = |name| self.place.process(name).ok().map(|process| process.pid);
-        names.iter().map(pid).collect()
+    /// Which start of each of these processes it is now.
+    fn starts(&self, names: &[NodeName]) -> Vec<Start> {
+        let start = |name| Start {
+            pid: self.place.process(name).ok().map(|process| process.pid),
+            incarnation: self.watch.incarnation(name),
+        };
+        names.iter().map(start).collect()
+    }
+
+    /// Notes with each strike which stream it held up for longest, and when.
+    fn blame(&self, run: &mut Run, usual_gap_ms: Option<f64>) {
+        let Some(usual_ms) = usual_gap_ms else { return };
+        let window_ms = self.scenario.expect.window.0.as_secs_f64() * 1e3;
+        for strike in &mut run.struck {
+            let stalls = figures::stalls(&run.answers, strike, window_ms, usual_ms).into_iter();
+            strike.longest_stall = stalls.max_by(|a, b| a.added_ms.total_cmp(&b.added_ms));
+        }
     }
 
     fn figures(&self, quiet: &Run, disturbed: &Run) -> Figures {
@@ -338,6 +380,7 @@ impl<'a> Drill<'a> {
             tokens_s_undisturbed: figures::tokens_s(&quiet.answers, 0.0, quiet_ms),
             hedged_share_undisturbed: quiet.hedged_share,
             hedged_share: disturbed.hedged_share,
+            stolen_ms: disturbed.stolen_ms,
             epochs_back: (!epochs.is_empty()).then(|| history::epochs_back(epochs)),
             moves: (!epochs.is_empty()).then_some(*moves),
             changes: writes.iter().filter(|write| write.revision.is_some()).count(),

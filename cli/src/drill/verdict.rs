@@ -42,6 +42,9 @@ pub struct Figures {
     pub hedged_share_undisturbed: Option<f64>,
     /// The same under faults.
     pub hedged_share: Option<f64>,
+    /// Processor time that the machine's host gave to others under faults; see
+    /// [`super::watch::stolen_ms`].
+    pub stolen_ms: Option<f64>,
     /// How often the control plane told of an epoch that was lower than one before.
     pub epochs_back: Option<usize>,
     /// Replicas that were placed where they had not been before.

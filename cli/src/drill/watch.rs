@@ -4,9 +4,10 @@
 //! Nothing reports these things to a client, so they are looked at again and again, often enough
 //! that a figure is true to about [`POLL_INTERVAL`].
 
+use std::fs;
 use std::time::Duration;
 
-use entente_proto::ids::NodeName;
+use entente_proto::ids::{Incarnation, NodeName};
 
 use super::board::Board;
 use super::control::{Control, Log};
@@ -64,6 +65,11 @@ impl Watch {
         self.is_ready() && self.control.as_ref().is_none_or(Control::all_active)
     }
 
+    /// Which start of an expert node the cluster knows; none where nobody counts them.
+    pub fn incarnation(&self, name: &NodeName) -> Option<Incarnation> {
+        self.control.as_ref()?.state()?.node(name)?.incarnation
+    }
+
     /// Who leads the voters.
     pub fn leader(&self) -> Option<NodeName> {
         self.control.as_ref()?.leader()
@@ -99,9 +105,30 @@ impl Rows {
     }
 }
 
+/// Milliseconds of processor time, over all processors since the system's start, in which the host
+/// of this virtual machine ran something else. What was running meanwhile stood still, often for a
+/// tenth of a second, and no drill can tell that from a stall of the cluster.
+pub fn stolen_ms() -> Option<f64> {
+    stolen_in(&fs::read_to_string("/proc/stat").ok()?)
+}
+
+/// The eighth figure of the line `cpu`, in hundredths of a second (proc(5)).
+fn stolen_in(stat: &str) -> Option<f64> {
+    let all = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+    Some(all.split_whitespace().nth(7)?.parse::<f64>().ok()? * 10.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_host_took_is_read_from_the_system() {
+        let stat = "cpu  1 2 3 4 5 6 7 80 9 10\ncpu0 1 2 3 4 5 6 7 8 9 10\n";
+        assert_eq!(stolen_in(stat), Some(800.0));
+        assert_eq!(stolen_in("cpu 1 2"), None);
+        assert!(stolen_ms().is_some_and(|stolen_ms| stolen_ms >= 0.0));
+    }
 
     #[test]
     fn the_hedged_share_is_over_all_coordinators_also_over_one_that_was_restarted() {
