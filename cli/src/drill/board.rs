@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::figures::Struck;
 use super::schedule::Now;
+use super::stale::Stale;
 
 /// Shared by the streams of the load, the strikes, and the one who waits for both.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct State {
     changes: u64,
     /// Strikes that were made.
     pub struck: Vec<Struck>,
+    /// What was sent in the name of those that have slept; none when nobody did.
+    pub stale: Option<Stale>,
     /// Faults whose last strike is over.
     pub over: Vec<usize>,
     /// Nothing more is to be struck or waited for.
@@ -41,6 +44,7 @@ impl State {
             awaited_tokens: u64::MAX,
             changes: 0,
             struck: Vec::new(),
+            stale: None,
             over: Vec::new(),
             finished: false,
             interrupted,

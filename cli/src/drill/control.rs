@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use entente_membership::client::Client;
 use entente_membership::net::Reason;
 use entente_membership::state::{Applied, Command, Expect, NodeState, Role, State};
@@ -16,7 +16,7 @@ use entente_proto::placement::ExpertKey;
 use entente_proto::wire::admin_client::AdminClient;
 use entente_proto::wire::{StatusReply, StatusRequest};
 use entente_tls::Credentials;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -37,6 +37,10 @@ const CHANGE_DEADLINE: Duration = Duration::from_secs(5);
 /// From one look at the epochs to the next, and from one change of a session to its next.
 const EPOCHS_PAUSE: Duration = Duration::from_millis(200);
 const WRITE_PAUSE: Duration = Duration::from_millis(20);
+
+/// How long nothing may change for a cluster to be at rest, and how long that may take to come.
+const REST: Duration = Duration::from_secs(1);
+const REST_DEADLINE: Duration = Duration::from_secs(60);
 
 /// An operator's way to the voters. Calls block.
 pub struct Control {
@@ -109,6 +113,52 @@ impl Control {
         self.states.borrow().clone()
     }
 
+    /// What is committed once nothing has changed for a while.
+    ///
+    /// # Errors
+    /// It goes on changing.
+    pub fn at_rest(&self) -> anyhow::Result<Arc<State>> {
+        let mut states = self.states.clone();
+        let changes = |state: &Option<Arc<State>>| state.as_ref().map(|state| state.changes());
+        let still = async {
+            loop {
+                let before = changes(&states.borrow_and_update());
+                let other = states.wait_for(|state| changes(state) != before);
+                if timeout(REST, other).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let still = self.runtime.block_on(async { timeout(REST_DEADLINE, still).await });
+        still.with_context(|| format!("the cluster did not come to rest in {REST_DEADLINE:?}"))?;
+        self.state().context("no voter tells the committed state")
+    }
+
+    /// What is committed once this entry is applied.
+    ///
+    /// # Errors
+    /// That is not heard of in time.
+    pub fn state_from(&self, index: u64) -> anyhow::Result<Arc<State>> {
+        let mut states = self.states.clone();
+        let is_there = |state: &Option<Arc<State>>| {
+            state.as_ref().is_some_and(|state| state.applied_index() >= index)
+        };
+        let waited = async { timeout(CONNECT_DEADLINE, states.wait_for(is_there)).await.is_ok() };
+        ensure!(self.runtime.block_on(waited), "entry {index} was not heard of");
+        self.state().context("no voter tells the committed state")
+    }
+
+    /// Somebody else's way to the same voters.
+    pub fn client(&self, credentials: &Credentials) -> anyhow::Result<Client> {
+        let _entered = self.runtime.enter();
+        Ok(Client::new(credentials, self.addresses.clone())?)
+    }
+
+    /// What calls run on.
+    pub fn runtime(&self) -> &Handle {
+        self.runtime.handle()
+    }
+
     /// Whether every expert node of the cluster takes traffic, by the committed state.
     pub fn all_active(&self) -> bool {
         self.state().is_some_and(|state| {
@@ -148,11 +198,8 @@ impl Control {
         let over = |pause| board.wait_for(pause, |state| state.finished || state.interrupted);
         let log = Mutex::new(Log::default());
         let locked = || log.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = || {
-            let _entered = self.runtime.enter();
-            Client::new(&self.credentials, self.addresses.clone())
-        };
-        let clients = (0..writers).map(|_| client()).collect::<Result<Vec<_>, _>>()?;
+        let client = |_| self.client(&self.credentials);
+        let clients = (0..writers).map(client).collect::<anyhow::Result<Vec<_>>>()?;
         thread::scope(|scope| {
             for client in &clients {
                 scope.spawn(move || {

@@ -3,7 +3,7 @@
 //! [`scenario`] is the file that says what happens and what is required. [`schedule`] says when a
 //! fault is due, [`target`] whom it strikes, [`figures`] and [`history`] what was measured and
 //! [`verdict`] whether that is enough; these are pure. [`place`] knows the cluster, [`strike`] does
-//! to it what the scenario says, [`watch`] and [`control`] see when it has recovered, [`run`] puts
+//! to it what the scenario says ([`stale`] plays one that slept), [`watch`] and [`control`] see when it has recovered, [`run`] puts
 //! all of it together with [`board`] between its threads, and [`report`] tells what came out.
 //!
 //! Invariants: what a drill did to a running cluster (paused processes, links that were cut) it
@@ -22,6 +22,7 @@ pub mod report;
 pub mod run;
 pub mod scenario;
 mod schedule;
+mod stale;
 mod strike;
 mod target;
 mod verdict;

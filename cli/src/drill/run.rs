@@ -15,6 +15,7 @@ use super::place::{Place, Server};
 use super::report::{Failure, Report};
 use super::scenario::{Action, Pace, Scenario};
 use super::schedule::{Due, Schedule, Timing};
+use super::stale::Stale;
 use super::strike::Striker;
 use super::target;
 use super::verdict::{Figures, judge};
@@ -45,6 +46,7 @@ struct Run {
     struck: Vec<Struck>,
     hedged_share: Option<f64>,
     stolen_ms: Option<f64>,
+    stale: Option<Stale>,
     control: Log,
 }
 
@@ -200,18 +202,18 @@ impl<'a> Drill<'a> {
         if state.interrupted {
             bail!(crate::exit::Interrupted);
         }
-        let struck = std::mem::take(&mut state.struck);
+        let (struck, stale) = (std::mem::take(&mut state.struck), state.stale);
         drop(state);
         let start = board.start();
         let hedged_share = self.watch.rows().hedged_share_since(&before.rows);
         let stolen_ms = stolen_ms().zip(before.stolen_ms).map(|(now, then)| now - then);
         let answers = outcomes.into_iter().map(|outcome| answer(outcome, start)).collect();
-        Ok(Run { answers, struck, hedged_share, stolen_ms, control: Log::default() })
+        Ok(Run { answers, struck, hedged_share, stolen_ms, stale, control: Log::default() })
     }
 
     /// Makes every strike when it is due, and returns when the effects of the last one are over.
     fn strike_all(&self, board: &Board, tell: &(impl Fn(&str) + Sync)) {
-        let striker = Striker::new(self.place, board);
+        let striker = Striker::new(self.place, board, self.watch.control());
         let faults = || self.scenario.faults.iter();
         let timings = faults().zip(&self.strikes).map(|(fault, strikes)| Timing {
             at: fault.at,
@@ -381,6 +383,7 @@ impl<'a> Drill<'a> {
             hedged_share_undisturbed: quiet.hedged_share,
             hedged_share: disturbed.hedged_share,
             stolen_ms: disturbed.stolen_ms,
+            stale: disturbed.stale,
             epochs_back: (!epochs.is_empty()).then(|| history::epochs_back(epochs)),
             moves: (!epochs.is_empty()).then_some(*moves),
             changes: writes.iter().filter(|write| write.revision.is_some()).count(),

@@ -7,17 +7,20 @@
 use std::io::{Read, Seek};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use entente_membership::state::State;
 use entente_proto::ids::NodeName;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use super::board::Board;
+use super::control::Control;
 use super::place::Place;
 use super::scenario::Action;
+use super::stale::Sleeper;
 use super::watch::POLL_INTERVAL;
 use crate::cluster::relay::control;
 use crate::cluster::relay::rule::Change;
@@ -36,17 +39,20 @@ enum Undo {
 }
 
 /// Strikes one cluster; dropping it undoes what is still done.
-#[derive(Debug)]
 pub struct Striker<'a> {
     place: &'a Place,
     board: &'a Board,
+    control: Option<&'a Control>,
+    /// What was committed before the first strike.
+    before: Option<Arc<State>>,
     undo: Mutex<Vec<Undo>>,
 }
 
 impl<'a> Striker<'a> {
     /// Nothing is done yet.
-    pub fn new(place: &'a Place, board: &'a Board) -> Self {
-        Self { place, board, undo: Mutex::default() }
+    pub fn new(place: &'a Place, board: &'a Board, control: Option<&'a Control>) -> Self {
+        let before = control.and_then(Control::state);
+        Self { place, board, control, before, undo: Mutex::default() }
     }
 
     /// Does `action` to each of `names`, and undoes it when its time is over.
@@ -92,6 +98,9 @@ impl<'a> Striker<'a> {
             | Action::Cut { .. }
             | Action::CutOneWay { .. }
             | Action::Heal { .. } => return self.change_links(action.changes(names)),
+            Action::SendStale { exchanges, proposals } => {
+                names.iter().try_for_each(|name| self.send_stale(name, *exchanges, *proposals))?;
+            }
             Action::Exec { command, fails, says } => {
                 self.exec(command, names, *fails, says.as_deref())?;
             }
@@ -143,6 +152,15 @@ impl<'a> Striker<'a> {
         self.remember(&undos);
         control::set(self.data_dir()?, words)?;
         Ok(undos)
+    }
+
+    fn send_stale(&self, name: &NodeName, exchanges: u64, proposals: u64) -> anyhow::Result<()> {
+        let control = self.control.context("the cluster's members are fixed")?;
+        let believed = self.before.as_deref().context("nothing was committed before")?;
+        let sleeper = Sleeper::new(control, believed, (self.data_dir()?, name))?;
+        let sent = sleeper.send(exchanges, proposals)?;
+        self.board.tell(|state| *state.stale.get_or_insert_default() += sent);
+        Ok(())
     }
 
     fn data_dir(&self) -> anyhow::Result<&Path> {

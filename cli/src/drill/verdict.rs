@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::figures::{Differences, Spread};
 use super::scenario::{Expect, Limits};
+use super::stale::Stale;
 
 /// Everything that a run showed.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -45,6 +46,8 @@ pub struct Figures {
     /// Processor time that the machine's host gave to others under faults; see
     /// [`super::watch::stolen_ms`].
     pub stolen_ms: Option<f64>,
+    /// What was sent in the name of those that slept.
+    pub stale: Option<Stale>,
     /// How often the control plane told of an epoch that was lower than one before.
     pub epochs_back: Option<usize>,
     /// Replicas that were placed where they had not been before.
@@ -107,6 +110,22 @@ pub fn judge(expect: &Expect, figures: &Figures) -> Vec<Check> {
         let made = figures.changes > 0;
         let out_of_order = made.then_some(figures.changes_out_of_order as u64);
         checks.push(count("changes out of order", false, 0, out_of_order));
+    }
+    // Whoever sends what is stale wants to see it refused.
+    if let Some(sent) = figures.stale {
+        checks.push(count(
+            "stale exchanges refused",
+            true,
+            sent.exchanges,
+            Some(sent.exchanges_refused),
+        ));
+        checks.push(count(
+            "stale proposals refused",
+            true,
+            sent.proposals,
+            Some(sent.proposals_refused),
+        ));
+        checks.push(count("states changed by them", false, 0, Some(sent.states_changed)));
     }
     if let Some(min) = expect.moves_min {
         checks.push(count("replicas moved", true, min, figures.moves));
@@ -208,9 +227,18 @@ moves_min: 100
             epochs_back: Some(0),
             moves: Some(100),
             changes: 1,
+            stale: Some(REFUSED),
             ..Figures::default()
         }
     }
+
+    const REFUSED: Stale = Stale {
+        exchanges: 9,
+        exchanges_refused: 9,
+        proposals: 7,
+        proposals_refused: 7,
+        states_changed: 0,
+    };
 
     fn misses(figures: &Figures) -> Vec<String> {
         let expect: Expect = serde_saphyr::from_str(EXPECT).unwrap();
@@ -226,6 +254,7 @@ moves_min: 100
     #[test]
     fn every_check_can_miss() {
         let difference = |difference| Figures { differences: Some(difference), ..good() };
+        let stale = |sent| Figures { stale: Some(sent), ..good() };
         let compared = Differences { compared: 100, ..Differences::default() };
         let spread = Spread { p50: 51.0, p99: 299.0, max: 299.0, count: 1 };
         let late = Spread { p50: 1.0, p99: 1_501.0, max: 1_501.0, count: 1 };
@@ -246,6 +275,9 @@ moves_min: 100
             ),
             ("epochs gone back", Figures { epochs_back: Some(1), ..good() }),
             ("changes out of order", Figures { changes_out_of_order: 1, ..good() }),
+            ("stale exchanges refused", stale(Stale { exchanges_refused: 8, ..REFUSED })),
+            ("stale proposals refused", stale(Stale { proposals_refused: 6, ..REFUSED })),
+            ("states changed by them", stale(Stale { states_changed: 1, ..REFUSED })),
             ("replicas moved", Figures { moves: Some(99), ..good() }),
         ] {
             assert_eq!(misses(&figures), [missed]);

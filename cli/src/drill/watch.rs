@@ -45,6 +45,11 @@ impl Watch {
         Ok(Self { servers: place.servers()?.into_iter().map(quick).collect(), control })
     }
 
+    /// The control plane, where there is one to ask.
+    pub fn control(&self) -> Option<&Control> {
+        self.control.as_ref()
+    }
+
     /// Whether every coordinator says that it can serve.
     pub fn is_ready(&self) -> bool {
         let ready = |server: &Server| matches!(server.client.get("/readyz"), Ok((200, _)));

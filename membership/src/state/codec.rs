@@ -341,6 +341,24 @@ pub(crate) fn outcome_in(outcome: wire::MembershipOutcome) -> Result<Outcome, Ma
 impl State {
     /// The state as bytes.
     pub fn encode(&self) -> Vec<u8> {
+        self.message().encode_to_vec()
+    }
+
+    /// SHA-256 of what was agreed on about the cluster: of the state without what only tells how it
+    /// came about, which a request that is refused changes too (the entries applied and their hashes,
+    /// the clock, the sessions).
+    pub fn agreed_sha256(&self) -> [u8; 32] {
+        let message = wire::MembershipState {
+            applied_index: 0,
+            clock_ms: 0,
+            sessions: Vec::new(),
+            marks: Vec::new(),
+            ..self.message()
+        };
+        sha256(&message.encode_to_vec())
+    }
+
+    fn message(&self) -> wire::MembershipState {
         wire::MembershipState {
             applied_index: self.applied_index,
             clock_ms: self.clock_ms,
@@ -357,7 +375,6 @@ impl State {
             sessions: self.sessions.0.iter().map(session_out).collect(),
             marks: self.marks_out(),
         }
-        .encode_to_vec()
     }
 
     fn replicas_out(&self) -> Vec<wire::SetReplicas> {

@@ -76,6 +76,14 @@ pub enum Action {
         /// Which link; absent for all that the target speaks to.
         link: Option<String>,
     },
+    /// In the name of the target, a coordinator: what it could still send if it had slept since
+    /// before the first strike. All of it must be refused.
+    SendStale {
+        /// Frames to the expert nodes of its region.
+        exchanges: u64,
+        /// Changes to the leader.
+        proposals: u64,
+    },
     /// A command of the user's own.
     Exec {
         /// Words for a shell; `{target}`, `{data-dir}` and `{entente}` are filled in.
@@ -205,6 +213,7 @@ impl fmt::Display for Action {
             Self::Cut { .. } => "cut",
             Self::CutOneWay { .. } => "cut-one-way",
             Self::Heal { .. } => "heal",
+            Self::SendStale { .. } => "send-stale",
             Self::Exec { .. } => "exec",
         })
     }
