@@ -24,7 +24,7 @@ use entente_membership::state::{Command, Expect, Node, NodeState, RefusedCode, R
 use entente_model::{Checkpoint, kernels};
 use entente_proto::frame::{Assignment, Dispatch, Dtype, Refusal};
 use entente_proto::identity::{Expected, Role as IdentityRole};
-use entente_proto::ids::{ExchangeId, Fence, NodeId, NodeName};
+use entente_proto::ids::{ExchangeId, Fence, NodeId, NodeName, RequestId};
 use entente_proto::link::{Link, LinkEvent, LinkEvents, NodeInfo};
 use entente_tls::{ALPN_GRPC, Credentials};
 use serde::Serialize;
@@ -141,7 +141,7 @@ impl<'a> Sleeper<'a> {
         let (events, heard) = sync_channel(2 * IN_FLIGHT_MAX);
         let runtime = self.control.runtime();
         let link = GrpcLink::open(self.peer(node)?, Arc::new(Inbox(events)), runtime);
-        let LinkEvent::Up(info) = hear(&heard)? else { bail!("{name} cannot be reached") };
+        let LinkEvent::Up { info, .. } = hear(&heard)? else { bail!("{name} cannot be reached") };
         let today = self.frame(&info, info.fence, 0)?;
         link.send(today)?;
         match hear(&heard)? {
@@ -189,6 +189,7 @@ impl<'a> Sleeper<'a> {
             dtype,
             hidden,
             assignments: vec![Assignment { row: 0, expert }],
+            requests: vec![(RequestId(0), 1)],
             rows: vec![0; hidden * dtype.size()].into(),
         })
     }
