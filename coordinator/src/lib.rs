@@ -8,6 +8,7 @@
 //!   step. Requests join and leave between steps; a long prompt is split into chunks.
 //! - [`api`]: HTTP in OpenAI's shape. It checks, translates and waits; it decides nothing.
 //! - [`residency`]: where the rows of a request may go, decided at the door.
+//! - [`statements`]: what expert nodes say themselves that they computed.
 //! - [`link`]: the network side of `proto::link::Link`.
 //! - [`config`], [`metrics`]: the file it starts from, and the numbers it shows.
 //!
@@ -31,6 +32,7 @@ pub mod metrics;
 pub mod residency;
 mod run;
 mod start;
+pub mod statements;
 
 pub use config::Config;
 pub use run::{Ready, run};

@@ -28,6 +28,7 @@ use crate::engine::forward::{CacheShape, Forward};
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::tally::Closed;
 use crate::engine::{Engine, Parts};
+use crate::statements::{self, Stated};
 use crate::link::Opener;
 use crate::metrics::Metrics;
 
@@ -97,6 +98,8 @@ pub struct Wiring {
     pub states: Option<watch::Receiver<Arc<State>>>,
     /// Who is told of each generation that has ended; see [`Parts::closings`].
     pub closings: Option<Sender<Closed>>,
+    /// Who is given what expert nodes state that they computed for what has ended.
+    pub statements: Option<Sender<Stated>>,
     /// Credentials that somebody keeps fresh; those of the configuration when absent.
     pub credentials: Option<Credentials>,
 }
@@ -152,7 +155,7 @@ pub async fn start_wired(
     wiring: Wiring,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
-    let Wiring { states, closings, credentials: fresh } = wiring;
+    let Wiring { states, closings, statements, credentials: fresh } = wiring;
     if states.is_some() {
         check_followable(config)?;
     }
@@ -172,7 +175,15 @@ pub async fn start_wired(
     let kernel_class = loaded.kernels.class().clone();
     let served = loaded.served.clone();
     let metrics = Arc::new(Metrics::new());
-    let exchanger = connect(config, credentials, &loaded, &metrics)?;
+    let opener = opener(config, credentials, &loaded);
+    let closings = match statements {
+        Some(to) if opener.can_hear_statements() => {
+            let asking = (opener.clone(), loaded.states.clone());
+            Some(statements::start(closings, to, asking)?)
+        }
+        _ => closings,
+    };
+    let exchanger = connect(config, opener, &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
     let api = start_engine(config, loaded, kv_dtype, (exchanger, closings), access, metrics)?;
@@ -264,21 +275,25 @@ fn threads(config: &Config) -> usize {
     config.threads.unwrap_or_else(cores)
 }
 
-/// Links the engine to the expert nodes of the coordinator's region.
-fn connect(
-    config: &Config,
-    credentials: Option<Credentials>,
-    loaded: &Loaded,
-    metrics: &Arc<Metrics>,
-) -> Result<Exchanger, Error> {
-    let opener = Opener {
+/// How the expert nodes are reached.
+fn opener(config: &Config, credentials: Option<Credentials>, loaded: &Loaded) -> Opener {
+    Opener {
         transport: config.transport,
         roster: config.cluster.clone(),
         via: config.membership.as_ref().map(|own| own.via.clone()).unwrap_or_default(),
         credentials,
         local: loaded.local.clone(),
         runtime: tokio::runtime::Handle::current(),
-    };
+    }
+}
+
+/// Links the engine to the expert nodes of the coordinator's region.
+fn connect(
+    config: &Config,
+    opener: Opener,
+    loaded: &Loaded,
+    metrics: &Arc<Metrics>,
+) -> Result<Exchanger, Error> {
     let kernels = loaded.kernels.clone();
     let model = Model {
         digest: loaded.checkpoint.digest(),

@@ -15,9 +15,11 @@ use entente_model::{Checkpoint, Progress, load_experts};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::{
     Fence, Incarnation, KernelClass, MembershipEpoch, ModelDigest, NodeName, PlacementEpoch, Region,
+    RequestId,
 };
 use entente_proto::link::NodeInfo;
 use entente_proto::placement::ExpertKey;
+use entente_proto::statement::Statement;
 use tokio::sync::watch;
 
 use crate::account::Account;
@@ -274,6 +276,18 @@ impl NodeHandle {
     /// Which model it is, and with which kernels.
     pub(crate) fn model(&self) -> (ModelDigest, &KernelClass) {
         (self.0.model_digest, &self.0.kernel_class)
+    }
+
+    /// What the node has computed for these requests, in its own words.
+    pub fn statement(&self, requests: &[RequestId]) -> Statement {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Statement {
+            node: self.0.name.clone(),
+            region: self.0.facts.region,
+            incarnation: *self.0.incarnation.borrow(),
+            at_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+            rows: self.0.account.rows_of(requests),
+        }
     }
 
     /// What the node has done.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
 use entente_proto::identity::Role;
 use entente_proto::ids::{ExchangeId, Incarnation};
+use entente_proto::statement::{self, STATEMENT_CONTEXT};
 use entente_proto::wire;
 use entente_proto::wire::exchange_server::{Exchange, ExchangeServer};
 use entente_tls::Credentials;
@@ -36,6 +37,8 @@ type Outgoing = Result<wire::Combine, Status>;
 
 struct Service {
     node: NodeHandle,
+    /// What statements are signed with; without it none are made.
+    credentials: Option<Credentials>,
     lender: Lender,
     /// Turns true when streams must end.
     closing: watch::Receiver<bool>,
@@ -74,6 +77,23 @@ impl Exchange for Service {
             }
         });
         Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    async fn settle(
+        &self,
+        request: Request<wire::SettleRequest>,
+    ) -> Result<Response<wire::SignedStatement>, Status> {
+        greeted(&request, Role::Coordinator)?;
+        let own = self.credentials.as_ref();
+        let own = own.ok_or_else(|| Status::failed_precondition("the node has no certificate"))?;
+        let requests = statement::requests(&request.get_ref().requests)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let statement = self.node.statement(&requests).encode();
+        let signed = own
+            .sign(STATEMENT_CONTEXT, &statement)
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let (signature, certificate) = (signed.signature.into(), signed.certificate_der.into());
+        Ok(Response::new(wire::SignedStatement { statement, signature, certificate }))
     }
 
     /// Weights stay in their region, and go to nobody who has not shown a certificate.
@@ -173,6 +193,7 @@ pub async fn serve(
     let service = ExchangeServer::new(Service {
         lender: Lender::new(node.clone()),
         node: node.clone(),
+        credentials: credentials.cloned(),
         closing,
     })
     .max_decoding_message_size(MESSAGE_BYTES_MAX)

@@ -21,6 +21,7 @@ pub mod identity;
 pub mod ids;
 pub mod link;
 pub mod placement;
+pub mod statement;
 pub mod stream;
 
 /// Messages as they cross the network or lie on a disk, generated from `proto/entente/v1`.

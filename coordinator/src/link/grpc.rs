@@ -168,6 +168,16 @@ impl Dialler {
     }
 }
 
+/// A connection for single calls.
+pub(crate) async fn connect(peer: &Peer) -> Result<Channel, Unusable> {
+    Ok(dial(peer, &Shown::default()).await?)
+}
+
+/// Why there is none.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(crate) struct Unusable(#[from] Broken);
+
 /// SHA-256 of the certificate that the node showed last; zeros before that, and in plain text.
 type Shown = Arc<Mutex<[u8; 32]>>;
 

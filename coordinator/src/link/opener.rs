@@ -20,6 +20,7 @@ use crate::Error;
 use crate::config::Transport;
 
 /// See the module.
+#[derive(Clone)]
 pub struct Opener {
     /// How nodes of other processes are reached.
     pub transport: Transport,
@@ -52,6 +53,19 @@ impl Opener {
             links.dial(peer).map_err(|error| Error::Start(error.to_string()))?;
         }
         Ok(())
+    }
+
+    /// Whether nodes are processes that have a key to sign with.
+    pub(crate) fn can_hear_statements(&self) -> bool {
+        self.credentials.is_some() && self.transport != Transport::Inproc
+    }
+
+    /// Whom to call over gRPC, whatever carries frames.
+    ///
+    /// # Errors
+    /// As [`Opener::open`].
+    pub(crate) fn grpc_peer(&self, node: &Node) -> Result<Peer, Error> {
+        self.peer(node, ALPN_GRPC)
     }
 
     /// Whom to dial, and whose certificate to expect there.

@@ -9,6 +9,7 @@ mod committed;
 mod micro_batches;
 mod residency;
 mod setup;
+mod statements;
 mod tally;
 
 /// Each check runs once over each transport that has a network in it.

@@ -14,6 +14,7 @@ use entente_coordinator::engine::output::StopConditions;
 use entente_coordinator::engine::sampler::Sampling;
 use entente_coordinator::engine::tally::Closed;
 use entente_coordinator::engine::{Event, Readiness, Request};
+use entente_coordinator::statements::Stated;
 use entente_coordinator::{Started, Wiring};
 use entente_expert_node::{ExpertNode, NodeHandle, serve};
 use entente_membership::roster::{Roster, RosterNode};
@@ -21,6 +22,7 @@ use entente_membership::state::State;
 use entente_model::Checkpoint;
 use entente_model::kernels::{WeightFormat, select};
 use entente_proto::ids::NodeName;
+use entente_tls::Credentials;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tower::ServiceExt;
@@ -62,6 +64,16 @@ pub struct Node {
 impl Node {
     /// The node as the state knows it: with what is placed on it, and the start that was minted.
     pub fn start(state: &State, number: usize, listener: TcpListener) -> Self {
+        Self::start_as(None, state, number, listener)
+    }
+
+    /// The same behind TLS, if there are credentials.
+    pub fn start_as(
+        own: Option<Credentials>,
+        state: &State,
+        number: usize,
+        listener: TcpListener,
+    ) -> Self {
         let checkpoint = Checkpoint::open(CHECKPOINT.as_ref()).unwrap();
         let kernels = select(WEIGHTS, 1).unwrap();
         let handle = ExpertNode::start(&name(number), state, &checkpoint, kernels, &()).unwrap();
@@ -75,7 +87,9 @@ impl Node {
             tokio::net::TcpListener::from_std(listener).unwrap()
         };
         let node = handle.clone();
-        runtime.spawn(async move { serve(node, listener, None, std::future::pending()).await });
+        runtime.spawn(async move {
+            serve(node, listener, own.as_ref(), std::future::pending()).await
+        });
         Self { handle, runtime: Some(runtime) }
     }
 }
@@ -111,6 +125,8 @@ pub struct Engine {
     pub started: Started,
     /// What has ended; there is room for more than any test ends.
     pub closed: Receiver<Closed>,
+    /// What nodes stated about it.
+    pub stated: Receiver<Stated>,
     runtime: Runtime,
 }
 
@@ -130,10 +146,16 @@ impl Engine {
     fn wired(config: &Config, states: Option<watch::Receiver<Arc<State>>>) -> Self {
         let runtime = Runtime::new().unwrap();
         let (closings, closed) = crossbeam_channel::bounded(1_000);
-        let wiring = Wiring { states, closings: Some(closings), ..Wiring::default() };
+        let (statements, stated) = crossbeam_channel::bounded(1_000);
+        let wiring = Wiring {
+            states,
+            closings: Some(closings),
+            statements: Some(statements),
+            ..Wiring::default()
+        };
         let started = entente_coordinator::start_wired(config, wiring, |_, _| {});
         let started = runtime.block_on(started).unwrap();
-        Self { started, closed, runtime }
+        Self { started, closed, stated, runtime }
     }
 
     /// Waits for the next generation to be closed.

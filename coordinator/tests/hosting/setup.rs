@@ -145,6 +145,7 @@ impl Lonely {
             site: None,
             advertise: None,
             drain_deadline_ms: None,
+            scrub_interval_s: None,
             metrics_listen: None,
             scrub_interval_s: None,
             tls: Some(self.issue("expert", name)),
