@@ -11,6 +11,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use entente_proto::ids::Region;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -106,6 +107,7 @@ pub struct Mix {
     model: String,
     prompts: Prompts,
     output: Lengths,
+    residency: Option<Vec<Region>>,
     drawn: usize,
 }
 
@@ -122,7 +124,13 @@ pub struct Request {
 impl Mix {
     /// The requests of this seed.
     pub fn new(seed: u64, model: &str, prompts: Prompts, output: Lengths) -> Self {
-        Self { random: Random::new(seed), model: model.to_owned(), prompts, output, drawn: 0 }
+        let (random, model) = (Random::new(seed), model.to_owned());
+        Self { random, model, prompts, output, residency: None, drawn: 0 }
+    }
+
+    /// The same requests, which may be served in these regions only.
+    pub fn within(self, residency: Option<Vec<Region>>) -> Self {
+        Self { residency, ..self }
     }
 }
 
@@ -132,7 +140,7 @@ impl Iterator for Mix {
     fn next(&mut self) -> Option<Request> {
         let (prompt, prompt_len) = self.prompts.draw(&mut self.random);
         let output_tokens = self.output.draw(&mut self.random);
-        let body = json!({
+        let mut body = json!({
             "model": self.model,
             "prompt": prompt,
             "max_tokens": output_tokens,
@@ -142,6 +150,9 @@ impl Iterator for Mix {
             "stream": true,
             "return_token_ids": true,
         });
+        if let Some(regions) = &self.residency {
+            body["residency"] = json!(regions);
+        }
         let index = self.drawn;
         self.drawn += 1;
         Some(Request { index, body, prompt_len, output_tokens })

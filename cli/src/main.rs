@@ -77,6 +77,9 @@ enum Verb {
     /// Make, replace and revoke the keys by which tenants use the public API.
     #[command(subcommand)]
     Key(verbs::key::KeyVerb),
+    /// Explain where a request may be served, without running it.
+    #[command(subcommand)]
+    Residency(verbs::residency::ResidencyVerb),
     /// Change the network between the processes of an `entente up --link`.
     #[command(subcommand)]
     Link(verbs::link::LinkVerb),
@@ -109,6 +112,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Token(verb) => verbs::token::run(verb),
         Verb::Tenant(verb) => verbs::tenant::run(verb),
         Verb::Key(verb) => verbs::key::run(verb),
+        Verb::Residency(verb) => verbs::residency::run(verb),
         Verb::Link(verb) => verbs::link::run(verb),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use entente_proto::ids::{Region, RegionSet};
+use entente_proto::ids::{InvalidId, Region, RegionSet};
 
 /// Where coordinators of other regions are asked, by region.
 pub type Endpoints = BTreeMap<Region, String>;
@@ -32,6 +32,22 @@ pub enum Decision {
         /// Where its coordinator is asked.
         url: String,
     },
+}
+
+/// Reads what a header says: regions with commas between them.
+///
+/// # Errors
+/// Names the first that is none.
+pub fn parse(list: &str) -> Result<RegionSet, InvalidId> {
+    list.split(',').map(|code| code.trim().parse()).collect()
+}
+
+/// To what a request narrows its tenant's policy by its body and by its header.
+pub fn both(body: Option<RegionSet>, header: Option<RegionSet>) -> Option<RegionSet> {
+    match (body, header) {
+        (Some(body), Some(header)) => Some(body.intersection(&header).copied().collect()),
+        (body, header) => body.or(header),
+    }
 }
 
 /// Decides on a request that arrived in `home`, of somebody who is bound by `policy` and narrows it

@@ -97,6 +97,7 @@ impl<'a> Drill<'a> {
             bail!(Misuse("the cluster has no coordinator in the regions of the load".to_owned()))
         };
         let mix = Mix::new(load.seed, first.client.model(), load.prompts, load.output());
+        let mix = mix.within(load.residency.clone());
         let processes = place.processes()?;
         let mut random = Random::new(!load.seed);
         let strikes =

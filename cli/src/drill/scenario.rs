@@ -84,6 +84,8 @@ pub struct Load {
     pub seed: u64,
     /// Whose coordinators are asked; all when absent.
     pub regions: Option<Vec<Region>>,
+    /// The only regions that may serve the requests; whatever is allowed when absent.
+    pub residency: Option<Vec<Region>>,
     /// Longest that one request may take.
     #[serde(default = "deadline_default")]
     pub deadline: Span,

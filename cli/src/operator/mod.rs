@@ -11,6 +11,7 @@ mod output;
 pub mod tenants;
 pub mod wait;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use entente_membership::client::Client;
 use entente_membership::net::Dialler;
 use entente_membership::state::codec::STATE_LEN_MAX;
 use entente_membership::state::{Applied, Command, Expect, Node, State};
-use entente_proto::ids::NodeName;
+use entente_proto::ids::{NodeName, Region};
 use entente_proto::wire::admin_client::AdminClient;
 use entente_tls::{Credentials, Files};
 use rustls::pki_types::CertificateDer;
@@ -80,6 +81,14 @@ impl OperatorArgs {
         let result = runtime.block_on(async { verb(self.connect()?).await });
         runtime.shutdown_background();
         result
+    }
+
+    /// Where clients reach each region, as far as an `entente up` says it.
+    pub fn endpoints(&self) -> anyhow::Result<BTreeMap<Region, String>> {
+        if self.coordinator.is_empty() {
+            return Ok(ClusterFile::read(&self.data_dir)?.endpoints);
+        }
+        Ok(BTreeMap::new())
     }
 
     fn connect(&self) -> anyhow::Result<Operator> {

@@ -13,6 +13,7 @@ pub mod link;
 pub mod model;
 pub mod node;
 pub mod raft;
+pub mod residency;
 pub mod tenant;
 pub mod token;
 pub mod up;

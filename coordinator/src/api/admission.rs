@@ -10,7 +10,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use entente_membership::tenant::Scope;
 use entente_proto::frame::REGIONS_MAX;
-use entente_proto::ids::{Region, RegionSet};
+use entente_proto::ids::RegionSet;
 use futures::StreamExt;
 
 use super::request::Common;
@@ -99,10 +99,7 @@ impl Api {
 fn narrowing(headers: &HeaderMap, common: &Common) -> Result<Option<RegionSet>, ApiError> {
     let in_body: Option<RegionSet> =
         common.residency.as_ref().map(|list| list.0.iter().copied().collect());
-    Ok(match (in_body, in_header(headers)?) {
-        (Some(body), Some(header)) => Some(body.intersection(&header).copied().collect()),
-        (body, header) => body.or(header),
-    })
+    Ok(residency::both(in_body, in_header(headers)?))
 }
 
 /// A list with commas; a header that comes several times is one list.
@@ -111,10 +108,8 @@ fn in_header(headers: &HeaderMap) -> Result<Option<RegionSet>, ApiError> {
     let mut regions: Option<RegionSet> = None;
     for value in headers.get_all(RESIDENCY_HEADER) {
         let text = value.to_str().map_err(|_| refused("the header is not ASCII".to_owned()))?;
-        for code in text.split(',') {
-            let region = code.trim().parse::<Region>().map_err(|e| refused(e.to_string()))?;
-            regions.get_or_insert_default().insert(region);
-        }
+        let listed = residency::parse(text).map_err(|error| refused(error.to_string()))?;
+        regions.get_or_insert_default().extend(listed);
     }
     match regions.as_ref().map_or(0, RegionSet::len) {
         0..=REGIONS_MAX => Ok(regions),
