@@ -28,9 +28,9 @@ use crate::engine::forward::{CacheShape, Forward};
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::tally::Closed;
 use crate::engine::{Engine, Parts};
-use crate::statements::{self, Stated};
 use crate::link::Opener;
 use crate::metrics::Metrics;
+use crate::statements::{self, Stated};
 
 /// Why a coordinator could not start or had to stop.
 #[derive(Debug, thiserror::Error)]

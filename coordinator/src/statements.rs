@@ -154,11 +154,7 @@ impl Asker {
     }
 
     /// Asks one node, over the connection that there is or over a new one.
-    fn ask(
-        &self,
-        name: NodeName,
-        requests: Vec<RequestId>,
-    ) -> impl Future<Output = Asked> + use<> {
+    fn ask(&self, name: NodeName, requests: Vec<RequestId>) -> impl Future<Output = Asked> + use<> {
         let (opener, state) = (self.opener.clone(), self.states.borrow().clone());
         let known = self.channels.get(&name).cloned();
         async move {

@@ -14,8 +14,8 @@ use entente_model::packed::Manifest;
 use entente_model::{Checkpoint, Progress, load_experts};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::{
-    Fence, Incarnation, KernelClass, MembershipEpoch, ModelDigest, NodeName, PlacementEpoch, Region,
-    RequestId,
+    Fence, Incarnation, KernelClass, MembershipEpoch, ModelDigest, NodeName, PlacementEpoch,
+    Region, RequestId,
 };
 use entente_proto::link::NodeInfo;
 use entente_proto::placement::ExpertKey;

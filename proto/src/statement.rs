@@ -80,8 +80,7 @@ fn too_many(field: &'static str, count: usize) -> FrameError {
 
 fn id(field: &'static str, bytes: &[u8]) -> Result<RequestId, FrameError> {
     let have = bytes.len();
-    let bytes =
-        bytes.try_into().map_err(|_| FrameError::Length { field, have, want: ID_BYTES })?;
+    let bytes = bytes.try_into().map_err(|_| FrameError::Length { field, have, want: ID_BYTES })?;
     Ok(RequestId(u128::from_le_bytes(bytes)))
 }
 

@@ -96,7 +96,8 @@ fn decide(
     endpoints: &Endpoints,
 ) -> anyhow::Result<Vec<Row>> {
     let known = Tenant::of(state, tenant);
-    let (tenant, _) = known.ok_or_else(|| Misuse(format!("there is no tenant {tenant}")))?
+    let (tenant, _) = known
+        .ok_or_else(|| Misuse(format!("there is no tenant {tenant}")))?
         .context("the tenant's record cannot be read")?;
     let entries = state.nodes().filter(|node| node.spec.role == Role::Coordinator);
     let entries: Vec<(Region, String)> =
