@@ -147,7 +147,6 @@ impl Lonely {
             drain_deadline_ms: None,
             scrub_interval_s: None,
             metrics_listen: None,
-            scrub_interval_s: None,
             tls: Some(self.issue("expert", name)),
             membership: Default::default(),
             cluster: self.roster.clone(),
