@@ -16,7 +16,7 @@ use entente_membership::enrolment;
 use entente_membership::raft;
 use entente_membership::roster::{Roster, VoterRole};
 use entente_membership::served::{Differs, SERVED_MODEL_KEY, ServedModel};
-use entente_membership::service::{self, Membership, Service};
+use entente_membership::service::{self, Membership, Process, Service};
 use entente_membership::state::{Command, Expect, RecordKind, State};
 use entente_proto::ids::Region;
 use entente_tls::{Credentials, Files};
@@ -50,7 +50,8 @@ pub(crate) async fn start(config: &Config, listener: Option<TcpListener>) -> Res
     let files = config.tls.clone().ok_or_else(|| needed("tls"))?;
     let credentials = credentials(config)?.ok_or_else(|| needed("tls"))?;
     let (roster, name) = (&config.cluster, &config.name);
-    let service = service::start(membership, roster, name, credentials.clone(), listener).await?;
+    let process = Process { listener, ..credentials.clone().into() };
+    let service = service::start(membership, roster, name, process).await?;
     Ok(Host { service, credentials, files })
 }
 

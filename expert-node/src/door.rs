@@ -7,8 +7,12 @@
 //!            └── plain (loopback only): the first byte tells ┘
 //! ```
 //!
-//! Invariants: who has not shown the certificate of a coordinator costs a task, never a thread; a
-//! handshake ends after [`HELLO_MAX`], and at most [`HANDSHAKES_MAX`] are under way.
+//! Any process of the cluster gets through the handshake; the table of
+//! [`entente_membership::access`] says what it may call then, over either protocol, and a refusal is
+//! audited.
+//!
+//! Invariants: who has not shown the certificate of a coordinator of the region costs a task, never a
+//! thread; a handshake ends after [`HELLO_MAX`], and at most [`HANDSHAKES_MAX`] are under way.
 
 use std::io::{self, Cursor};
 use std::net::SocketAddr;
@@ -16,7 +20,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use entente_proto::identity::{Expected, Identity, Role};
+use entente_membership::access::EXCHANGE_STREAM;
+use entente_membership::guard::Guard;
+use entente_membership::net::{Peer, anyone, in_words};
 use entente_proto::ids::Incarnation;
 use entente_proto::stream::PREFACE;
 use entente_tls::{ALPN_GRPC, ALPN_STREAM, Channel, Credentials, Incoming};
@@ -45,19 +51,15 @@ pub(crate) struct Door {
 pub(crate) struct Tls {
     stream: Arc<ServerConfig>,
     grpc: Arc<ServerConfig>,
+    guard: Guard,
 }
 
 impl Tls {
-    /// Coordinators of our cluster may come in, and to the gRPC server also expert nodes: what each
-    /// may call there is the service's to say.
-    pub(crate) fn new(credentials: &Credentials) -> Result<Self, entente_tls::Error> {
-        let cluster = &credentials.identity().cluster;
-        let one_of = |roles| Expected { cluster: cluster.clone(), roles, member: None };
-        let stream = one_of(vec![Role::Coordinator]);
-        let grpc = one_of(vec![Role::Coordinator, Role::Expert]);
+    pub(crate) fn new(credentials: &Credentials, guard: Guard) -> Result<Self, entente_tls::Error> {
         Ok(Self {
-            stream: credentials.server(stream, &[ALPN_STREAM])?,
-            grpc: credentials.server(grpc, &[ALPN_GRPC])?,
+            stream: credentials.server(anyone(credentials), &[ALPN_STREAM])?,
+            grpc: credentials.server(anyone(credentials), &[ALPN_GRPC])?,
+            guard,
         })
     }
 }
@@ -66,7 +68,7 @@ impl Tls {
 enum Guest {
     Stream(TcpStream, Box<Channel>, Incoming),
     /// With who it is, where certificates say it.
-    Grpc(Pin<Box<dyn Duplex>>, Option<Arc<Identity>>),
+    Grpc(Pin<Box<dyn Duplex>>, Option<Peer>),
 }
 
 impl Door {
@@ -98,7 +100,7 @@ impl Door {
                     Err(_) => Err(io::Error::other("it did not say who it is in time")),
                 };
                 if let Err(error) = shown {
-                    refused(peer, &error);
+                    door.refused(peer, &error);
                 }
             });
         }
@@ -112,15 +114,19 @@ impl Door {
             Protocol::Stream => {
                 let mut channel = Box::new(Channel::server(tls.stream.clone())?);
                 let incoming = shake(&mut socket, &mut channel, incoming).await?;
+                let peer = Peer::of(channel.peer_certificates())?;
+                let admitted = tls.guard.admit(Some(&peer), EXCHANGE_STREAM);
+                admitted.map_err(|status| not_admitted(&status))?;
                 Ok(Guest::Stream(socket, channel, incoming))
             }
             Protocol::Grpc => {
                 // The handshake has to see what was read already.
                 let (read, write) = socket.into_split();
                 let read = Cursor::new(incoming.unopened().to_vec()).chain(read);
-                let secured = TlsAcceptor::from(tls.grpc.clone()).accept(join(read, write)).await?;
-                let certificates = secured.get_ref().1.peer_certificates();
-                let peer = Arc::new(entente_tls::peer_identity(certificates)?);
+                let secured = TlsAcceptor::from(tls.grpc.clone()).accept(join(read, write)).await;
+                let secured = secured.map_err(in_words)?;
+                let peer = Peer::of(secured.get_ref().1.peer_certificates())?;
+                // What it calls is looked at call by call.
                 Ok(Guest::Grpc(Box::pin(secured), Some(peer)))
             }
         }
@@ -141,15 +147,23 @@ impl Door {
             }
         }
     }
+
+    fn refused(&self, peer: SocketAddr, error: &io::Error) {
+        match (error.kind(), &self.tls) {
+            // Peers that only look whether somebody is there are nothing to warn of.
+            (io::ErrorKind::UnexpectedEof, _) => {
+                tracing::debug!(%peer, %error, "a connection was not served");
+            }
+            // The guard has told of it.
+            (io::ErrorKind::PermissionDenied, _) => {}
+            (_, Some(tls)) => tls.guard.turned_away(peer, error),
+            (_, None) => tracing::warn!(%peer, %error, "a connection was refused"),
+        }
+    }
 }
 
-/// Peers that only look whether somebody is there are nothing to warn of.
-fn refused(peer: SocketAddr, error: &io::Error) {
-    if error.kind() == io::ErrorKind::UnexpectedEof {
-        tracing::debug!(%peer, %error, "a connection was not served");
-    } else {
-        tracing::warn!(%peer, %error, "a connection was refused");
-    }
+fn not_admitted(status: &tonic::Status) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, status.message())
 }
 
 async fn greet_plain(mut socket: TcpStream) -> io::Result<Guest> {
@@ -238,7 +252,7 @@ pub(crate) struct Greeted {
     /// of a later start, never of an earlier one.
     pub(crate) incarnation: Incarnation,
     /// Who it is; absent where nobody has a certificate, on loopback.
-    pub(crate) peer: Option<Arc<Identity>>,
+    pub(crate) peer: Option<Peer>,
 }
 
 pub(crate) trait Duplex: AsyncRead + AsyncWrite + Send {}

@@ -66,7 +66,7 @@ pub use config::{Config, ConfigError, MembershipConfig};
 pub use counters::{Counters, Counts};
 pub use node::{ExpertNode, NodeHandle, Reply};
 pub use run::{Listeners, Ready, run};
-pub use service::serve;
+pub use service::{Secured, serve};
 
 /// Why an expert node cannot start or go on.
 #[derive(Debug, thiserror::Error)]

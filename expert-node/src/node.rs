@@ -248,11 +248,6 @@ impl NodeHandle {
         let _ = self.0.loader.set(loader);
     }
 
-    /// The country that the node stands in.
-    pub(crate) fn region(&self) -> Region {
-        self.0.facts.region
-    }
-
     /// How weights are kept.
     pub(crate) fn format(&self) -> WeightFormat {
         self.0.format

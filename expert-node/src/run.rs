@@ -94,7 +94,7 @@ pub async fn run(
     let take_out = move |expert| taken_from.release(&BTreeSet::from([expert]));
     let _scrubber = scrub_interval.map(|i| scrub::start(node.clone(), i, take_out)).transpose()?;
     on_ready(&node);
-    serve(node, listener, credentials.as_ref(), shutdown).await
+    serve(node, listener, credentials.map(Into::into), shutdown).await
 }
 
 /// The listener that was given, or one at `at`; and where it is reached.
@@ -164,7 +164,7 @@ impl Live {
             match may_greet.await {
                 Ok(()) => {
                     let ended = async { drop(ended.await) };
-                    serve(node.clone(), listener, Some(&credentials), ended).await
+                    serve(node.clone(), listener, Some(credentials.into()), ended).await
                 }
                 Err(_) => Ok(()),
             }

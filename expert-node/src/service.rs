@@ -5,11 +5,14 @@
 //! the stream's outgoing channel; so an answer never waits for room, the compute thread never
 //! blocks on a peer, and a peer that does not read its answers stops being read.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
+use entente_membership::audit::Sink;
+use entente_membership::guard::Guard;
 use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
-use entente_proto::identity::Role;
 use entente_proto::ids::{ExchangeId, Incarnation};
 use entente_proto::statement::{self, STATEMENT_CONTEXT};
 use entente_proto::wire;
@@ -20,6 +23,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, Service as GrpcService, http};
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -51,9 +56,8 @@ impl Exchange for Service {
 
     async fn describe(
         &self,
-        request: Request<wire::DescribeRequest>,
+        _: Request<wire::DescribeRequest>,
     ) -> Result<Response<wire::NodeInfo>, Status> {
-        greeted(&request, Role::Coordinator)?;
         Ok(Response::new(self.node.info().into()))
     }
 
@@ -62,8 +66,8 @@ impl Exchange for Service {
         request: Request<Streaming<wire::Dispatch>>,
     ) -> Result<Response<Self::StreamStream>, Status> {
         let mut incarnation = self.node.incarnation();
-        let greeted = greeted(&request, Role::Coordinator)?.incarnation;
-        if *incarnation.borrow_and_update() != greeted {
+        let greeted = request.extensions().get::<Greeted>().map(|greeted| greeted.incarnation);
+        if Some(*incarnation.borrow_and_update()) != greeted {
             return Err(Status::unavailable("the node has another incarnation now; dial again"));
         }
         let (answers, outgoing) = mpsc::channel(STREAM_FRAMES_MAX);
@@ -83,7 +87,6 @@ impl Exchange for Service {
         &self,
         request: Request<wire::SettleRequest>,
     ) -> Result<Response<wire::SignedStatement>, Status> {
-        greeted(&request, Role::Coordinator)?;
         let own = self.credentials.as_ref();
         let own = own.ok_or_else(|| Status::failed_precondition("the node has no certificate"))?;
         let requests = statement::requests(&request.get_ref().requests)
@@ -96,31 +99,16 @@ impl Exchange for Service {
         Ok(Response::new(wire::SignedStatement { statement, signature, certificate }))
     }
 
-    /// Weights stay in their region, and go to nobody who has not shown a certificate.
+    /// Weights go to nobody who has not shown a certificate; to whom else, the guard has said.
     async fn fetch(
         &self,
         request: Request<wire::FetchRequest>,
     ) -> Result<Response<Self::FetchStream>, Status> {
-        let peer = greeted(&request, Role::Expert)?.peer.clone();
-        let region = self.node.region();
-        if peer.is_none_or(|peer| peer.region != region) {
-            tracing::warn!(target: "audit", "weights were refused to a peer of another region");
-            return Err(Status::permission_denied(format!("weights do not leave {region}")));
+        let greeted = request.extensions().get::<Greeted>();
+        if greeted.is_none_or(|greeted| greeted.peer.is_none()) {
+            return Err(Status::unauthenticated("nobody is known there"));
         }
         Ok(Response::new(self.lender.lend(&request.into_inner())?))
-    }
-}
-
-/// What is known of the caller, if it has this role. Without certificates nobody has one.
-fn greeted<T>(request: &Request<T>, role: Role) -> Result<&Greeted, Status> {
-    let greeted = request.extensions().get::<Greeted>();
-    let greeted = greeted.ok_or_else(|| Status::unauthenticated("nobody is known there"))?;
-    match &greeted.peer {
-        Some(peer) if peer.role != role => {
-            tracing::warn!(target: "audit", caller = %peer, "a call was refused to this role");
-            Err(Status::permission_denied(format!("the call is for the role {role}")))
-        }
-        _ => Ok(greeted),
     }
 }
 
@@ -172,17 +160,63 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Serves the node on `listener` until `shutdown` resolves: with credentials over TLS, to
-/// coordinators of the same cluster; without, in plain text to whoever comes. In the end new frames are refused as
+/// What makes the difference between a node that serves processes of its cluster and region, and one
+/// that serves whoever comes.
+#[derive(Clone)]
+pub struct Secured {
+    /// What the node shows, and whom it believes.
+    pub credentials: Credentials,
+    /// Who is told of refusals.
+    pub audit: Sink,
+}
+
+impl From<Credentials> for Secured {
+    /// Refusals go to the log.
+    fn from(credentials: Credentials) -> Self {
+        Self { credentials, audit: Sink::default() }
+    }
+}
+
+/// The exchange behind the guard, which there is unless the node serves in plain text.
+#[derive(Clone)]
+struct Guarded {
+    guard: Option<Guard>,
+    exchange: ExchangeServer<Service>,
+}
+
+impl GrpcService<http::Request<Body>> for Guarded {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<http::Response<Body>, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let peer = request.extensions().get::<Greeted>().and_then(|greeted| greeted.peer.as_ref());
+        let admitted = self.guard.as_ref().map(|guard| guard.admit(peer, request.uri().path()));
+        match admitted.transpose() {
+            Ok(_) => self.exchange.call(request),
+            Err(refused) => Box::pin(async move { Ok(refused.into_http()) }),
+        }
+    }
+}
+
+/// Serves the node on `listener` until `shutdown` resolves: with credentials over TLS, to whom the
+/// table lets call it; without, in plain text to whoever comes. In the end new frames are refused as
 /// DRAINING, what is queued is computed and answered, and streams are ended; all of that within a
 /// few seconds, whatever peers do.
 pub async fn serve(
     node: NodeHandle,
     listener: TcpListener,
-    credentials: Option<&Credentials>,
+    secured: Option<Secured>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let tls = credentials.map(Tls::new).transpose()?;
+    let guard =
+        secured.as_ref().map(|own| Guard::new(own.credentials.identity(), own.audit.clone()));
+    let tls = secured.as_ref().zip(guard.clone());
+    let tls = tls.map(|(own, guard)| Tls::new(&own.credentials, guard)).transpose()?;
     let (close, closing) = watch::channel(false);
     let mut closed = closing.clone();
     let connections = Arc::new(Connections::default());
@@ -190,10 +224,10 @@ pub async fn serve(
     let door = Door { node: node.clone(), connections: connections.clone(), grpc, tls };
     let _greeting = AbortOnDrop(tokio::spawn(greet_again(node.incarnation(), connections.clone())));
     let accepting = AbortOnDrop(tokio::spawn(door.open(listener)));
-    let service = ExchangeServer::new(Service {
+    let exchange = ExchangeServer::new(Service {
         lender: Lender::new(node.clone()),
         node: node.clone(),
-        credentials: credentials.cloned(),
+        credentials: secured.map(|own| own.credentials),
         closing,
     })
     .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -215,7 +249,11 @@ pub async fn serve(
         .max_frame_size(HTTP2_FRAME_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .serve_with_incoming_shutdown(service, ReceiverStream::new(incoming), drained);
+        .serve_with_incoming_shutdown(
+            Guarded { guard, exchange },
+            ReceiverStream::new(incoming),
+            drained,
+        );
     let overdue = async {
         let _ = closed.wait_for(|closed| *closed).await;
         sleep(CLOSE_MAX).await;

@@ -15,6 +15,8 @@
 //!   store::Store    makes each log::Batch durable
 //!
 //!   service         a thread and sockets around voter, store and steward: the control plane
+//!   access, guard   who may call what: one table, and the door that asks it
+//!   audit           what was refused, and what operators ordered
 //!   client          how everybody else speaks to it, over net
 //!   enrolment       how a process gets its first certificate, and keeps one
 //! ```
@@ -31,8 +33,11 @@
 //! [`enrolment`] and [`service`]. What
 //! no part knows: what a model is, and how a placement is computed (the router plans it).
 
+pub mod access;
+pub mod audit;
 pub mod client;
 pub mod enrolment;
+pub mod guard;
 pub mod log;
 #[cfg(feature = "etcd")]
 pub mod mirror;

@@ -35,7 +35,9 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 
-pub use accept::{Accepted, ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, Stranger, accept};
+pub use accept::{
+    Accepted, ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, Stranger, accept, anyone,
+};
 pub use reason::{LEADER_KEY, REASON_KEY, Reason};
 pub use via::Via;
 
@@ -166,8 +168,8 @@ async fn secured(
     connected.map(TokioIo::new).map_err(in_words)
 }
 
-/// What the verifier found is otherwise printed as a structure.
-fn in_words(error: io::Error) -> io::Error {
+/// An error of a handshake as a text; what the verifier found is otherwise printed as a structure.
+pub fn in_words(error: io::Error) -> io::Error {
     match error.downcast::<rustls::Error>() {
         Ok(error) => io::Error::other(entente_tls::Error::from(error).to_string()),
         Err(error) => error,

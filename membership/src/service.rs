@@ -1,7 +1,7 @@
 //! The service around the pure [`crate::voter::Voter`]: a thread with a disk, and sockets.
 //!
 //! ```text
-//!   control port ──► guard (who may call what) ──► raft | members | admin | enrolment
+//!   control port ──► guard (crate::access: who may call what) ──► raft | members | admin | enrolment
 //!                                                    │  bounded commands
 //!                                                    ▼
 //!                        owner: ONE thread, Voter + Store ──► peers: a task for each voter
@@ -25,7 +25,6 @@ mod config;
 mod disk;
 mod enlist;
 mod enrolment;
-mod guard;
 mod heartbeat;
 mod members;
 #[cfg(feature = "etcd")]
@@ -49,10 +48,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use config::{CaConfig, Config, InvalidConfig};
-pub use guard::{ALLOWED, allowed};
 pub use heartbeat::{pack_experts, unpack_experts};
 
+use crate::audit::Sink;
 use crate::client::{Client, ClientError};
+use crate::guard::Guard;
 use crate::net::Dialler;
 use crate::raft::Status;
 use crate::roster::Roster;
@@ -177,6 +177,23 @@ impl Membership {
     }
 }
 
+/// The process that a voter is to be part of.
+pub struct Process {
+    /// What it shows, and whom it believes.
+    pub credentials: Credentials,
+    /// The socket of its control port, if somebody has bound it already.
+    pub listener: Option<std::net::TcpListener>,
+    /// Who is told of refusals and of operators' orders.
+    pub audit: Sink,
+}
+
+impl From<Credentials> for Process {
+    /// Binds its port itself, and tells its log.
+    fn from(credentials: Credentials) -> Self {
+        Self { credentials, listener: None, audit: Sink::default() }
+    }
+}
+
 /// Starts the voter `name` of the cluster: founds it, takes up where its disk left off, or joins.
 ///
 /// # Errors
@@ -185,10 +202,10 @@ pub async fn start(
     config: Config,
     roster: &Roster,
     name: &NodeName,
-    credentials: Credentials,
-    listener: Option<std::net::TcpListener>,
+    process: Process,
 ) -> Result<Service, ServiceError> {
     config.check()?;
+    let Process { credentials, listener, audit } = process;
     let listener = server::listen(&config, listener).await?;
     let listens = listener.local_addr().map_err(|error| server::cannot(&config, &error))?;
     let address = config.address(roster, name);
@@ -213,6 +230,7 @@ pub async fn start(
         store: disk.store,
         config: &config,
         credentials: credentials.clone(),
+        guard: Guard::new(credentials.identity(), audit),
         beginning: disk.beginning,
         identity: disk.identity,
         name: name.clone(),

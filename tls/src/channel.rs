@@ -17,7 +17,7 @@ use std::io::{self, IoSlice};
 use std::sync::Arc;
 
 use rustls::client::UnbufferedClientConnection;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, UnbufferedStatus};
 use rustls::{ClientConfig, ServerConfig};
@@ -77,8 +77,8 @@ pub struct Channel {
     state: State,
     /// Records of the handshake that are to be sent.
     owed: Vec<u8>,
-    /// The fingerprint of what the peer has shown, once the handshake is over.
-    peer_certificate_sha256: Option<[u8; 32]>,
+    /// What the peer has shown, its own certificate first, once the handshake is over.
+    peer_certificates: Option<Vec<CertificateDer<'static>>>,
 }
 
 enum State {
@@ -122,13 +122,18 @@ impl Channel {
     }
 
     fn with(state: State) -> Self {
-        Self { state, owed: Vec::new(), peer_certificate_sha256: None }
+        Self { state, owed: Vec::new(), peer_certificates: None }
     }
 
-    /// The fingerprint of the peer's certificate; there is none before the handshake is over, and
+    /// The peer's certificates, its own one first; there are none before the handshake is over, and
     /// never where nothing is encrypted.
+    pub fn peer_certificates(&self) -> Option<&[CertificateDer<'static>]> {
+        self.peer_certificates.as_deref()
+    }
+
+    /// The fingerprint of the first of them.
     pub fn peer_certificate_sha256(&self) -> Option<[u8; 32]> {
-        self.peer_certificate_sha256
+        peer_certificate_sha256(self.peer_certificates()).ok()
     }
 
     /// Whether this passes bytes as they are.
@@ -235,14 +240,12 @@ impl Channel {
     fn end_handshake(&mut self) -> Result<(), Error> {
         let records = match std::mem::replace(&mut self.state, State::Failed) {
             State::Client(tls) => {
-                self.peer_certificate_sha256 =
-                    peer_certificate_sha256(tls.peer_certificates()).ok();
+                self.peer_certificates = tls.peer_certificates().map(<[_]>::to_vec);
                 let (secrets, keys) = tls.dangerous_into_kernel_connection()?;
                 Records::new(secrets, keys)?
             }
             State::Server(tls) => {
-                self.peer_certificate_sha256 =
-                    peer_certificate_sha256(tls.peer_certificates()).ok();
+                self.peer_certificates = tls.peer_certificates().map(<[_]>::to_vec);
                 let (secrets, keys) = tls.dangerous_into_kernel_connection()?;
                 Records::new(secrets, keys)?
             }

@@ -87,9 +87,9 @@ impl Node {
             tokio::net::TcpListener::from_std(listener).unwrap()
         };
         let node = handle.clone();
-        runtime.spawn(
-            async move { serve(node, listener, own.as_ref(), std::future::pending()).await },
-        );
+        runtime.spawn(async move {
+            serve(node, listener, own.map(Into::into), std::future::pending()).await
+        });
         Self { handle, runtime: Some(runtime) }
     }
 }

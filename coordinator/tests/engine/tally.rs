@@ -59,7 +59,7 @@ fn every_generation_is_closed_once_however_it_ends(transport: Transport) {
     let ends = ends(closed.into_iter().chain(live.engine.closed.try_iter()));
     let length = How::Finished(Finish::Length);
     assert_eq!(ends.len(), origins.len());
-    assert_eq!(ends[&complete.id], [length.clone()]);
+    assert_eq!(ends[&complete.id], std::slice::from_ref(&length));
     assert_eq!(ends[&twice.id], [length.clone(), length]);
     assert_eq!(ends[&gone.id], [How::Disconnected]);
     for (failed, why) in [(large, "do not fit"), (late, "waited 300 ms for experts")] {

@@ -182,7 +182,7 @@ impl Server {
             let until_told = async {
                 let _ = told.await;
             };
-            serve(node, listener, own.as_ref(), until_told).await
+            serve(node, listener, own.map(Into::into), until_told).await
         });
         Self { address, shutdown, served, runtime }
     }

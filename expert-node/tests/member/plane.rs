@@ -6,6 +6,8 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use entente_membership::audit::Sink;
+use entente_membership::guard::Guard;
 use entente_membership::net::{Reason, accept};
 use entente_membership::roster::Roster;
 use entente_membership::state::{
@@ -77,7 +79,8 @@ impl Plane {
         listener.set_nonblocking(true).unwrap();
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            let incoming = accept(listener, &own).unwrap().members;
+            let guard = Guard::new(own.identity(), Sink::default());
+            let incoming = accept(listener, &own, guard).unwrap().members;
             Server::builder().serve_with_incoming(control, incoming).await.unwrap();
         });
         Voter(Some(runtime))

@@ -11,6 +11,7 @@ use std::time::Duration;
 use entente_proto::identity::{Expected, Identity, Role};
 use entente_tls::{ALPN_GRPC, ALPN_JOIN, Credentials};
 use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -20,6 +21,8 @@ use tokio_rustls::server::TlsStream;
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
+
+use crate::guard::Guard;
 
 /// How long a peer may take to say who it is.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
@@ -34,7 +37,31 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Who is at the other end; what a handler finds in the extensions of its request.
 #[derive(Debug, Clone)]
-pub struct Peer(pub Arc<Identity>);
+pub struct Peer {
+    /// Who it is.
+    pub identity: Arc<Identity>,
+    /// The fingerprint of the certificate that says so.
+    pub certificate_sha256: [u8; 32],
+}
+
+impl Peer {
+    /// Who is at the other end of a finished handshake.
+    ///
+    /// # Errors
+    /// There is no certificate; that cannot be where both ends are authenticated.
+    pub fn of(certificates: Option<&[CertificateDer<'_>]>) -> Result<Self, entente_tls::Error> {
+        Ok(Self {
+            identity: Arc::new(entente_tls::peer_identity(certificates)?),
+            certificate_sha256: entente_tls::peer_certificate_sha256(certificates)?,
+        })
+    }
+}
+
+/// Any process of the cluster; what it may do is the table's to say.
+pub fn anyone(credentials: &Credentials) -> Expected {
+    let roles = vec![Role::Coordinator, Role::Witness, Role::Expert, Role::Operator];
+    Expected { cluster: credentials.identity().cluster.clone(), roles, member: None }
+}
 
 /// Somebody who has shown no certificate, and may join at most; in the extensions likewise.
 #[derive(Debug, Clone, Copy)]
@@ -62,15 +89,14 @@ pub struct Accepted {
 pub fn accept(
     listener: TcpListener,
     credentials: &Credentials,
+    guard: Guard,
 ) -> Result<Accepted, entente_tls::Error> {
-    let roles = vec![Role::Coordinator, Role::Witness, Role::Expert, Role::Operator];
-    let own = credentials.identity();
-    let anyone = Expected { cluster: own.cluster.clone(), roles, member: None };
-    let joins = (own.role == Role::Coordinator).then(|| credentials.join_server());
+    let joins =
+        (credentials.identity().role == Role::Coordinator).then(|| credentials.join_server());
     let (members, accepted) = mpsc::channel(ACCEPTED_MAX);
     let (joiners, joining) = mpsc::channel(JOINERS_MAX);
     let door = Door {
-        member: credentials.server(anyone, &[ALPN_GRPC])?,
+        member: credentials.server(anyone(credentials), &[ALPN_GRPC])?,
         joiner: joins.transpose()?,
         members: members.clone(),
         joiners,
@@ -78,7 +104,7 @@ pub fn accept(
     };
     tokio::spawn(async move {
         tokio::select! {
-            () = listen(listener, door) => {}
+            () = listen(listener, door, guard) => {}
             () = members.closed() => {}
         }
     });
@@ -97,7 +123,7 @@ struct Door {
     places: Arc<Semaphore>,
 }
 
-async fn listen(listener: TcpListener, door: Door) {
+async fn listen(listener: TcpListener, door: Door, guard: Guard) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let (socket, peer) = match listener.accept().await {
@@ -112,7 +138,7 @@ async fn listen(listener: TcpListener, door: Door) {
             tracing::warn!(%peer, "a control connection was not taken: too many handshakes");
             continue;
         };
-        let door = door.clone();
+        let (door, guard) = (door.clone(), guard.clone());
         tokio::spawn(async move {
             let greeted = timeout(HANDSHAKE_MAX, door.greet(socket, peer)).await;
             drop(permit);
@@ -122,9 +148,7 @@ async fn listen(listener: TcpListener, door: Door) {
                     // Somebody who only looked whether anybody is there.
                     tracing::debug!(%peer, %error, "a control connection was not served");
                 }
-                Ok(Err(error)) => {
-                    tracing::warn!(target: "audit", %peer, %error, "a control connection was refused");
-                }
+                Ok(Err(error)) => guard.turned_away(peer, &error),
                 Err(_) => tracing::warn!(%peer, "a peer did not say who it is in time"),
             }
         });
@@ -158,8 +182,8 @@ impl Door {
             }
             None => {
                 let stream = shake(hello, &self.member).await?;
-                let peer = entente_tls::peer_identity(stream.get_ref().1.peer_certificates())?;
-                Ok(Guest::Member(ControlIo { stream, peer: Peer(Arc::new(peer)), _place: None }))
+                let peer = Peer::of(stream.get_ref().1.peer_certificates())?;
+                Ok(Guest::Member(ControlIo { stream, peer, _place: None }))
             }
         }
     }

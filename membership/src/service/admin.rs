@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status, async_trait};
 use super::members::not_proposed;
 use super::shared::{Shared, voter_spec};
 use super::steward_shell::{Ask, Nodes};
+use crate::guard::caller;
 use crate::net::Reason;
 use crate::raft::{self, Change};
 use crate::state::State;
@@ -51,9 +52,8 @@ impl admin_server::Admin for Admin {
         &self,
         request: Request<wire::ChangeGroupRequest>,
     ) -> Result<Response<wire::ChangeGroupReply>, Status> {
-        self.0.expect_leader()?;
         let missing = || Status::invalid_argument("there is no change");
-        let wanted = request.into_inner().change.ok_or_else(missing)?;
+        let wanted = self.ordered("ChangeGroup", request)?.change.ok_or_else(missing)?;
         let (state, status) = (self.0.state(), self.0.status());
         let change = match wanted {
             Wanted::AddLearner(name) => Change::AddLearner(voter_to_add(&state, &name)?),
@@ -78,8 +78,8 @@ impl admin_server::Admin for Admin {
         &self,
         request: Request<wire::TransferLeaderRequest>,
     ) -> Result<Response<wire::TransferLeaderReply>, Status> {
-        self.0.expect_leader()?;
-        let to = member(&self.0.state(), &self.0.status(), &request.into_inner().to)?;
+        let request = self.ordered("TransferLeader", request)?;
+        let to = member(&self.0.state(), &self.0.status(), &request.to)?;
         let proposed = self.0.owner.transfer(to).await;
         proposed.map_err(|error| not_proposed(&self.0, &error))?;
         wait_for(&self.0, |status| status.leader == Some(to)).await?;
@@ -88,9 +88,9 @@ impl admin_server::Admin for Admin {
 
     async fn take_snapshot(
         &self,
-        _: Request<wire::TakeSnapshotRequest>,
+        request: Request<wire::TakeSnapshotRequest>,
     ) -> Result<Response<wire::TakeSnapshotReply>, Status> {
-        self.0.expect_leader()?;
+        self.ordered("TakeSnapshot", request)?;
         let busy = || Status::resource_exhausted("too much waits for the log");
         let index = self.0.owner.take_snapshot().await.ok_or_else(busy)?;
         Ok(Response::new(wire::TakeSnapshotReply { index }))
@@ -142,8 +142,9 @@ impl admin_server::Admin for Admin {
         &self,
         request: Request<wire::DrainRequest>,
     ) -> Result<Response<wire::DrainReply>, Status> {
+        let request = self.ordered("Drain", request)?;
         let state = self.0.state();
-        let node = node(&state, &request.into_inner().name)?;
+        let node = node(&state, &request.name)?;
         match self.steward(|answer| Ask::Drain(node, answer)).await? {
             Ok(()) => {
                 let replicas = state.placement().experts_of(node).len();
@@ -175,7 +176,8 @@ impl admin_server::Admin for Admin {
         &self,
         request: Request<wire::RebalanceRequest>,
     ) -> Result<Response<wire::RebalanceReply>, Status> {
-        let what = rebalance(&self.0.state(), &request.into_inner())?;
+        let request = self.ordered("Rebalance", request)?;
+        let what = rebalance(&self.0.state(), &request)?;
         let planned = self.steward(|answer| Ask::Rebalance(what, answer)).await?;
         let plan = planned.map_err(|error| self.no_plan(&error))?;
         Ok(Response::new(wire::RebalanceReply {
@@ -186,6 +188,16 @@ impl admin_server::Admin for Admin {
 }
 
 impl Admin {
+    /// What an operator orders of the leader, and a trace of it.
+    fn ordered<T: std::fmt::Debug>(&self, call: &str, request: Request<T>) -> Result<T, Status> {
+        self.0.expect_leader()?;
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let call = format!("/entente.v1.Admin/{call}");
+        self.0.guard.obey(&caller, &call, &format!("{request:?}"));
+        Ok(request)
+    }
+
     async fn steward<T>(
         &self,
         ask: impl FnOnce(tokio::sync::oneshot::Sender<T>) -> Ask,

@@ -13,15 +13,18 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::authorities::Authorities;
 use super::enlist;
-use super::guard::{caller, refuse};
 use super::shared::{Shared, addresses};
 use crate::client::ClientError;
+use crate::guard::{Guard, caller};
 use crate::net::Stranger;
 use crate::roster::Roster;
 use crate::state::codec::spec_out;
 use crate::state::{Expect, NodeState, Refused, RefusedCode};
 use crate::token::{self, Claim, Token, TokenRefused};
 
+const JOIN: &str = "/entente.v1.Enrolment/Join";
+const RENEW: &str = "/entente.v1.Enrolment/Renew";
+const ENLIST: &str = "/entente.v1.Enrolment/Enlist";
 /// How long it may take until this voter knows what was committed before it was asked.
 const READ_MAX: Duration = Duration::from_secs(2);
 /// How long it may take to use a token up.
@@ -64,7 +67,7 @@ impl enrolment_server::Enrolment for Enrolment {
             Ok((token.admits(claim, now_ms(), cluster, &state)?, revision))
         });
         let (identity, revision) =
-            admitted.map_err(|error| not_admitted(&from, &said.token_id, &error))?;
+            admitted.map_err(|error| not_admitted(&shared.guard, &from, &said.token_id, &error))?;
         // It is signed before the token is used up, as a request that is none must not cost the
         // token, and leaves this process after.
         let chain_pem = authorities.certify(&said.csr, &identity)?;
@@ -82,7 +85,8 @@ impl enrolment_server::Enrolment for Enrolment {
         // Whoever was taken out for good keeps its certificate for the rest of its life, not longer.
         let state = shared.state();
         if state.node(&caller.node).is_some_and(|node| node.state == NodeState::Removed) {
-            return Err(refuse(&caller, "Renew", "it was taken out of the cluster"));
+            let reason = "it was taken out of the cluster";
+            return Err(shared.guard.refuse(&caller, RENEW, reason));
         }
         let chain_pem = authorities.certify(&request.into_inner().csr, &caller)?;
         tracing::info!(target: "audit", %caller, "renewed");
@@ -94,7 +98,11 @@ impl enrolment_server::Enrolment for Enrolment {
         request: Request<wire::EnlistRequest>,
     ) -> Result<Response<wire::EnlistReply>, Status> {
         let caller: Arc<Identity> = caller(&request)?;
-        let votes = enlist::one_step(&self.0.shared, &caller.node).await?;
+        let shared = &self.0.shared;
+        if shared.state().node(&caller.node).is_some_and(|node| !node.spec.is(&caller)) {
+            return Err(shared.guard.refuse(&caller, ENLIST, "somebody else has that name"));
+        }
+        let votes = enlist::one_step(shared, &caller.node).await?;
         Ok(Response::new(wire::EnlistReply { votes }))
     }
 }
@@ -134,8 +142,8 @@ impl Enrolment {
 }
 
 /// Leaves a trace, and tells the joiner no more than helps an honest one.
-fn not_admitted(from: &str, token: &str, error: &TokenRefused) -> Status {
-    tracing::warn!(target: "audit", from, token, %error, "a token was refused");
+fn not_admitted(guard: &Guard, from: &str, token: &str, error: &TokenRefused) -> Status {
+    guard.note_stranger(JOIN, &format!("{from} with token {token:?}: {error}"));
     Status::permission_denied(error.to_string())
 }
 

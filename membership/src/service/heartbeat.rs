@@ -11,12 +11,12 @@ use entente_proto::wire;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
-use super::guard::refuse;
 use super::shared::Shared;
 use super::steward_shell::{Ask, Heard};
 use crate::net::Reason;
 use crate::steward::{Orders, Report};
 
+const CALL: &str = "/entente.v1.Membership/Heartbeat";
 /// Bytes of one expert in a packed list: layer and expert, u16 each.
 const KEY_LEN: usize = 4;
 /// Most failures, and most row counts, in one report.
@@ -121,10 +121,10 @@ impl Heartbeat {
     fn check(&self, node: NodeId) -> Result<(), Status> {
         let state = self.shared.state();
         match state.node_by_id(node) {
-            Some(node) if node.spec.name == self.caller.node => Ok(()),
+            Some(node) if node.spec.is(&self.caller) => Ok(()),
             Some(other) => {
-                let reason = format!("node {node} is {}", other.spec.name);
-                Err(refuse(&self.caller, "Heartbeat", &reason))
+                let reason = format!("node {node} is {} of {}", other.spec.name, other.spec.region);
+                Err(self.shared.guard.refuse(&self.caller, CALL, &reason))
             }
             None => Err(Reason::Fenced.status(format!("node {node} is not a member; register"))),
         }

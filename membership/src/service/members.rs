@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
-use entente_proto::identity::Identity;
+use entente_proto::identity::{Identity, Role};
 use entente_proto::wire;
 use entente_proto::wire::membership_server;
 use tokio::sync::{mpsc, watch};
@@ -11,16 +11,18 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
-use super::guard::caller;
 use super::heartbeat;
 use super::shared::Shared;
 use super::steward_shell::Ask;
+use crate::audit::in_words;
+use crate::guard::caller;
 use crate::net::Reason;
 use crate::raft::{self, NotProposed};
 use crate::served::ServedModel;
 use crate::state::codec::outcome_out;
 use crate::state::{self, Applied, Command, Expect, NodeSpec, Outcome, Refused, State};
 
+const PROPOSE: &str = "/entente.v1.Membership/Propose";
 /// How long a proposal is waited for; a client that has less time goes away earlier.
 const PROPOSAL_MAX: Duration = Duration::from_secs(10);
 /// A voter that knows no leader for so long may be cut off: others know more.
@@ -104,13 +106,19 @@ impl membership_server::Membership for Members {
         request: Request<wire::ProposeRequest>,
     ) -> Result<Response<wire::ProposeReply>, Status> {
         let missing = || Status::invalid_argument("there is no request");
+        let caller = caller(&request)?;
         let request = request.into_inner().request.ok_or_else(missing)?;
         let request = state::Request::from_wire(request);
         let request = request.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let command = in_words(&request.command);
+        let ordered = caller.role == Role::Operator && request.command != Command::OpenSession;
         let proposed = timeout(PROPOSAL_MAX, self.shared.owner.propose(request)).await;
         let unknown = || Reason::UnknownOutcome.status("it may be committed or not; ask again");
         let proposed = proposed.ok().flatten().ok_or_else(unknown)?;
         let (index, outcome) = proposed.map_err(|error| not_proposed(&self.shared, &error))?;
+        if ordered {
+            self.shared.guard.obey(&caller, PROPOSE, &command);
+        }
         let outcome = Some(outcome_out(&outcome));
         Ok(Response::new(wire::ProposeReply { index, outcome }))
     }

@@ -18,6 +18,7 @@ use super::shared::{Directory, Own, Shared};
 use super::steward_shell::StewardHandle;
 use super::{Config, ServiceError, config};
 use crate::client::Client;
+use crate::guard::Guard;
 use crate::raft::{Change, NotProposed, Status};
 use crate::state::{Command, Outcome, Request, SessionId, State};
 use crate::store::{Identity, RedbStore, Store};
@@ -110,6 +111,7 @@ pub(super) struct Parts<'a> {
     pub(super) store: RedbStore,
     pub(super) config: &'a Config,
     pub(super) credentials: Credentials,
+    pub(super) guard: Guard,
     pub(super) beginning: State,
     pub(super) identity: Identity,
     pub(super) name: NodeName,
@@ -153,6 +155,7 @@ pub(super) fn prepare(parts: Parts<'_>) -> Result<(Thread, Shared), ServiceError
         client: parts.client,
         steward: parts.steward,
         directory,
+        guard: parts.guard,
         own: Arc::new(Own { identity: parts.identity, name: parts.name, address: parts.address }),
         tick: parts.config.tick(),
         election: Duration::from_millis(parts.config.election_ms),

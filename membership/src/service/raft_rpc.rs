@@ -5,11 +5,11 @@ use entente_proto::wire;
 use entente_proto::wire::raft_server;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
-use super::guard::{caller, refuse};
 use super::shared::{Shared, voter_spec};
+use crate::guard::caller;
 use crate::net::Reason;
 
-const CALL: &str = "Deliver";
+const CALL: &str = "/entente.v1.Raft/Deliver";
 
 pub(super) struct Raft(pub(super) Shared);
 
@@ -38,15 +38,15 @@ impl Raft {
     /// A voter speaks for itself only, and of our cluster.
     fn check(&self, caller: &Identity, envelope: &wire::RaftEnvelope) -> Result<(), Status> {
         if envelope.cluster_id != self.0.own.identity.cluster.0[..] {
-            tracing::warn!(target: "audit", %caller, call = CALL, "a voter of another cluster");
             let text = "the cluster was founded with other voters or nodes than this one";
+            self.0.guard.note_refused(caller, CALL, text);
             return Err(Reason::OtherCluster.status(text));
         }
         let state = self.0.state();
         match voter_spec(&state, envelope.from) {
-            Some(spec) if spec.name != caller.node => {
-                let reason = format!("voter {} is {}", envelope.from, spec.name);
-                Err(refuse(caller, CALL, &reason))
+            Some(spec) if !spec.is(caller) => {
+                let reason = format!("voter {} is {} of {}", envelope.from, spec.name, spec.region);
+                Err(self.0.guard.refuse(caller, CALL, &reason))
             }
             // A voter that is behind does not know all of them yet.
             _ => Ok(()),

@@ -10,18 +10,19 @@ use entente_proto::wire::membership_server::MembershipServer;
 use entente_proto::wire::raft_server::RaftServer;
 use entente_tls::Credentials;
 use tokio::net::TcpListener;
+use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
 use tonic::transport::Server;
 
 use super::admin::Admin;
 use super::enrolment::Enrolment;
-use super::guard::admit;
 use super::members::Members;
 use super::raft_rpc::Raft;
 use super::shared::Shared;
 use super::{Config, ServiceError};
-use crate::net::{Accepted, accept};
+use crate::guard::Guard;
+use crate::net::{Accepted, Peer, accept};
 use crate::state::codec::{REQUEST_LEN_MAX, STATE_LEN_MAX};
 use crate::voter::ENVELOPE_LEN_MAX;
 
@@ -62,7 +63,8 @@ pub(super) fn serve(
     listener: TcpListener,
     credentials: &Credentials,
 ) -> Result<impl Future<Output = ()> + use<>, ServiceError> {
-    let Accepted { members: incoming, joiners } = accept(listener, credentials)?;
+    let guard = shared.guard.clone();
+    let Accepted { members: incoming, joiners } = accept(listener, credentials, guard.clone())?;
     let enrolment = EnrolmentServer::new(enrolment).max_decoding_message_size(JOIN_LEN_MAX);
     let joining = Joining(enrolment.clone());
     let raft = RaftServer::new(Raft(shared.clone())).max_decoding_message_size(ENVELOPE_LEN_MAX);
@@ -70,7 +72,7 @@ pub(super) fn serve(
         .max_decoding_message_size(2 * REQUEST_LEN_MAX)
         .max_encoding_message_size(STATE_LEN_MAX + (1 << 16));
     let admin = AdminServer::new(Admin(shared.clone()));
-    let control = Control { raft, members, admin, enrolment };
+    let control = Control { guard, raft, members, admin, enrolment };
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
@@ -112,7 +114,7 @@ impl Service<http::Request<Body>> for Joining {
         if request.uri().path() == "/entente.v1.Enrolment/Join" {
             return self.0.call(request);
         }
-        let refused = tonic::Status::permission_denied("whoever has no certificate may join");
+        let refused = Status::permission_denied("whoever has no certificate may join");
         Box::pin(async move { Ok(refused.into_http()) })
     }
 }
@@ -120,6 +122,7 @@ impl Service<http::Request<Body>> for Joining {
 /// The services on the control port, behind the guard.
 #[derive(Clone)]
 struct Control {
+    guard: Guard,
     raft: RaftServer<Raft>,
     members: MembershipServer<Members>,
     admin: AdminServer<Admin>,
@@ -136,15 +139,19 @@ impl Service<http::Request<Body>> for Control {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        if let Err(refused) = admit(&request) {
+        let peer = request.extensions().get::<Peer>();
+        if let Err(refused) = self.guard.admit(peer, request.uri().path()) {
             return Box::pin(async move { Ok(refused.into_http()) });
         }
         match request.uri().path().split('/').nth(1) {
             Some("entente.v1.Raft") => self.raft.call(request),
             Some("entente.v1.Membership") => self.members.call(request),
             Some("entente.v1.Enrolment") => self.enrolment.call(request),
-            // What the guard admits is of one of the four.
-            _ => self.admin.call(request),
+            Some("entente.v1.Admin") => self.admin.call(request),
+            // The table lists the calls of expert nodes too, which are not served here.
+            _ => {
+                Box::pin(async { Ok(Status::unimplemented("it is served elsewhere").into_http()) })
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ use tonic::Status as GrpcStatus;
 use super::owner::Owner;
 use super::steward_shell::StewardHandle;
 use crate::client::Client;
+use crate::guard::Guard;
 use crate::net::Reason;
 use crate::raft::Status;
 use crate::state::{NodeSpec, NodeState, State, VoterId};
@@ -26,6 +27,7 @@ pub(super) struct Shared {
     pub(super) steward: StewardHandle,
     pub(super) directory: Directory,
     pub(super) own: Arc<Own>,
+    pub(super) guard: Guard,
     pub(super) tick: Duration,
     pub(super) election: Duration,
     pub(super) stopping: watch::Receiver<bool>,

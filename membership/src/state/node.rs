@@ -1,6 +1,6 @@
 //! What is known of a node, and how its life goes.
 
-use entente_proto::identity;
+use entente_proto::identity::{self, Identity};
 use entente_proto::ids::{Incarnation, NodeId, NodeName, Region};
 use serde::{Deserialize, Serialize};
 
@@ -105,6 +105,15 @@ pub struct NodeSpec {
     pub memory_bytes: Option<u64>,
     /// Instruction set, weight format and kernel version; empty until the node has told it.
     pub kernel_class: String,
+}
+
+impl NodeSpec {
+    /// Whether this is said of the process with that certificate. A name alone is not enough: the CA
+    /// of another region could give it to somebody else.
+    pub fn is(&self, process: &Identity) -> bool {
+        let Identity { cluster: _, region, role, node } = process;
+        (&self.name, self.region, self.role.identity()) == (node, *region, *role)
+    }
 }
 
 /// A member.

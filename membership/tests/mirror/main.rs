@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use entente_membership::mirror::{QUEUE_LEN_MAX, keys, run};
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
-use entente_membership::service::{self, Membership};
+use entente_membership::service::{self, Membership, Process};
 use entente_membership::state::{self, NodeSpec, NodeState, Role, State};
 use entente_proto::identity::Identity;
 use entente_proto::ids::{ExpertId, LayerId, NodeId};
@@ -188,7 +188,8 @@ async fn voter(etcd: &Etcd, dir: &std::path::Path) -> Membership {
     };
     let roster = Roster::new("test".to_owned(), 1, vec![node]).unwrap();
     let roster = roster.with_voters(vec![founder]).unwrap();
-    let started = service::start(file, &roster, &identity.node, credentials, Some(listener)).await;
+    let process = Process { listener: Some(listener), ..credentials.into() };
+    let started = service::start(file, &roster, &identity.node, process).await;
     started.unwrap().handle
 }
 

@@ -181,7 +181,8 @@ impl World {
         credentials: Credentials,
     ) -> Result<Running, ServiceError> {
         let runtime = runtime(1);
-        let service = runtime.block_on(start(config, &self.roster, &name(node), credentials, None));
+        let service =
+            runtime.block_on(start(config, &self.roster, &name(node), credentials.into()));
         let Service { handle, ended } = service?;
         Ok(Running { runtime, handle, ended })
     }

@@ -121,9 +121,9 @@ fn serve_node(
     let listener = on.block_on(tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
     let address = listener.local_addr()?.to_string();
     let credentials = tls.map(|tls| tls.node(name)).transpose()?;
-    on.spawn(
-        async move { serve(node, listener, credentials.as_ref(), std::future::pending()).await },
-    );
+    on.spawn(async move {
+        serve(node, listener, credentials.map(Into::into), std::future::pending()).await
+    });
     Ok(address)
 }
 
