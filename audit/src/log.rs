@@ -198,6 +198,25 @@ impl Log {
         if at < records.len() { Ok(records.swap_remove(at)) } else { Err(missing()) }
     }
 
+    /// The records from the bundle of number `first` on, each with its number; a bundle is read once.
+    pub fn records_from(&self, first: u64) -> Vec<Result<(u64, Vec<u8>), Error>> {
+        let size = self.edges.tree_size();
+        let whole = size / WIDTH;
+        let mut records = Vec::new();
+        for index in first / WIDTH..whole {
+            match self.full.bundle(index) {
+                Ok(bundle) => {
+                    let numbered = bundle.into_iter().enumerate();
+                    records.extend(numbered.map(|(at, r)| Ok((index * WIDTH + at as u64, r))));
+                }
+                Err(error) => records.push(Err(error)),
+            }
+        }
+        let open = tile::read_records(&self.bundle).0.into_iter().enumerate();
+        records.extend(open.map(|(at, record)| Ok((whole * WIDTH + at as u64, record.to_vec()))));
+        records
+    }
+
     /// Writes the tiles with which a tree of `size` records ends.
     fn write_partial(&self, size: u64) -> Result<(), Error> {
         for tile in Tile::partial(size) {

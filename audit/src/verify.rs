@@ -43,7 +43,9 @@ pub struct Stated {
     pub node: NodeName,
     /// Where it says that it stands.
     pub region: Region,
-    /// Rows by request.
+    /// Which start of it speaks.
+    pub incarnation: u64,
+    /// Rows by request, counted since that start: a later statement stands for an earlier one.
     pub rows: Vec<(RequestId, u64)>,
 }
 
@@ -264,8 +266,17 @@ struct Checker<'a> {
 /// What a request's record says.
 struct Sent {
     omitted: bool,
-    /// By the node's certificate: its name, rows that it was sent, rows that it says it computed.
-    nodes: BTreeMap<Digest, (NodeName, u64, Option<u64>)>,
+    /// By start of a node, whichever certificates it showed meanwhile.
+    nodes: BTreeMap<(NodeName, u64), Rows>,
+}
+
+/// What one start of a node had of a request.
+#[derive(Default)]
+struct Rows {
+    sent: u64,
+    computed: Option<u64>,
+    /// It has a certificate, and so could sign.
+    signs: bool,
 }
 
 impl<'a> Checker<'a> {
@@ -302,6 +313,9 @@ impl<'a> Checker<'a> {
         }
         let mut nodes = BTreeMap::new();
         for node in &request.nodes {
+            let rows: &mut Rows = nodes.entry((node.node.clone(), node.incarnation)).or_default();
+            rows.sent = rows.sent.saturating_add(node.rows);
+            rows.signs = node.certificate.is_some();
             let Some(fingerprint) = node.certificate else { continue };
             // A node's certificate comes with its first statement, which is after its first request.
             let known =
@@ -317,8 +331,6 @@ impl<'a> Checker<'a> {
             }
             let claim = (node.node.clone(), node.region, request.id);
             self.claimed.entry(fingerprint).or_insert(claim);
-            let sent = nodes.entry(fingerprint).or_insert((node.node.clone(), 0, None));
-            sent.1 += node.rows;
         }
         let sent = Sent { omitted: request.nodes_omitted > 0, nodes };
         if self.requests.insert(request.id, sent).is_some() {
@@ -366,18 +378,15 @@ impl<'a> Checker<'a> {
                 }
                 return Err(text);
             };
-            match sent.nodes.get_mut(&statement.certificate) {
-                Some((_, sent, so_far)) => {
-                    let total = so_far.unwrap_or(0).saturating_add(rows);
-                    *so_far = Some(total);
-                    if total > *sent {
-                        return Err(format!(
-                            "request {id}: {node} computed {total} rows of it, and its record says \
-                             that {sent} were sent there"
-                        ));
-                    }
+            match sent.nodes.get_mut(&(node.clone(), stated.incarnation)) {
+                Some(Rows { sent, .. }) if rows > *sent => {
+                    return Err(format!(
+                        "request {id}: {node} computed {rows} rows of it, and its record says that \
+                         {sent} were sent there"
+                    ));
                 }
-                None if sent.omitted => {}
+                Some(known) => known.computed = Some(known.computed.unwrap_or(0).max(rows)),
+                None if sent.omitted || rows == 0 => {}
                 None => {
                     return Err(format!(
                         "request {id}: {node} computed {rows} rows of it, and its record does not \
@@ -391,9 +400,9 @@ impl<'a> Checker<'a> {
 
     fn end(self, checkpoint: Checkpoint, unsigned: u64) -> Verified {
         let silent = |(id, sent): (RequestId, Sent)| {
-            let quiet =
-                sent.nodes.into_values().filter(|(_, rows, said)| *rows > 0 && said.is_none());
-            quiet.map(move |(node, _, _)| (id, node))
+            let quiet = |rows: &Rows| rows.signs && rows.sent > 0 && rows.computed.is_none();
+            let quiet = sent.nodes.into_iter().filter(move |(_, rows)| quiet(rows));
+            quiet.map(move |((node, _), _)| (id, node))
         };
         Verified {
             checkpoint,

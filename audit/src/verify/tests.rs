@@ -39,7 +39,7 @@ impl Notary for Words {
             let (id, rows) = text.split_once('=').unwrap();
             (RequestId(id.parse().unwrap()), rows.parse().unwrap())
         };
-        Ok(Stated { node, region, rows: rows.split(',').map(row).collect() })
+        Ok(Stated { node, region, incarnation: 1, rows: rows.split(',').map(row).collect() })
     }
 }
 
@@ -277,7 +277,7 @@ fn a_node_that_computed_more_than_the_record_says_or_is_not_named_tells_on_it() 
     let (a, b) = ("fr-a@fr", "fr-b@fr");
     let before = [certificate(a), certificate(b), sent_to(1, &[(a, 10), (b, 5)])];
     let with = |more: &[Record]| checked(&[&before[..], more].concat());
-    let said = with(&[statement(a, "fr-a@fr:2=4"), statement(a, "fr-a@fr:2=6")]).unwrap();
+    let said = with(&[statement(a, "fr-a@fr:2=4"), statement(a, "fr-a@fr:2=10")]).unwrap();
     let silent: Vec<&str> = said.silent.iter().map(|(_, node)| node.as_str()).collect();
     assert_eq!((said.statements, silent), (2, vec!["fr-b"]), "who said nothing is listed");
     let id = RequestId(2);
