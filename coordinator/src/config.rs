@@ -42,6 +42,9 @@ pub struct Config {
     /// Certificate, key and CAs; without them expert nodes are reached on loopback only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<entente_tls::Files>,
+    /// Where records of requests are kept; none are without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<crate::ledger::Config>,
     /// This process's voter; needed where the cluster has voters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub membership: Option<entente_membership::service::Config>,

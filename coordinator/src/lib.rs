@@ -9,6 +9,7 @@
 //! - [`api`]: HTTP in OpenAI's shape. It checks, translates and waits; it decides nothing.
 //! - [`residency`]: where the rows of a request may go, decided at the door.
 //! - [`statements`]: what expert nodes say themselves that they computed.
+//! - [`ledger`]: what was done with each request, in a log that anybody can check.
 //! - [`link`]: the network side of `proto::link::Link`.
 //! - [`config`], [`metrics`]: the file it starts from, and the numbers it shows.
 //!
@@ -27,6 +28,7 @@ pub mod api;
 pub mod config;
 pub mod engine;
 mod host;
+pub mod ledger;
 pub mod link;
 pub mod metrics;
 pub mod residency;

@@ -9,10 +9,13 @@ use axum::serve::ListenerExt;
 
 use crate::api::{self, Api};
 use crate::engine::{EngineHandle, Readiness};
-use crate::{Config, Error, Started, Wiring, host, start, start_wired};
+use crate::ledger::{self, Ledger};
+use crate::{Config, Error, Started, Wiring, host, start_wired};
 
 /// How long running requests may take to finish once the coordinator is told to stop.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the audit log may take to be closed.
+const LEDGER_STOP_MAX: Duration = Duration::from_secs(5);
 
 /// What a coordinator says once it can serve.
 #[derive(Debug, Clone, Copy)]
@@ -42,23 +45,65 @@ pub async fn run(
     // Bind before loading: an address in use should not cost a minute of reading.
     let listener = listen(&config.http, http)?;
     check_open(&config, &listener)?;
+    let mut kept = keep(&config)?;
+    let ledger = kept.as_ref().map(|kept| kept.ledger.clone());
     let front = Front { config: &config, listener, on_ready, shutdown };
+    let result = tokio::select! {
+        result = live(&config, control, ledger, progress, front) => result,
+        error = ended(&mut kept) => return Err(error),
+    };
+    if let Some(kept) = kept {
+        kept.ledger.stop(LEDGER_STOP_MAX).await;
+    }
+    result
+}
+
+/// Opens the audit log, if one is configured.
+fn keep(config: &Config) -> Result<Option<ledger::Started>, Error> {
+    let origin = format!("{}/audit/{}", config.cluster.name(), config.name);
+    Ok(config.audit.as_ref().map(|audit| ledger::start(audit, &origin)).transpose()?)
+}
+
+/// Resolves once the audit log cannot be written any more: nothing is served of which there would
+/// be no record.
+async fn ended(kept: &mut Option<ledger::Started>) -> Error {
+    let Some(kept) = kept else { return std::future::pending().await };
+    match (&mut kept.ended).await {
+        Ok(Err(error)) => error.into(),
+        Ok(Ok(())) | Err(_) => Error::Start("the audit log has ended".to_owned()),
+    }
+}
+
+/// Runs with its voter, if it has one.
+async fn live<R, S>(
+    config: &Config,
+    control: Option<std::net::TcpListener>,
+    ledger: Option<Ledger>,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+    front: Front<'_, R, S>,
+) -> Result<(), Error>
+where
+    R: FnOnce(Ready) + Send + 'static,
+    S: Future<Output = ()> + Send + 'static,
+{
     if config.cluster.voters().is_empty() {
         if config.membership.is_some() {
             return Err(Error::Config("[membership] needs cluster.voters".to_owned()));
         }
-        return front.serve(start(&config, progress).await?).await;
+        let wiring = Wiring { ledger, ..Wiring::default() };
+        return front.serve(start_wired(config, wiring, progress).await?).await;
     }
-    let mut host = host::start(&config, control).await?;
+    let mut host = host::start(config, control).await?;
     let membership = host.service.handle.clone();
     let wiring = Wiring {
         states: Some(membership.state()),
         credentials: Some(host.credentials.clone()),
+        ledger,
         ..Wiring::default()
     };
     let fresh = host.keep_fresh();
     let live = async {
-        let started = start_wired(&config, wiring, progress).await?;
+        let started = start_wired(config, wiring, progress).await?;
         tokio::spawn(host::show(membership.status(), started.api.metrics.clone()));
         let served = started.served.clone();
         let agreed = async {

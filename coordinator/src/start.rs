@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
+use entente_audit::record;
 use entente_expert_node::{ExpertNode, NodeHandle};
 use entente_membership::served::ServedModel;
 use entente_membership::state::State;
@@ -28,6 +29,8 @@ use crate::engine::forward::{CacheShape, Forward};
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::tally::Closed;
 use crate::engine::{Engine, Parts};
+use crate::ledger::requests::Facts;
+use crate::ledger::{Books, Ledger, LedgerError};
 use crate::link::Opener;
 use crate::metrics::Metrics;
 use crate::statements::{self, Stated};
@@ -72,6 +75,9 @@ pub enum Error {
          another format"
     )]
     OtherWeights,
+    /// The audit log cannot be kept.
+    #[error("audit: {0}")]
+    Ledger(#[from] LedgerError),
     /// The system refused a thread or a task died.
     #[error("cannot start: {0}")]
     Start(String),
@@ -102,6 +108,8 @@ pub struct Wiring {
     pub statements: Option<Sender<Stated>>,
     /// Credentials that somebody keeps fresh; those of the configuration when absent.
     pub credentials: Option<Credentials>,
+    /// Where records of requests are kept; it is told of generations that have ended too.
+    pub ledger: Option<Ledger>,
 }
 
 /// A coordinator whose engine runs, before anything listens.
@@ -155,7 +163,8 @@ pub async fn start_wired(
     wiring: Wiring,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Started, Error> {
-    let Wiring { states, closings, statements, credentials: fresh } = wiring;
+    let Wiring { states, closings, statements, credentials: fresh, ledger } = wiring;
+    let closings = closings.or(ledger.as_ref().map(Ledger::closings));
     if states.is_some() {
         check_followable(config)?;
     }
@@ -175,6 +184,7 @@ pub async fn start_wired(
     let kernel_class = loaded.kernels.class().clone();
     let served = loaded.served.clone();
     let metrics = Arc::new(Metrics::new());
+    let books = ledger.map(|ledger| books(config, ledger, credentials.clone(), &loaded));
     let opener = opener(config, credentials, &loaded);
     let closings = match statements {
         Some(to) if opener.can_hear_statements() => {
@@ -186,7 +196,8 @@ pub async fn start_wired(
     let exchanger = connect(config, opener, &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
-    let api = start_engine(config, loaded, kv_dtype, (exchanger, closings), access, metrics)?;
+    let api =
+        start_engine(config, loaded, kv_dtype, (exchanger, closings), (access, books), metrics)?;
     Ok(Started {
         api: Arc::new(api),
         served,
@@ -315,12 +326,28 @@ pub(crate) fn credentials(config: &Config) -> Result<Option<Credentials>, Error>
     Ok(Some(credentials))
 }
 
+/// The ledger, with what its records say of this process.
+fn books(
+    config: &Config,
+    ledger: Ledger,
+    credentials: Option<Credentials>,
+    loaded: &Loaded,
+) -> Books {
+    let (node, region) = (config.name.clone(), config.region);
+    let facts = Facts {
+        coordinator: record::Coordinator { node, region, certificate: None },
+        model: record::Digest(loaded.checkpoint.digest().0),
+        kernel_class: loaded.kernels.class().to_string(),
+    };
+    Books::new(ledger, facts, credentials)
+}
+
 fn start_engine(
     config: &Config,
     loaded: Loaded,
     kv_dtype: KvDtype,
     (exchanger, closings): (Exchanger, Option<Sender<Closed>>),
-    access: Access,
+    (access, books): (Access, Option<Books>),
     metrics: Arc<Metrics>,
 ) -> Result<Api, Error> {
     let architecture = loaded.checkpoint.architecture().clone();
@@ -373,6 +400,7 @@ fn start_engine(
         home: config.region,
         endpoints: config.api.endpoints.clone(),
         access,
+        books,
         metrics,
     })
 }

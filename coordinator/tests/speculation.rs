@@ -44,6 +44,7 @@ fn engine(runtime: &Runtime, weights: WeightFormat, engine: EngineConfig) -> Sta
         tls: None,
         api: ApiConfig::default(),
         engine,
+        audit: None,
         membership: None,
         cluster: Roster::new("test".to_owned(), 1, vec![node]).unwrap(),
     };

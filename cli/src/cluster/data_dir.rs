@@ -39,6 +39,9 @@ pub struct ClusterFile {
     /// Key of the tenant that the cluster began with; absent where no key is needed or known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_key: Option<ApiKey>,
+    /// The public key of each coordinator's audit log, by name; empty where none is kept.
+    #[serde(default)]
+    pub audit_keys: BTreeMap<NodeName, String>,
     /// Every child process.
     pub processes: Vec<ProcessEntry>,
 }
@@ -79,6 +82,11 @@ impl ClusterFile {
 /// Where certificates and keys are kept in the data directory `root`.
 pub fn tls_in(root: &Path) -> PathBuf {
     root.join("tls")
+}
+
+/// Where coordinators keep their audit logs in the data directory `root`.
+pub fn audit_in(root: &Path) -> PathBuf {
+    root.join("audit")
 }
 
 /// A data directory that this process owns until the value is dropped.
@@ -127,6 +135,11 @@ impl DataDir {
     /// Where certificates and keys are kept.
     pub fn tls(&self) -> PathBuf {
         tls_in(&self.root)
+    }
+
+    /// Where coordinators keep their audit logs, each in a folder of its name.
+    pub fn audit(&self) -> PathBuf {
+        audit_in(&self.root)
     }
 
     /// Where voters keep their logs, each in a folder of its name: empty at first. A cluster on one
@@ -213,7 +226,8 @@ mod tests {
         let api_key: Option<ApiKey> = Some("mk_0_secret".parse().unwrap());
         let (http, endpoints) = ("http://a".to_owned(), BTreeMap::new());
         let (control, processes) = (BTreeMap::new(), Vec::new());
-        let file = ClusterFile { http, endpoints, control, api_key, processes };
+        let audit_keys = BTreeMap::new();
+        let file = ClusterFile { http, endpoints, control, api_key, audit_keys, processes };
         // Twice, as it is when a process was restarted.
         data.publish(&file).unwrap();
         data.publish(&file).unwrap();

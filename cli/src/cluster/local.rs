@@ -5,6 +5,7 @@
 //! by itself is started again on the same addresses ([`super::restart`] says when): its peers know
 //! it by them, and its store and its certificate are still there.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -12,6 +13,8 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use entente_coordinator::ledger::keys::PUBLIC_KEY;
+use entente_proto::ids::NodeName;
 
 use super::data_dir::{ClusterFile, DataDir, ProcessEntry};
 use super::pki;
@@ -283,8 +286,20 @@ impl Cluster {
             endpoints: coordinators.map(|p| (p.member.region, url(p.addresses.main))).collect(),
             control: self.processes.iter().filter_map(control).collect(),
             api_key: self.api_key.clone(),
+            audit_keys: self.audit_keys(),
             processes: self.processes.iter().zip(self.supervisor.pids()).map(entry).collect(),
         }
+    }
+
+    /// The public keys of the audit logs, which coordinators write before they are ready.
+    fn audit_keys(&self) -> BTreeMap<NodeName, String> {
+        let key = |process: &Process| {
+            let name = &process.member.name;
+            let path = self.data.audit().join(name.as_str()).join(PUBLIC_KEY);
+            Some((name.clone(), std::fs::read_to_string(path).ok()?.trim().to_owned()))
+        };
+        let is_coordinator = |p: &&Process| p.member.role == Role::Coordinator;
+        self.processes.iter().filter(is_coordinator).filter_map(key).collect()
     }
 
     /// The table of processes.
@@ -356,7 +371,8 @@ fn common(
     let voters = plan::voters(members.iter().zip(bound.iter().map(|(_, addresses)| addresses)));
     let roster = plan::roster(wanted.replicas, nodes)?.with_voters(voters)?;
     // Nothing leaves a process whose expert nodes are in it.
-    let tls = (wanted.transport != Transport::Inproc).then(|| data.tls());
+    let tls_is_wanted = wanted.transport != Transport::Inproc;
+    let tls = tls_is_wanted.then(|| data.tls());
     if let Some(folder) = &tls {
         pki::mint(folder, &roster, members)?;
     }
@@ -368,6 +384,8 @@ fn common(
         transport: wanted.transport,
         tls,
         raft: data.empty_raft()?,
+        // What was recorded stays, whatever the cluster was.
+        audit: tls_is_wanted.then(|| data.audit()),
         endpoints,
         roster,
         open: wanted.open,

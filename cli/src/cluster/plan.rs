@@ -15,6 +15,7 @@ use std::str::FromStr;
 use anyhow::Context;
 use clap::ValueEnum;
 use entente_coordinator::config::{ApiConfig, EngineConfig};
+use entente_coordinator::ledger;
 use entente_coordinator::residency::Endpoints;
 use entente_membership::net::Via;
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
@@ -240,6 +241,8 @@ pub struct Common {
     pub raft: PathBuf,
     /// Where each region's API is reached.
     pub endpoints: Endpoints,
+    /// The folder in which each coordinator keeps its audit log in a folder of its own, where it does.
+    pub audit: Option<PathBuf>,
     /// The expert nodes and where they listen.
     pub roster: Roster,
     /// Whether the public API asks for no key.
@@ -366,6 +369,10 @@ pub fn coordinator(
             ..EngineConfig::default()
         },
         tls: common.tls_files(member),
+        audit: common
+            .audit
+            .as_ref()
+            .map(|folder| ledger::Config { dir: folder.join(member.name.as_str()) }),
         membership: None,
         cluster: common.roster.clone(),
     }
@@ -439,6 +446,7 @@ mod tests {
             transport: Transport::Inproc,
             tls: Some("certificates".into()),
             raft: "raft".into(),
+            audit: None,
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(2, nodes).unwrap(),
             open: false,
@@ -480,6 +488,7 @@ mod tests {
             transport: Transport::Stream,
             tls: Some("certificates".into()),
             raft: "raft".into(),
+            audit: None,
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(1, [(members[1].clone(), Some(at(3)))].into_iter())
                 .and_then(|roster| Ok(roster.with_voters(voters)?))

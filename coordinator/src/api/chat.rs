@@ -12,6 +12,7 @@ use entente_model::{ChatMessage, TemplateError};
 use serde_json::{Value, json};
 
 use super::choice::{Answer, Envelope, finish_reason};
+use super::receipts::Entry;
 use super::request::{Chat, Common};
 use super::stream::{self, Format};
 use super::{Api, ApiError, Caller};
@@ -22,13 +23,17 @@ use crate::engine::{Event, Request};
 pub async fn create(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
+    entry: Entry,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
+    entry.of(&caller.tenant);
     let body = super::body::bytes(body)?;
+    entry.body(&body);
     let common: Common = super::body::read(&body)?;
     let chat: Chat = super::body::read(&body)?;
     let origin = api.admit(&caller, &headers, &common)?;
+    entry.admitted(&origin, Some(caller.policy()));
     let prompt = render(&api, &chat)?;
     let rest = api.check_prompt(&prompt)?;
     let max_tokens = chat.max_tokens(rest)?;
@@ -37,7 +42,7 @@ pub async fn create(
     let (sampling, stop) =
         (common.sampling(&api.generation)?, common.stop(max_tokens, &api.generation)?);
     let grant = caller.quota.reserve(prompt.len(), max_tokens * n as usize)?;
-    let pending = api.submit(n, &Arc::new(grant), || Request {
+    let pending = api.submit(&entry, n, &Arc::new(grant), || Request {
         origin: origin.clone(),
         prompt: prompt.clone(),
         sampling: sampling.clone(),

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::quota::Grant;
+use super::receipts::Entry;
 use super::request::Common;
 use super::{Api, ApiError};
 use crate::engine::output::Finish;
@@ -52,6 +53,7 @@ impl Api {
     /// Hands `n` copies of a request to the engine, each with a seed of its own.
     pub fn submit(
         &self,
+        entry: &Entry,
         n: u32,
         grant: &Arc<Grant>,
         request: impl Fn() -> Request,
@@ -62,6 +64,7 @@ impl Api {
                 request.sampling.seed = request.sampling.seed.wrapping_add(copy.into());
                 let (prompt, grant) = (request.prompt.clone(), grant.clone());
                 let events = self.engine.submit(request).inspect_err(|_| grant.forgive())?;
+                entry.submitted();
                 Ok(Pending { prompt, events, grant })
             })
             .collect()

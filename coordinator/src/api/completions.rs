@@ -11,6 +11,7 @@ use axum::response::Response;
 use serde_json::{Map, Value, json};
 
 use super::choice::{Answer, Envelope, finish_reason};
+use super::receipts::Entry;
 use super::request::{Common, Completion, Prompt};
 use super::stream::{self, Format};
 use super::{Api, ApiError, Caller};
@@ -21,13 +22,17 @@ use crate::engine::{Event, Request};
 pub async fn create(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
+    entry: Entry,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
+    entry.of(&caller.tenant);
     let body = super::body::bytes(body)?;
+    entry.body(&body);
     let common: Common = super::body::read(&body)?;
     let completion: Completion = super::body::read(&body)?;
     let origin = api.admit(&caller, &headers, &common)?;
+    entry.admitted(&origin, Some(caller.policy()));
     let prompts = prompts(&api, &completion.prompt)?;
     let (max_tokens, logprobs, n) =
         (completion.max_tokens()?, completion.top_logprobs()?, common.n()?);
@@ -42,7 +47,7 @@ pub async fn create(
     let answers = prompts.len() * n as usize;
     let grant = Arc::new(caller.quota.reserve(prompt_tokens, max_tokens * answers)?);
     for prompt in &prompts {
-        pending.extend(api.submit(n, &grant, || Request {
+        pending.extend(api.submit(&entry, n, &grant, || Request {
             origin: origin.clone(),
             prompt: prompt.clone(),
             sampling: sampling.clone(),

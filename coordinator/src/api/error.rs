@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use entente_proto::ids::Region;
 use serde::Serialize;
 
+use super::receipts::Refusal;
 use crate::engine::EngineError;
 
 /// An error that a client gets.
@@ -116,6 +117,7 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
+        response.extensions_mut().insert(Refusal(self.code.unwrap_or(self.kind)));
         response.headers_mut().extend(self.headers);
         response
     }

@@ -14,6 +14,7 @@ mod error;
 mod meta;
 mod meter;
 mod quota;
+pub mod receipts;
 pub mod request;
 mod stream;
 
@@ -30,6 +31,7 @@ use entente_proto::ids::Region;
 pub use self::access::{Access, Caller};
 pub use self::error::ApiError;
 use crate::engine::EngineHandle;
+use crate::ledger::Books;
 use crate::metrics::Metrics;
 use crate::residency::Endpoints;
 
@@ -60,6 +62,8 @@ pub struct Api {
     pub endpoints: Endpoints,
     /// Who may come in.
     pub access: Access,
+    /// Where records of requests are kept, if they are.
+    pub books: Option<Books>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
 }
@@ -67,12 +71,19 @@ pub struct Api {
 /// The routes.
 pub fn router(api: Arc<Api>) -> Router {
     let known = middleware::from_fn_with_state(api.clone(), admission::authenticate);
-    Router::new()
+    let kept = middleware::from_fn_with_state(api.clone(), receipts::keep);
+    // Of requests for tokens a record is kept, also of those that nobody may make.
+    let work = Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
+        .route_layer(known.clone())
+        .route_layer(kept);
+    let own = Router::new()
+        .route("/v1/receipts/{id}", get(receipts::find))
         .route("/v1/models", get(meta::models))
-        // Above are the routes for which one must be somebody, below those for anybody.
-        .route_layer(known)
+        .route_layer(known);
+    // For the routes above one must be somebody; those below are for anybody.
+    work.merge(own)
         .route("/health", get(meta::live))
         .route("/livez", get(meta::live))
         .route("/readyz", get(meta::ready))

@@ -115,6 +115,7 @@ pub fn config(roster: &Roster, transport: Transport, engine: EngineConfig) -> Co
         api: ApiConfig::default(),
         engine,
         tls: None,
+        audit: None,
         membership: None,
         cluster: roster.clone(),
     }

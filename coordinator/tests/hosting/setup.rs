@@ -99,6 +99,7 @@ impl Lonely {
             api: ApiConfig { open: true, ..ApiConfig::default() },
             engine: EngineConfig::default(),
             tls: Some(self.issue("coordinator", "fr-coordinator")),
+            audit: None,
             membership: Some(service::Config {
                 down_after_ms: 500,
                 restore_after_ms: 200,

@@ -78,6 +78,7 @@ impl Nodes {
             transport: wanted.transport,
             tls,
             raft: PathBuf::new(),
+            audit: None,
             endpoints: Default::default(),
             roster,
             open: false,

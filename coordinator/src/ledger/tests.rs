@@ -1,0 +1,202 @@
+use std::path::Path;
+
+use entente_audit::checkpoint::Checkpoint;
+use entente_audit::folder::Folder;
+use entente_audit::merkle;
+use entente_audit::note::Verifier;
+use entente_audit::proof::Proof;
+use entente_audit::record::{Blob, Coordinator, Digest, Record};
+
+use super::*;
+use crate::engine::origin::Origin;
+use crate::engine::output::Finish;
+use crate::engine::tally::{How, Tally};
+
+const ORIGIN: &str = "local/audit/fr-coordinator";
+const STOP_MAX: Duration = Duration::from_secs(10);
+
+fn started(dir: &Path) -> Started {
+    start(&Config { dir: dir.to_owned() }, ORIGIN).unwrap()
+}
+
+fn facts() -> Arc<Facts> {
+    let (node, region) = ("fr-coordinator".parse().unwrap(), "fr".parse().unwrap());
+    let coordinator = Coordinator { node, region, certificate: None };
+    Arc::new(Facts { coordinator, model: Digest([1; 32]), kernel_class: "f32".to_owned() })
+}
+
+fn origin(tenant: &str) -> Arc<Origin> {
+    let region = "fr".parse().unwrap();
+    Arc::new(Origin { tenant: tenant.parse().unwrap(), ..Origin::anonymous(region) })
+}
+
+fn closed(origin: &Arc<Origin>) -> Closed {
+    let how = How::Finished(Finish::Length);
+    let took = Duration::from_millis(1);
+    Closed { origin: origin.clone(), tally: Tally::default(), how, took }
+}
+
+/// A request of one generation, from its beginning to its end.
+fn serve(ledger: &Ledger, origin: &Arc<Origin>) {
+    let attempt = ledger.begin(facts()).unwrap();
+    attempt.body(b"{}");
+    attempt.admitted(origin, None);
+    attempt.submitted();
+    ledger.closings().send(closed(origin)).unwrap();
+}
+
+fn records(dir: &Path) -> Vec<Record> {
+    let note = Folder::note(dir).unwrap();
+    let key = std::fs::read_to_string(dir.join(keys::PUBLIC_KEY)).unwrap();
+    let key: Verifier = key.trim().parse().unwrap();
+    let size = Checkpoint::open(&note, &key).unwrap().tree.size;
+    let view = Folder::new(dir, size);
+    view.records().map(|entry| Record::decode(&entry.unwrap().1).unwrap()).collect()
+}
+
+async fn found(ledger: &Ledger, id: RequestId, tenant: &TenantName) -> Option<Receipt> {
+    // What the engine said may still be on its way.
+    for _ in 0..500 {
+        if let Some(receipt) = ledger.find(id, tenant.clone()).await {
+            return Some(receipt);
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    None
+}
+
+#[tokio::test]
+async fn a_receipt_proves_its_record_to_its_tenant_and_is_nobody_elses() {
+    let dir = tempfile::tempdir().unwrap();
+    let Started { ledger, .. } = started(dir.path());
+    let (ours, theirs) = (origin("one"), origin("two"));
+    serve(&ledger, &ours);
+    serve(&ledger, &theirs);
+    let receipt = found(&ledger, ours.id, &ours.tenant).await.unwrap();
+    found(&ledger, theirs.id, &theirs.tenant).await.unwrap();
+    assert_eq!(ledger.find(theirs.id, ours.tenant.clone()).await, None);
+    let key: Verifier = ledger.key().parse().unwrap();
+    let proof = Proof::parse(&receipt.proof).unwrap();
+    proof.check(&receipt.record, &key).unwrap();
+    let Ok(Record::Request(record)) = Record::decode(&receipt.record) else { panic!("no request") };
+    assert_eq!((record.id, record.decision.as_str()), (ours.id, "served"));
+    use sha2::Digest as _;
+    let hash: [u8; 32] = sha2::Sha256::digest(b"{}").into();
+    assert_eq!(record.body, keys::salted(&receipt.salt, &hash), "who has body and salt can tell");
+    ledger.stop(STOP_MAX).await;
+}
+
+#[tokio::test]
+async fn every_way_in_which_a_request_can_end_leaves_one_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let Started { ledger, .. } = started(dir.path());
+    // Without a key; with one, and refused; admitted, and not taken by the engine; client gone.
+    let attempt = ledger.begin(facts()).unwrap();
+    attempt.refused(401, "invalid_api_key");
+    drop(attempt);
+    let attempt = ledger.begin(facts()).unwrap();
+    attempt.of(&"one".parse().unwrap());
+    attempt.body(b"{}");
+    attempt.refused(403, "residency_unsatisfiable");
+    drop(attempt);
+    let attempt = ledger.begin(facts()).unwrap();
+    attempt.admitted(&origin("two"), None);
+    attempt.refused(503, "server_busy");
+    drop(attempt);
+    drop(ledger.begin(facts()).unwrap());
+    // One that the process does not wait for.
+    let late = origin("late");
+    let attempt = ledger.begin(facts()).unwrap();
+    attempt.admitted(&late, None);
+    attempt.submitted();
+    drop(attempt);
+    ledger.stop(STOP_MAX).await;
+    let said: Vec<(u64, String, bool, bool)> = records(dir.path())
+        .into_iter()
+        .map(|record| match record {
+            Record::Refused(r) => (r.status, r.code, r.tenant.is_some(), r.body.is_some()),
+            Record::Request(r) => (200, r.decision, true, true),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let said: Vec<(u64, &str, bool, bool)> =
+        said.iter().map(|(status, code, a, b)| (*status, code.as_str(), *a, *b)).collect();
+    let wanted = [
+        (401, "invalid_api_key", false, false),
+        (403, "residency_unsatisfiable", true, true),
+        (503, "server_busy", true, false),
+        (499, "client_gone", false, false),
+        (200, "cut off", true, true),
+    ];
+    assert_eq!(said, wanted);
+}
+
+#[tokio::test]
+async fn a_ledger_goes_on_where_it_was_and_shows_that_it_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let Started { ledger, ended } = started(dir.path());
+    let first = origin("one");
+    serve(&ledger, &first);
+    found(&ledger, first.id, &first.tenant).await.unwrap();
+    ledger.stop(STOP_MAX).await;
+    drop(ledger);
+    ended.await.unwrap().unwrap();
+    let Started { ledger, .. } = started(dir.path());
+    let old = ledger.checkpoint().borrow().clone().unwrap();
+    assert!(found(&ledger, first.id, &first.tenant).await.is_some(), "found after a restart");
+    for _ in 0..300 {
+        serve(&ledger, &origin("one"));
+    }
+    let mut checkpoints = ledger.checkpoint();
+    let is_later = |now: &Option<Arc<Checkpoint>>| now.as_ref().is_some_and(|c| c.tree.size == 301);
+    let new = checkpoints.wait_for(is_later).await.unwrap().clone().unwrap();
+    let path = ledger.consistency(old.tree.size, new.tree.size).await.unwrap();
+    assert!(merkle::extends(&path, &old.tree, &new.tree));
+    assert_eq!(ledger.consistency(new.tree.size, 1_000).await, None);
+    ledger.stop(STOP_MAX).await;
+}
+
+#[tokio::test]
+async fn a_statement_is_written_after_the_records_of_its_requests_with_its_certificate_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let Started { ledger, .. } = started(dir.path());
+    let request = origin("one");
+    let attempt = ledger.begin(facts()).unwrap();
+    attempt.admitted(&request, None);
+    attempt.submitted();
+    drop(attempt);
+    // The request is known to be open before the statement comes: the owner has taken it.
+    assert_eq!(ledger.find(request.id, request.tenant.clone()).await, None);
+    let certificate = b"a certificate".to_vec();
+    let statement = Statement {
+        certificate: Digest::of(&certificate),
+        statement: Blob(vec![1]),
+        signature: Blob(vec![2]),
+    };
+    assert!(ledger.keep(Signed { statement, certificate, requests: vec![request.id] }));
+    assert_eq!(ledger.find(request.id, request.tenant.clone()).await, None);
+    ledger.closings().send(closed(&request)).unwrap();
+    ledger.stop(STOP_MAX).await;
+    let kinds: Vec<&str> = records(dir.path())
+        .iter()
+        .map(|record| match record {
+            Record::Request(_) => "request",
+            Record::Certificate(_) => "certificate",
+            Record::Statement(_) => "statement",
+            Record::Refused(_) | Record::Admin(_) => "other",
+        })
+        .collect();
+    assert_eq!(kinds, ["request", "certificate", "statement"]);
+}
+
+#[tokio::test]
+async fn requests_are_refused_rather_than_begun_without_a_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let Started { ledger, ended } = started(dir.path());
+    let held: Vec<Attempt> = (0..OPEN_MAX).map(|_| ledger.begin(facts()).unwrap()).collect();
+    assert!(ledger.begin(facts()).is_none());
+    drop(held);
+    ledger.stop(STOP_MAX).await;
+    ended.await.unwrap().unwrap();
+    assert_eq!(records(dir.path()).len(), OPEN_MAX);
+}
