@@ -6,6 +6,7 @@
 //!   same programs with other addresses.
 //! - `entente node`, `raft`, `experts`, `token`, `tenant` and `key` are an operator's: they ask the
 //!   control plane of a running cluster ([`operator`]).
+//! - `entente audit` works on the records of requests that coordinators keep.
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
 //! - `entente drill` puts load on a cluster, breaks parts of it and gives a verdict ([`drill`]).
 //! - `entente bench` measures, and `entente model` works with checkpoint folders.
@@ -80,6 +81,9 @@ enum Verb {
     /// Explain where a request may be served, without running it.
     #[command(subcommand)]
     Residency(verbs::residency::ResidencyVerb),
+    /// Show, check and prove what was recorded of requests.
+    #[command(subcommand)]
+    Audit(verbs::audit::AuditVerb),
     /// Change the network between the processes of an `entente up --link`.
     #[command(subcommand)]
     Link(verbs::link::LinkVerb),
@@ -113,6 +117,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Tenant(verb) => verbs::tenant::run(verb),
         Verb::Key(verb) => verbs::key::run(verb),
         Verb::Residency(verb) => verbs::residency::run(verb),
+        Verb::Audit(verb) => verbs::audit::run(verb),
         Verb::Link(verb) => verbs::link::run(verb),
         Verb::Model(args) => verbs::model::run(args),
         Verb::Coordinator(args) => verbs::coordinator::run(args),

@@ -1,6 +1,7 @@
 //! One file a verb. A verb holds its flags and what it does with them, and nothing that another
 //! verb needs too.
 
+pub mod audit;
 pub mod bench;
 pub mod chat;
 pub mod coordinator;

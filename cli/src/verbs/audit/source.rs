@@ -1,0 +1,126 @@
+//! Which logs, and by which keys.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use entente_audit::checkpoint::Checkpoint;
+use entente_audit::folder::Folder;
+use entente_audit::note::Verifier;
+use entente_coordinator::ledger::keys::PUBLIC_KEY;
+use entente_proto::ids::NodeName;
+
+use crate::cluster::data_dir::audit_in;
+use crate::exit::Misuse;
+
+/// The flags by which logs are found.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Logs")]
+pub struct LogArgs {
+    /// Folder of the `entente up` whose coordinators' logs are meant.
+    #[arg(long, env = "ENTENTE_DATA_DIR", value_name = "DIR", default_value = ".entente")]
+    data_dir: PathBuf,
+
+    /// The coordinator whose log is meant, instead of all of --data-dir.
+    #[arg(long, env = "ENTENTE_AUDIT_NODE", value_name = "NAME")]
+    node: Option<NodeName>,
+
+    /// A log's own folder, instead of those of --data-dir.
+    #[arg(long, env = "ENTENTE_AUDIT_LOG", value_name = "DIR", conflicts_with = "node")]
+    log: Option<PathBuf>,
+
+    /// The log's public key, or a file with it; the one in the log's folder when absent.
+    #[arg(long, env = "ENTENTE_AUDIT_KEY", value_name = "KEY")]
+    key: Option<String>,
+}
+
+/// A log, as far as its latest checkpoint.
+pub struct Source {
+    /// Its folder.
+    pub root: PathBuf,
+    /// Whose it is.
+    pub verifier: Verifier,
+    /// What it says that it holds.
+    pub checkpoint: Checkpoint,
+}
+
+impl Source {
+    fn open(root: PathBuf, key: Option<&str>) -> anyhow::Result<Self> {
+        let verifier = match key {
+            Some(key) => read_key(key)?,
+            None => read_key(&root.join(PUBLIC_KEY).to_string_lossy())?,
+        };
+        let checkpoint = Checkpoint::open(&Folder::note(&root)?, &verifier)
+            .with_context(|| format!("the log in {}", root.display()))?;
+        Ok(Self { root, verifier, checkpoint })
+    }
+
+    /// Its records.
+    pub fn folder(&self) -> Folder {
+        Folder::new(&self.root, self.checkpoint.tree.size)
+    }
+}
+
+impl LogArgs {
+    /// All logs that are meant; at least one.
+    pub fn all(&self) -> anyhow::Result<Vec<Source>> {
+        let roots = match (&self.log, &self.node) {
+            (Some(log), _) => vec![log.clone()],
+            (None, Some(node)) => vec![audit_in(&self.data_dir).join(node.as_str())],
+            (None, None) => folders(&audit_in(&self.data_dir))?,
+        };
+        // A coordinator that has served nobody yet has signed nothing.
+        let begun = roots.into_iter().filter(|root| self.is_named() || Folder::note(root).is_ok());
+        let open = |root| Source::open(root, self.key.as_deref());
+        let sources = begun.map(open).collect::<anyhow::Result<Vec<_>>>()?;
+        if sources.is_empty() {
+            let folder = audit_in(&self.data_dir);
+            let text = format!(
+                "there is no audit log with records in {}; say where one is with --log",
+                folder.display()
+            );
+            return Err(Misuse(text).into());
+        }
+        Ok(sources)
+    }
+
+    /// The one log that is meant.
+    pub fn one(&self) -> anyhow::Result<Source> {
+        let mut all = self.all()?;
+        match (all.pop(), all.is_empty()) {
+            (Some(source), true) => Ok(source),
+            _ => {
+                Err(Misuse("there are several logs; say which with --node or --log".into()).into())
+            }
+        }
+    }
+
+    fn is_named(&self) -> bool {
+        self.log.is_some() || self.node.is_some()
+    }
+}
+
+fn folders(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    if !root.is_dir() {
+        return Ok(Vec::new());
+    }
+    let cannot = || format!("cannot read {}", root.display());
+    let entries = fs::read_dir(root).with_context(cannot)?;
+    let mut folders = entries
+        .map(|entry| Ok(entry.with_context(cannot)?.path()))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    folders.retain(|folder| folder.is_dir());
+    folders.sort();
+    Ok(folders)
+}
+
+/// A key, from itself or from a file.
+pub fn read_key(text: &str) -> anyhow::Result<Verifier> {
+    if let Ok(key) = text.parse() {
+        return Ok(key);
+    }
+    let unreadable = || Misuse(format!("{text:?} is neither a log's public key nor a file of one"));
+    let file = fs::read_to_string(text).map_err(|_| unreadable())?;
+    file.parse().map_err(|_| unreadable().into())
+}
