@@ -28,6 +28,8 @@ pub struct State {
     pub struck: Vec<Struck>,
     /// What was sent in the name of those that have slept; none when nobody did.
     pub stale: Option<Stale>,
+    /// Bytes that passed over links while they were cut; none when no link was.
+    pub cut_bytes: Option<u64>,
     /// Faults whose last strike is over.
     pub over: Vec<usize>,
     /// Nothing more is to be struck or waited for.
@@ -45,6 +47,7 @@ impl State {
             changes: 0,
             struck: Vec::new(),
             stale: None,
+            cut_bytes: None,
             over: Vec::new(),
             finished: false,
             interrupted,

@@ -13,7 +13,7 @@ use super::figures::{self, Answer, Spread, Struck};
 use super::history;
 use super::place::{Place, Server};
 use super::report::{Failure, Report};
-use super::scenario::{Action, Pace, Scenario};
+use super::scenario::{Action, Pace, Scenario, Way};
 use super::schedule::{Due, Schedule, Timing};
 use super::stale::Stale;
 use super::strike::Striker;
@@ -23,6 +23,8 @@ use super::watch::{POLL_INTERVAL, Rows, Watch, stolen_ms};
 use crate::client::Client;
 use crate::cluster::data_dir::ProcessEntry;
 use crate::cluster::plan::Role;
+use crate::cluster::relay::control;
+use crate::cluster::relay::traffic::Traffic;
 use crate::exit::Misuse;
 use crate::load::{self, Mix, Outcome, Request, Sender};
 use crate::random::Random;
@@ -47,6 +49,7 @@ struct Run {
     hedged_share: Option<f64>,
     stolen_ms: Option<f64>,
     stale: Option<Stale>,
+    cut_bytes: Option<u64>,
     control: Log,
 }
 
@@ -116,6 +119,7 @@ impl<'a> Drill<'a> {
     /// When there is nothing to compare with: the cluster is not well, or somebody interrupts.
     pub fn run(&self, board: &Board, tell: &(impl Fn(&str) + Sync)) -> anyhow::Result<Report> {
         tell(&format!("undisturbed: {} requests", self.requests.len()));
+        let traffic = self.traffic();
         let quiet = self.quiet(board)?;
         if let Some(failed) = quiet.answers.iter().find(|answer| answer.error.is_some()) {
             let error = failed.error.as_deref().unwrap_or_default();
@@ -123,7 +127,8 @@ impl<'a> Drill<'a> {
         }
         tell("under faults");
         let mut disturbed = self.disturbed(board, tell)?;
-        let figures = self.figures(&quiet, &disturbed);
+        let passed_bytes = self.passed_bytes(&traffic);
+        let figures = Figures { passed_bytes, ..self.figures(&quiet, &disturbed) };
         self.blame(&mut disturbed, figures.usual_gap_ms);
         let checks = judge(&self.scenario.expect, &figures);
         Ok(Report {
@@ -203,13 +208,15 @@ impl<'a> Drill<'a> {
         if state.interrupted {
             bail!(crate::exit::Interrupted);
         }
-        let (struck, stale) = (std::mem::take(&mut state.struck), state.stale);
+        let struck = std::mem::take(&mut state.struck);
+        let (stale, cut_bytes) = (state.stale, state.cut_bytes);
         drop(state);
         let start = board.start();
         let hedged_share = self.watch.rows().hedged_share_since(&before.rows);
         let stolen_ms = stolen_ms().zip(before.stolen_ms).map(|(now, then)| now - then);
         let answers = outcomes.into_iter().map(|outcome| answer(outcome, start)).collect();
-        Ok(Run { answers, struck, hedged_share, stolen_ms, stale, control: Log::default() })
+        let control = Log::default();
+        Ok(Run { answers, struck, hedged_share, stolen_ms, stale, cut_bytes, control })
     }
 
     /// Makes every strike when it is due, and returns when the effects of the last one are over.
@@ -343,6 +350,29 @@ impl<'a> Drill<'a> {
         names.iter().map(start).collect()
     }
 
+    /// What has passed through the relay; nothing where there is none, or it does not matter.
+    fn traffic(&self) -> Vec<Traffic> {
+        let asked = !self.scenario.expect.no_bytes.is_empty();
+        let data_dir = self.place.data_dir().filter(|_| asked);
+        data_dir.and_then(|dir| control::traffic(dir).ok()).unwrap_or_default()
+    }
+
+    /// Bytes since `before` on each way on which none may pass; nothing for a way that does not lead
+    /// through the relay.
+    fn passed_bytes(&self, before: &[Traffic]) -> Vec<(String, Option<u64>)> {
+        let now = self.traffic();
+        let processes = self.place.processes().unwrap_or_default();
+        let passed = |way: &Way| {
+            let [from, to] = [&way.from, &way.to].map(|end| target::matching(end, &processes));
+            let is_on = |one: &&Traffic| from.contains(&one.dialler) && to.contains(&one.target);
+            let bytes = |traffic: &[Traffic]| {
+                traffic.iter().filter(is_on).map(Traffic::bytes).reduce(|a, b| a + b)
+            };
+            (way.to_string(), bytes(&now).zip(bytes(before)).map(|(now, before)| now - before))
+        };
+        self.scenario.expect.no_bytes.iter().map(passed).collect()
+    }
+
     /// Notes with each strike which stream it held up for longest, and when.
     fn blame(&self, run: &mut Run, usual_gap_ms: Option<f64>) {
         let Some(usual_ms) = usual_gap_ms else { return };
@@ -385,6 +415,8 @@ impl<'a> Drill<'a> {
             hedged_share: disturbed.hedged_share,
             stolen_ms: disturbed.stolen_ms,
             stale: disturbed.stale,
+            passed_bytes: Vec::new(),
+            cut_bytes: disturbed.cut_bytes,
             epochs_back: (!epochs.is_empty()).then(|| history::epochs_back(epochs)),
             moves: (!epochs.is_empty()).then_some(*moves),
             changes: writes.iter().filter(|write| write.revision.is_some()).count(),

@@ -226,6 +226,36 @@ pub struct Target {
     pub pick: Pick,
 }
 
+impl fmt::Display for Target {
+    /// What its processes have in common: `fr coordinator`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = [
+            self.name.as_ref().map(ToString::to_string),
+            self.region.map(|region| region.to_string()),
+            self.role.map(|role| role.to_string()),
+        ];
+        let words: Vec<String> = words.into_iter().flatten().collect();
+        f.write_str(if words.is_empty() { "anybody" } else { "" })?;
+        f.write_str(&words.join(" "))
+    }
+}
+
+/// Connections over which nothing may pass, in either direction.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Way {
+    /// Those that any of these dials ...
+    pub from: Target,
+    /// ... to any of those.
+    pub to: Target,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} -> {}", self.from, self.to)
+    }
+}
+
 /// Which of several processes a strike is for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -289,6 +319,11 @@ pub struct Expect {
     pub changes_linearizable: bool,
     /// How many replicas must have been placed anew meanwhile.
     pub moves_min: Option<u64>,
+    /// Over which connections through the relay not one byte may pass, from begin to end.
+    #[serde(default)]
+    pub no_bytes: Vec<Way>,
+    /// How many bytes may pass over links while a `cut` holds on them.
+    pub cut_bytes_max: Option<u64>,
     /// How long after a strike its effects are looked for.
     #[serde(default = "window_default")]
     pub window: Span,

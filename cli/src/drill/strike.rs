@@ -24,6 +24,7 @@ use super::stale::Sleeper;
 use super::watch::POLL_INTERVAL;
 use crate::cluster::relay::control;
 use crate::cluster::relay::rule::Change;
+use crate::cluster::relay::traffic::Traffic;
 
 /// How long a command may take, and a process that was told to end.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
@@ -61,7 +62,13 @@ impl<'a> Striker<'a> {
         let lasts = action.lasts();
         // What has no end of its own is undone when the drill ends.
         if lasts > Duration::ZERO {
+            let cut = matches!(action, Action::Cut { .. }).then(|| action.changes(names));
+            let before = cut.as_ref().map(|words| self.bytes_over(words)).transpose()?;
             self.board.wait_for(lasts, |state| state.interrupted);
+            if let (Some(words), Some(before)) = (cut, before) {
+                let passed = self.bytes_over(&words)?.saturating_sub(before);
+                self.board.tell(|state| *state.cut_bytes.get_or_insert(0) += passed);
+            }
             undos.iter().try_for_each(|undo| self.undo(undo))?;
         }
         Ok(())
@@ -152,6 +159,23 @@ impl<'a> Striker<'a> {
         self.remember(&undos);
         control::set(self.data_dir()?, words)?;
         Ok(undos)
+    }
+
+    /// Bytes that have passed, both ways, over the links that these words are about.
+    fn bytes_over(&self, words: &[String]) -> anyhow::Result<u64> {
+        let change = |word: &String| word.parse::<Change>().map_err(anyhow::Error::msg);
+        let changes = words.iter().map(change).collect::<anyhow::Result<Vec<_>>>()?;
+        let processes = self.place.processes()?;
+        let end = |name: &NodeName| {
+            let process = processes.iter().find(|process| process.name == *name)?;
+            Some((process.region, name.clone()))
+        };
+        let traffic = control::traffic(self.data_dir()?)?;
+        let is_on = |one: &&Traffic| {
+            let ends = end(&one.dialler).zip(end(&one.target));
+            ends.is_some_and(|(a, b)| changes.iter().any(|change| change.link.joins(&a, &b)))
+        };
+        Ok(traffic.iter().filter(is_on).map(Traffic::bytes).sum())
     }
 
     fn send_stale(&self, name: &NodeName, exchanges: u64, proposals: u64) -> anyhow::Result<()> {

@@ -38,7 +38,7 @@ pub fn strikes(
 }
 
 /// The names that match, in the order of the cluster's file.
-fn matching(target: &Target, processes: &[ProcessEntry]) -> Vec<NodeName> {
+pub fn matching(target: &Target, processes: &[ProcessEntry]) -> Vec<NodeName> {
     let matches = |process: &&ProcessEntry| {
         target.name.as_ref().is_none_or(|name| *name == process.name)
             && target.role.is_none_or(|role| role == process.role)

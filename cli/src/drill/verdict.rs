@@ -50,6 +50,10 @@ pub struct Figures {
     pub stale: Option<Stale>,
     /// How often the control plane told of an epoch that was lower than one before.
     pub epochs_back: Option<usize>,
+    /// The connections over which nothing may pass, and how many bytes did.
+    pub passed_bytes: Vec<(String, Option<u64>)>,
+    /// Bytes that passed over links while they were cut.
+    pub cut_bytes: Option<u64>,
     /// Replicas that were placed where they had not been before.
     pub moves: Option<u64>,
     /// Changes that the drill itself made and that were acknowledged.
@@ -110,6 +114,12 @@ pub fn judge(expect: &Expect, figures: &Figures) -> Vec<Check> {
         let made = figures.changes > 0;
         let out_of_order = made.then_some(figures.changes_out_of_order as u64);
         checks.push(count("changes out of order", false, 0, out_of_order));
+    }
+    for (way, bytes) in &figures.passed_bytes {
+        checks.push(count(&format!("bytes {way}"), false, 0, *bytes));
+    }
+    if let Some(max) = expect.cut_bytes_max {
+        checks.push(count("bytes over cut links", false, max, figures.cut_bytes));
     }
     // Whoever sends what is stale wants to see it refused.
     if let Some(sent) = figures.stale {
@@ -210,6 +220,7 @@ throughput_dip_max: 0.1
 hedged_share_max: 0.05
 epochs_forward: true
 changes_linearizable: true
+cut_bytes_max: 0
 moves_min: 100
 ";
 
@@ -227,9 +238,15 @@ moves_min: 100
             epochs_back: Some(0),
             moves: Some(100),
             changes: 1,
+            passed_bytes: passed(Some(0)),
+            cut_bytes: Some(0),
             stale: Some(REFUSED),
             ..Figures::default()
         }
+    }
+
+    fn passed(bytes: Option<u64>) -> Vec<(String, Option<u64>)> {
+        vec![("a -> b".to_owned(), bytes)]
     }
 
     const REFUSED: Stale = Stale {
@@ -275,6 +292,9 @@ moves_min: 100
             ),
             ("epochs gone back", Figures { epochs_back: Some(1), ..good() }),
             ("changes out of order", Figures { changes_out_of_order: 1, ..good() }),
+            ("bytes a -> b", Figures { passed_bytes: passed(Some(1)), ..good() }),
+            ("bytes a -> b", Figures { passed_bytes: passed(None), ..good() }),
+            ("bytes over cut links", Figures { cut_bytes: Some(1), ..good() }),
             ("stale exchanges refused", stale(Stale { exchanges_refused: 8, ..REFUSED })),
             ("stale proposals refused", stale(Stale { proposals_refused: 6, ..REFUSED })),
             ("states changed by them", stale(Stale { states_changed: 1, ..REFUSED })),
@@ -287,7 +307,7 @@ moves_min: 100
     #[test]
     fn what_was_not_measured_is_a_miss() {
         let blind = Figures { requests: 1, ..Figures::default() };
-        assert_eq!(misses(&blind).len(), 10, "{:?}", misses(&blind));
+        assert_eq!(misses(&blind).len(), 11, "{:?}", misses(&blind));
     }
 
     #[test]

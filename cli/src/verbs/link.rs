@@ -18,9 +18,11 @@ pub enum LinkVerb {
     Set(SetArgs),
     /// Print what holds.
     Ls(LsArgs),
+    /// Print what has passed between the processes, by who dialled whom.
+    Traffic(LsArgs),
 }
 
-/// The flags of both.
+/// The flags of all.
 #[derive(Debug, Args)]
 pub struct LsArgs {
     /// Folder of the `entente up` whose links these are.
@@ -53,6 +55,7 @@ struct Row {
 /// Asks the relay.
 pub fn run(verb: LinkVerb) -> anyhow::Result<()> {
     let (args, links) = match verb {
+        LinkVerb::Traffic(args) => return print_traffic(&args),
         LinkVerb::Ls(args) => {
             let links = control::list(&args.data_dir)?;
             (args, links)
@@ -73,6 +76,26 @@ pub fn run(verb: LinkVerb) -> anyhow::Result<()> {
             let mut table = columns(["LINK", "EFFECT"]);
             for row in rows {
                 table.add_row([row.link, row.effect]);
+            }
+            table.trim_fmt()
+        }
+    };
+    writeln!(io::stdout().lock(), "{text}")?;
+    Ok(())
+}
+
+/// Prints all pairs as JSON, as a table those that have tried to speak to each other.
+fn print_traffic(args: &LsArgs) -> anyhow::Result<()> {
+    let traffic = control::traffic(&args.data_dir)?;
+    let text = match args.output {
+        Output::Json => serde_json::to_string_pretty(&traffic)?,
+        Output::Table => {
+            let mut table =
+                columns(["DIALLER", "TARGET", "CONNECTIONS", "REFUSED", "BYTES THERE", "BACK"]);
+            for one in traffic.iter().filter(|one| one.connections + one.refused > 0) {
+                let counts = [one.connections, one.refused, one.bytes_there, one.bytes_back];
+                let names = [&one.dialler, &one.target].map(ToString::to_string);
+                table.add_row(names.into_iter().chain(counts.map(|count| count.to_string())));
             }
             table.trim_fmt()
         }

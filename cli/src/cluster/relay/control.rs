@@ -16,10 +16,11 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream as Peer};
 
 use super::Switch;
+use super::traffic::Traffic;
 use crate::exit::{Failure, Misuse};
 
-/// Longest line in bytes.
-const LINE_BYTES_MAX: u64 = 64 << 10;
+/// Longest line in bytes: the traffic of a cluster of the largest size that `up` starts.
+const LINE_BYTES_MAX: u64 = 1 << 20;
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -31,6 +32,8 @@ enum Request {
     Set(Vec<String>),
     /// Say what holds.
     List,
+    /// Say what has passed.
+    Traffic,
 }
 
 /// What is answered.
@@ -39,6 +42,8 @@ enum Request {
 enum Reply {
     /// What holds now: links and words.
     Links(Vec<(String, String)>),
+    /// What has passed between any two processes.
+    Traffic(Vec<Traffic>),
     /// Why it was not done.
     Refused(String),
 }
@@ -88,6 +93,7 @@ fn reply(request: Request, switch: &Switch) -> Reply {
     let words = match request {
         Request::List => Vec::new(),
         Request::Set(words) => words,
+        Request::Traffic => return Reply::Traffic(switch.traffic()),
     };
     let changes: Result<Vec<_>, String> = words.iter().map(|word| word.parse()).collect();
     match changes.and_then(|changes| switch.change_all(changes)) {
@@ -101,15 +107,30 @@ fn reply(request: Request, switch: &Switch) -> Reply {
 /// # Errors
 /// There is no relay there, or it refuses.
 pub fn set(data_dir: &Path, words: Vec<String>) -> anyhow::Result<Vec<(String, String)>> {
-    ask(data_dir, &Request::Set(words))
+    links(ask(data_dir, &Request::Set(words))?)
 }
 
 /// What holds on the links of the cluster in `data_dir`.
 pub fn list(data_dir: &Path) -> anyhow::Result<Vec<(String, String)>> {
-    ask(data_dir, &Request::List)
+    links(ask(data_dir, &Request::List)?)
 }
 
-fn ask(data_dir: &Path, request: &Request) -> anyhow::Result<Vec<(String, String)>> {
+/// What has passed between the processes of the cluster in `data_dir`.
+pub fn traffic(data_dir: &Path) -> anyhow::Result<Vec<Traffic>> {
+    match ask(data_dir, &Request::Traffic)? {
+        Reply::Traffic(traffic) => Ok(traffic),
+        other => bail!("the relay answered something else: {other:?}"),
+    }
+}
+
+fn links(reply: Reply) -> anyhow::Result<Vec<(String, String)>> {
+    match reply {
+        Reply::Links(links) => Ok(links),
+        other => bail!("the relay answered something else: {other:?}"),
+    }
+}
+
+fn ask(data_dir: &Path, request: &Request) -> anyhow::Result<Reply> {
     let path = socket_in(data_dir);
     let mut socket = UnixStream::connect(&path).map_err(|error| {
         Misuse(format!(
@@ -126,7 +147,7 @@ fn ask(data_dir: &Path, request: &Request) -> anyhow::Result<Vec<(String, String
         bail!("the relay did not answer");
     }
     match serde_json::from_str(&line)? {
-        Reply::Links(links) => Ok(links),
         Reply::Refused(text) => Err(Failure::Refused(text).into()),
+        reply => Ok(reply),
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! A line that is full is not read from, so the sender waits as it would for a slow network.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::rule::Rule;
+use super::traffic::Counters;
 
 /// Bytes of one read.
 const CHUNK_BYTES: usize = 16 << 10;
@@ -48,6 +50,7 @@ pub async fn carry(
     dialler: TcpStream,
     target: TcpStream,
     [there, back]: [watch::Receiver<Rule>; 2],
+    counters: &Counters,
 ) {
     // Small frames must not wait for each other here. A socket that refuses is merely slower.
     let _ = (dialler.set_nodelay(true), target.set_nodelay(true));
@@ -55,10 +58,13 @@ pub async fn carry(
     let asked = Asked::default();
     let (from_dialler, to_dialler) = dialler.into_split();
     let (from_target, to_target) = target.into_split();
+    let [passed_there, passed_back] = counters.directions();
+    let there = Way { rule: there, side: Side::Asks(&asked), passed: passed_there };
+    let back = Way { rule: back, side: Side::Answers(&asked), passed: passed_back };
     let both = async {
         tokio::join!(
-            direction(from_dialler, to_target, there, Side::Asks(&asked)),
-            direction(from_target, to_dialler, back, Side::Answers(&asked)),
+            direction(from_dialler, to_target, there),
+            direction(from_target, to_dialler, back)
         )
     };
     tokio::select! {
@@ -81,18 +87,21 @@ enum Side<'a> {
     Answers(&'a Asked),
 }
 
-async fn direction(
-    from: OwnedReadHalf,
-    to: OwnedWriteHalf,
+/// One direction of a connection.
+struct Way<'a> {
     rule: watch::Receiver<Rule>,
-    side: Side<'_>,
-) {
+    side: Side<'a>,
+    /// Counts the bytes that it lets through.
+    passed: &'a AtomicU64,
+}
+
+async fn direction(from: OwnedReadHalf, to: OwnedWriteHalf, way: Way<'_>) {
     let (line, waiting) = mpsc::channel(LINE_LEN_MAX);
-    let (asked, answers) = match side {
-        Side::Asks(asked) => (Some(asked), None),
-        Side::Answers(asked) => (None, Some(asked)),
+    let answers = match way.side {
+        Side::Asks(_) => None,
+        Side::Answers(asked) => Some(asked),
     };
-    tokio::join!(read(from, line, rule.clone(), answers), write(to, waiting, rule, asked));
+    tokio::join!(read(from, line, way.rule.clone(), answers), write(to, waiting, way));
 }
 
 /// Puts what is read on the line, until there is no more or nobody takes it.
@@ -124,16 +133,25 @@ fn slower(took: Duration, factor: u32) -> Duration {
 async fn write(
     mut to: OwnedWriteHalf,
     mut line: mpsc::Receiver<Chunk>,
-    mut rule: watch::Receiver<Rule>,
-    asked: Option<&Asked>,
+    Way { mut rule, side, passed }: Way<'_>,
 ) {
     let mut free_at = Instant::now();
     while let Some((due, bytes)) = line.recv().await {
         sleep_until(due.max(free_at)).await;
         // The rules end with the relay, and this connection with both.
-        let Ok(now) = rule.wait_for(|rule| !rule.is_stalled).await.map(|rule| *rule) else {
+        let Ok(now) = rule.wait_for(|rule| !rule.is_stalled).await.map(|rule| {
+            // Nobody can change the rule while it is looked at: whoever has cut the link finds in
+            // the counter all that was let through.
+            if !rule.is_cut {
+                passed.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            }
+            *rule
+        }) else {
             return;
         };
+        if now.is_cut {
+            return;
+        }
         if let Some(bits_per_s) = now.bits_per_s {
             let seconds = bytes.len() as f64 * 8.0 / bits_per_s as f64;
             free_at = Instant::now() + Duration::from_secs_f64(seconds);
@@ -141,7 +159,7 @@ async fn write(
         if to.write_all(&bytes).await.is_err() {
             return;
         }
-        if let Some(asked) = asked {
+        if let Side::Asks(asked) = side {
             asked.now();
         }
     }

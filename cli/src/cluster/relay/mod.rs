@@ -3,18 +3,20 @@
 //! Each process dials each other one at an address of the relay that belongs to the two of them, so
 //! the relay knows who speaks to whom although all of it is TLS. It passes bytes on as they are and
 //! can read none of them. What holds on a link ([`rule`]) can be changed while bytes are on their
-//! way ([`control`]).
+//! way ([`control`]), and what has passed is counted ([`traffic`]).
 //!
 //! It is for drills and for seeing what distance costs; without `--link` there is none.
 //!
 //! Invariants: bytes arrive in the order in which they were sent, none twice, none changed; what is
-//! on its way is bounded; when the relay ends, so do its connections.
+//! on its way is bounded; when the relay ends, so do its connections; once a cut is acknowledged,
+//! nothing more is counted and let through on its link.
 
 pub mod control;
 mod line;
 pub mod rule;
 #[cfg(test)]
 mod tests;
+pub mod traffic;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -28,6 +30,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use rule::{Change, Ends, Link, Rule, Rules};
+use traffic::{Counters, Traffic};
 
 /// Connections between two processes at most; more wait to be accepted.
 const CONNECTIONS_MAX: usize = 256;
@@ -56,6 +59,7 @@ struct Settings {
 struct Lane {
     ends: Ends,
     rules: [watch::Sender<Rule>; 2],
+    counters: Arc<Counters>,
 }
 
 /// One process that dials another one.
@@ -82,8 +86,10 @@ impl Relay {
             let there = via.entry(ends.dialler.1.clone()).or_default();
             there.insert(target, listener.local_addr()?);
             let (rules, told) = lane();
-            tasks.spawn(accept(TcpListener::from_std(listener)?, target, told));
-            lanes.push(Lane { ends, rules });
+            let counters = Arc::<Counters>::default();
+            let listener = TcpListener::from_std(listener)?;
+            tasks.spawn(accept(listener, target, told, counters.clone()));
+            lanes.push(Lane { ends, rules, counters });
         }
         let switch = Switch(Arc::new(Mutex::new(Settings { rules: Rules::default(), lanes })));
         switch.change_all(changes).map_err(io::Error::other)?;
@@ -135,6 +141,15 @@ impl Switch {
         let said = |(link, text): (&Link, &str)| (link.to_string(), text.to_owned());
         settings.rules.iter().map(said).collect()
     }
+
+    /// What has passed between any two processes that may speak to each other.
+    pub fn traffic(&self) -> Vec<Traffic> {
+        let settings = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |Lane { ends, counters, .. }: &Lane| {
+            counters.of(ends.dialler.1.clone(), ends.target.1.clone())
+        };
+        settings.lanes.iter().map(of).collect()
+    }
 }
 
 impl Settings {
@@ -160,7 +175,12 @@ impl Settings {
 }
 
 /// Takes connections from one process to another and carries each.
-async fn accept(listener: TcpListener, target: SocketAddr, rules: [watch::Receiver<Rule>; 2]) {
+async fn accept(
+    listener: TcpListener,
+    target: SocketAddr,
+    rules: [watch::Receiver<Rule>; 2],
+    counters: Arc<Counters>,
+) {
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
@@ -175,14 +195,16 @@ async fn accept(listener: TcpListener, target: SocketAddr, rules: [watch::Receiv
                 continue;
             }
         };
-        if rules.iter().any(|rule| rule.borrow().is_cut) {
+        let refused = rules.iter().any(|rule| rule.borrow().is_cut);
+        counters.connection(refused);
+        if refused {
             continue;
         }
-        let rules = rules.clone();
+        let (rules, counters) = (rules.clone(), counters.clone());
         connections.spawn(async move {
             // A target that is not there is a connection that ends at once.
             if let Ok(target) = TcpStream::connect(target).await {
-                line::carry(dialler, target, rules).await;
+                line::carry(dialler, target, rules, &counters).await;
             }
         });
     }

@@ -183,6 +183,18 @@ fn add(rule: &mut Rule, link: &Link, effect: &str) -> Result<(), String> {
     Ok(())
 }
 
+impl Link {
+    /// Whether it is about what these two say to each other, in one direction at least.
+    pub fn joins(&self, a: &(Region, NodeName), b: &(Region, NodeName)) -> bool {
+        match self {
+            Self::OneWay(from, to) | Self::Between(from, to) => {
+                (a.0, b.0) == (*from, *to) || (b.0, a.0) == (*from, *to)
+            }
+            Self::Process(name) => a.1 == *name || b.1 == *name,
+        }
+    }
+}
+
 impl FromStr for Link {
     type Err = String;
 
@@ -266,6 +278,17 @@ mod tests {
         rules.apply("se-x=clear".parse().unwrap());
         let said: Vec<String> = rules.iter().map(|(l, text)| format!("{l}={text}")).collect();
         assert_eq!(said, ["fr->se=2mbit", "fr-se=20ms"]);
+    }
+
+    #[test]
+    fn a_link_joins_whom_it_is_about() {
+        let joins = |link: &str, dialler: &str, target: &str| {
+            let Ends { dialler, target } = ends(dialler, target);
+            link.parse::<Link>().unwrap().joins(&dialler, &target)
+        };
+        assert!(joins("fr-se", "se-x", "fr-x") && joins("fr->se", "se-x", "fr-x"));
+        assert!(!joins("fr-se", "fr-x", "fr-y") && !joins("fr-se", "fr-x", "de-x"));
+        assert!(joins("fr-x", "de-x", "fr-x") && !joins("fr-x", "de-x", "fr-y"));
     }
 
     #[test]

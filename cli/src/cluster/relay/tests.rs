@@ -124,6 +124,35 @@ async fn a_cut_ends_connections_and_refuses_new_ones_until_it_is_cleared() {
 }
 
 #[tokio::test]
+async fn what_passes_is_counted_by_pair_and_direction_and_nothing_once_it_is_cut() {
+    let mut pair = pair(&[]).await;
+    let traffic = |pair: &Pair| pair.relay.switch.traffic().remove(0);
+    pair.dialler.write_all(b"five!").await.unwrap();
+    receive(&mut pair.target, 5).await;
+    pair.target.write_all(b"two").await.unwrap();
+    receive(&mut pair.dialler, 3).await;
+    let before = traffic(&pair);
+    assert_eq!((before.connections, before.refused), (1, 0));
+    assert_eq!((before.dialler.as_str(), before.target.as_str()), ("fr-a", "se-b"));
+    assert_eq!((before.bytes_there, before.bytes_back, before.bytes()), (5, 3, 8));
+    // Somebody who never stops talking is cut off in the middle.
+    let mut dialler = pair.dialler;
+    let talking =
+        tokio::spawn(async move { while dialler.write_all(&[1; 1_000]).await.is_ok() {} });
+    receive(&mut pair.target, 50_000).await;
+    say(&pair.relay, "fr-se=cut");
+    let cut = pair.relay.switch.traffic().remove(0);
+    assert!(cut.bytes_there >= 50_005);
+    talking.await.unwrap();
+    let address = pair.listener.local_addr().unwrap();
+    let mut refused = dial(&pair.relay, address).await;
+    assert!(timeout(LONG, refused.read_u8()).await.expect("it ends").is_err());
+    let after = pair.relay.switch.traffic().remove(0);
+    assert_eq!((after.bytes_there, after.bytes_back), (cut.bytes_there, cut.bytes_back));
+    assert_eq!((after.connections, after.refused), (1, 1));
+}
+
+#[tokio::test]
 async fn a_slow_node_takes_many_times_as_long_to_answer() {
     let mut pair = pair(&["se-b=slow:10"]).await;
     let start = Instant::now();
@@ -156,9 +185,11 @@ async fn links_are_changed_through_the_socket_in_the_data_directory() {
     let asked = tokio::task::spawn_blocking(move || {
         let set = control::set(&data_dir, vec!["fr-se=5ms".to_owned()]).unwrap();
         let wrong = control::set(&data_dir, vec!["fr-se=5".to_owned()]).unwrap_err();
-        (set, wrong.to_string(), control::list(&data_dir).unwrap())
+        let traffic = control::traffic(&data_dir).unwrap();
+        (set, wrong.to_string(), control::list(&data_dir).unwrap(), traffic)
     });
-    let (set, wrong, listed) = asked.await.unwrap();
+    let (set, wrong, listed, traffic) = asked.await.unwrap();
+    assert_eq!(traffic, pair.relay.switch.traffic());
     assert_eq!(set, [("fr-se".to_owned(), "5ms".to_owned())]);
     assert!(wrong.starts_with("refused: \"5\""), "{wrong}");
     assert_eq!(listed, set);

@@ -114,6 +114,18 @@ fn actions_on_links_speak_the_words_of_the_relay() {
 }
 
 #[test]
+fn a_way_on_which_nothing_may_pass_leads_from_some_processes_to_others() {
+    let text = "
+no_bytes:
+  - {from: {role: coordinator, region: fr}, to: {role: expert-node, region: se}}
+  - {from: fr-expert-1, to: {}}
+";
+    let expect: Expect = serde_saphyr::from_str(text).unwrap();
+    let ways: Vec<String> = expect.no_bytes.iter().map(Way::to_string).collect();
+    assert_eq!(ways, ["fr coordinator -> se expert-node", "fr-expert-1 -> anybody"]);
+}
+
+#[test]
 fn a_link_is_of_the_kind_that_the_action_is_about() {
     for (action, part) in [
         ("{cut: {link: fr-se}}", "takes no `target`"),
