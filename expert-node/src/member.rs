@@ -47,6 +47,8 @@ pub(crate) struct Member {
     pub(crate) name: NodeName,
     pub(crate) node: NodeHandle,
     pub(crate) client: Client,
+    /// The committed state, whenever there is a newer one.
+    pub(crate) states: watch::Receiver<Option<Arc<State>>>,
     /// What is said at each registration.
     pub(crate) registration: wire::RegisterRequest,
     pub(crate) loader: Arc<Loader>,
@@ -79,7 +81,7 @@ impl Member {
     ) -> Result<(), Error> {
         let (mut leave, mut stop) = (pin!(leave), pin!(stop));
         let mut leaving = false;
-        let mut states = self.client.watch();
+        let mut states = self.states.clone();
         let mut tick = interval(Duration::from_millis(self.settings.heartbeat_ms));
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let (mut session, first) = Session::start(self.settings);
@@ -163,12 +165,7 @@ impl<P: Fn(u64, u64), R: FnOnce()> Shell<P, R> {
             Command::Report(report) => self.report(&report),
             Command::Load { experts, beside_serving } => {
                 let loader = self.member.loader.clone();
-                let state = self.member.client.watch().borrow().clone();
-                let name = &self.member.name;
-                let peers = state.map(|state| message::peers(&state, name, &experts));
-                let peers = peers.unwrap_or_default();
-                let loading = loader.load_or_restore(experts, beside_serving, peers);
-                self.loading = Some(Box::pin(loading));
+                self.loading = Some(Box::pin(loader.load_or_restore(experts, beside_serving)));
             }
             Command::Release(experts) => {
                 tracing::info!(experts = experts.len(), "released");

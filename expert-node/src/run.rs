@@ -203,7 +203,10 @@ fn open(
         heartbeat_ms: config.heartbeat_ms(),
         drain_deadline_ms: config.drain_deadline_ms(),
     };
+    let states = client.watch();
     let restorer = node.manifest().map(|manifest| Restorer {
+        name: config.name.clone(),
+        states: states.clone(),
         credentials,
         via: config.membership.via.clone(),
         region: config.region,
@@ -214,7 +217,7 @@ fn open(
     let loader = Arc::new(Loader::new(checkpoint, config.weights, kernels, restorer)?);
     node.lend_from(loader.clone());
     let name = config.name.clone();
-    Ok(Member { name, node, client, registration, loader, settings, spoilt })
+    Ok(Member { name, node, client, states, registration, loader, settings, spoilt })
 }
 
 /// Does something that blocks, unless it is not wanted any more: what is not done then ends with the

@@ -9,7 +9,7 @@ use entente_model::kernels::{self, GatedFfn, Kernels, UnsupportedCpu, WeightForm
 use entente_model::{Checkpoint, load_experts};
 use entente_proto::placement::ExpertKey;
 
-use super::restore::{Peer, Restorer};
+use super::restore::Restorer;
 
 /// Longest reason that is kept and told.
 const REASON_LEN_MAX: usize = 256;
@@ -24,9 +24,6 @@ pub(crate) struct Loader {
     /// Absent without a manifest: nothing that a peer sends could be believed.
     restorer: Option<Restorer>,
 }
-
-/// Who may have what is missing here.
-pub(crate) type Peers = BTreeMap<ExpertKey, Vec<Peer>>;
 
 /// What came of a load.
 pub(crate) struct Outcome {
@@ -69,13 +66,11 @@ impl Loader {
         self: Arc<Self>,
         experts: BTreeSet<ExpertKey>,
         beside_serving: bool,
-        peers: Peers,
     ) -> Outcome {
         let Outcome { mut loaded, mut failed } = self.clone().load(experts, beside_serving).await;
         let Some(restorer) = &self.restorer else { return Outcome { loaded, failed } };
         for (key, reason) in std::mem::take(&mut failed) {
-            let peers = peers.get(&key).map_or(&[][..], Vec::as_slice);
-            match restorer.restore(key, peers).await {
+            match restorer.restore(key).await {
                 Ok(ffn) => drop(loaded.insert(key, ffn)),
                 Err(theirs) => drop(failed.insert(key, short(&format!("{reason}; {theirs}")))),
             }

@@ -8,7 +8,6 @@ use entente_proto::ids::{NodeId, NodeName, PlacementEpoch};
 use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
 
-use super::loader::Peers;
 use super::restore::Peer;
 use super::session::{Committed, Orders, Report};
 use crate::limits::PEERS_MAX;
@@ -50,26 +49,22 @@ pub(super) fn orders(orders: wire::HeartbeatOrders) -> Result<Orders, Malformed>
     })
 }
 
-/// Nodes of the same region that may have these experts: first those on which the placement has
-/// them, then those that may have them in their model folder.
-pub(super) fn peers(state: &State, name: &NodeName, experts: &BTreeSet<ExpertKey>) -> Peers {
-    let Some(own) = state.node(name) else { return Peers::new() };
+/// Nodes of the same region that may have an expert: first those on which the placement has it, then
+/// those that may have it in their model folder. Absent if the state does not know the node itself.
+pub(super) fn peers(state: &State, name: &NodeName, expert: ExpertKey) -> Option<Vec<Peer>> {
+    let own = state.node(name)?;
     let serves = |node: &&Node| {
         node.spec.role == Role::ExpertNode
             && node.spec.region == own.spec.region
             && node.id != own.id
             && matches!(node.state, NodeState::Active | NodeState::Draining)
     };
-    let others: Vec<&Node> = state.nodes().filter(serves).collect();
+    let holders: BTreeSet<NodeId> = state.placement().replicas(expert).collect();
+    let (first, then): (Vec<&Node>, Vec<&Node>) =
+        state.nodes().filter(serves).partition(|node| holders.contains(&node.id));
     let peer =
         |node: &&Node| Peer { name: node.spec.name.clone(), address: node.spec.address.clone() };
-    let peers_of = |expert: &ExpertKey| {
-        let holders: BTreeSet<NodeId> = state.placement().replicas(*expert).collect();
-        let (first, then): (Vec<&Node>, Vec<&Node>) =
-            others.iter().partition(|node| holders.contains(&node.id));
-        (*expert, first.iter().chain(&then).take(PEERS_MAX).map(peer).collect())
-    };
-    experts.iter().map(peers_of).collect()
+    Some(first.iter().chain(&then).take(PEERS_MAX).map(peer).collect())
 }
 
 /// What a state says about the node of this name.

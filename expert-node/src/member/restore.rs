@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use entente_membership::net::{Dialler, Via};
+use entente_membership::state::State;
 use entente_model::kernels::{Activation, GatedFfn, PANELS_VERSION};
 use entente_model::packed::Manifest;
 use entente_proto::identity::{Expected, Role};
@@ -16,11 +17,15 @@ use entente_proto::placement::ExpertKey;
 use entente_proto::wire::exchange_client::ExchangeClient;
 use entente_proto::wire::{FetchPiece, FetchRequest};
 use entente_tls::Credentials;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tonic::{Status, Streaming};
 
+use super::message;
 use crate::counters::Counters;
 
+/// Longest wait for a committed state.
+const STATE_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for a piece: a peer may have others to serve first.
 const PIECE_MAX: Duration = Duration::from_secs(30);
 
@@ -33,6 +38,9 @@ pub(crate) struct Peer {
 
 /// What is needed to ask peers.
 pub(crate) struct Restorer {
+    pub(crate) name: NodeName,
+    /// Where peers are found.
+    pub(crate) states: watch::Receiver<Option<Arc<State>>>,
     pub(crate) credentials: Credentials,
     /// Where to dial, if not where the cluster says.
     pub(crate) via: Via,
@@ -60,10 +68,10 @@ impl Restorer {
     ///
     /// # Errors
     /// What each of them said.
-    pub(crate) async fn restore(&self, key: ExpertKey, peers: &[Peer]) -> Result<GatedFfn, String> {
+    pub(crate) async fn restore(&self, key: ExpertKey) -> Result<GatedFfn, String> {
         let (layer, expert) = key;
         let mut reasons = Vec::new();
-        for peer in peers {
+        for peer in &self.peers(key).await {
             let name = &peer.name;
             match self.fetch(key, peer).await {
                 Ok(ffn) => {
@@ -81,6 +89,17 @@ impl Restorer {
             }
         }
         Err(if reasons.is_empty() { "no peer has it".to_owned() } else { reasons.join("; ") })
+    }
+
+    /// Who may have it. A node that has just registered may not have heard of itself.
+    async fn peers(&self, key: ExpertKey) -> Vec<Peer> {
+        let peers = |state: &Option<Arc<State>>| {
+            state.as_ref().and_then(|state| message::peers(state, &self.name, key))
+        };
+        let mut states = self.states.clone();
+        let known = states.wait_for(|state| peers(state).is_some());
+        let known = timeout(STATE_MAX, known).await;
+        known.ok().and_then(Result::ok).and_then(|state| peers(&state)).unwrap_or_default()
     }
 
     async fn fetch(&self, key: ExpertKey, peer: &Peer) -> Result<GatedFfn, Useless> {

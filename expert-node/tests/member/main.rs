@@ -4,6 +4,7 @@
 
 mod peer;
 mod plane;
+mod weights;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -44,6 +45,7 @@ struct Cluster {
     /// Where the node listens; kept, so that nobody else gets the port.
     exchange: TcpListener,
     coordinator: Coordinator,
+    authority: Authority,
     _dir: tempfile::TempDir,
 }
 
@@ -96,7 +98,7 @@ impl Cluster {
         };
         let coordinator =
             Coordinator { own: own.clone(), node: name(), address: address.to_string() };
-        Self { plane, voter, own, config, exchange, coordinator, _dir: dir }
+        Self { plane, voter, own, config, exchange, coordinator, authority, _dir: dir }
     }
 
     /// A frame as a coordinator sends it that knows of the latest commits.

@@ -123,6 +123,28 @@ impl Plane {
         self.commit(Command::SetState(self.node(), state));
     }
 
+    /// Another node of the region, which takes traffic and on which these experts are placed.
+    pub fn add_peer(&self, name: &NodeName, address: &str, experts: &BTreeSet<ExpertKey>) {
+        let Applied::Added(node) = self.commit(Command::AddNode(NodeSpec {
+            name: name.clone(),
+            region: "fr".parse().unwrap(),
+            site: String::new(),
+            role: Role::ExpertNode,
+            address: address.to_owned(),
+            memory_bytes: None,
+            kernel_class: String::new(),
+        })) else {
+            panic!("{name} was not added")
+        };
+        self.commit(Command::Register(node));
+        self.commit(Command::SetState(node, NodeState::Active));
+        let mut placement = Placement::clone(self.state().placement());
+        for expert in experts {
+            placement.add(*expert, node);
+        }
+        self.commit(Command::SetPlacement(placement));
+    }
+
     pub fn want(&self, wanted: &BTreeSet<ExpertKey>) {
         self.wishes.send_modify(|wishes| wishes.wanted = wanted.clone());
     }

@@ -177,8 +177,16 @@ impl Manifest {
     /// # Errors
     /// What the file system says.
     pub fn write(&self) -> Result<(), ModelError> {
-        let failed = |error| ModelError::io(&self.path, error);
-        let dir = self.path.parent().unwrap_or(Path::new("."));
+        self.write_into(self.path.parent().unwrap_or(Path::new(".")))
+    }
+
+    /// Writes it into another folder.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn write_into(&self, dir: &Path) -> Result<(), ModelError> {
+        let path = dir.join(MANIFEST_FILE);
+        let failed = |error| ModelError::io(&path, error);
         let mut file = tempfile::Builder::new()
             .prefix(".manifest-")
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
@@ -186,7 +194,7 @@ impl Manifest {
             .map_err(failed)?;
         file.write_all(self.encode().as_bytes()).map_err(failed)?;
         file.as_file().sync_all().map_err(failed)?;
-        file.persist(&self.path).map(drop).map_err(|error| failed(error.error))
+        file.persist(&path).map(drop).map_err(|error| failed(error.error))
     }
 
     /// SHA-256 of the file, which names all weights of the model at once.
