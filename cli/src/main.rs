@@ -4,6 +4,8 @@
 //! - `entente coordinator`, `entente expert-node` and `entente witness` are one role each, described
 //!   by a TOML file ([`role`]); `up` starts exactly these, so a cluster over several machines is the
 //!   same programs with other addresses.
+//! - `entente init`, `entente join` and `entente ca` write what a process on a machine of its own
+//!   starts from ([`provision`]).
 //! - `entente node`, `raft`, `experts`, `token`, `tenant` and `key` are an operator's: they ask the
 //!   control plane of a running cluster ([`operator`]).
 //! - `entente audit` works on the records of requests that coordinators keep.
@@ -25,6 +27,7 @@ mod exit;
 mod load;
 mod logging;
 mod operator;
+mod provision;
 mod random;
 mod role;
 mod sse;
@@ -60,6 +63,13 @@ enum Verb {
     Bench(verbs::bench::BenchArgs),
     /// Put load on a cluster, break parts of it, and say whether it kept its promises.
     Drill(verbs::drill::DrillArgs),
+    /// Found a cluster on several machines: CAs, and what its first coordinator starts from.
+    Init(verbs::init::InitArgs),
+    /// Make this machine a member of a cluster, by a token.
+    Join(verbs::join::JoinArgs),
+    /// Make CAs, and certificates with the key of a CA.
+    #[command(subcommand)]
+    Ca(verbs::ca::CaVerb),
     /// Show the members of a cluster; drain them, keep replicas off them, take them out.
     #[command(subcommand)]
     Node(verbs::node::NodeVerb),
@@ -110,6 +120,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Eval(args) => verbs::eval::run(args),
         Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
         Verb::Drill(args) => verbs::drill::run(args),
+        Verb::Init(args) => verbs::init::run(args),
+        Verb::Join(args) => verbs::join::run(args),
+        Verb::Ca(verb) => verbs::ca::run(verb),
         Verb::Node(verb) => verbs::node::run(verb),
         Verb::Raft(verb) => verbs::raft::run(verb),
         Verb::Experts(verb) => verbs::experts::run(verb),

@@ -144,6 +144,15 @@ impl Roster {
         Self::try_from(RosterFile { name, replicas, voters: Vec::new(), nodes })
     }
 
+    /// Founders of a raft group, which expert nodes join.
+    pub fn founded(
+        name: String,
+        replicas: u16,
+        voters: Vec<RosterVoter>,
+    ) -> Result<Self, InvalidRoster> {
+        Self::try_from(RosterFile { name, replicas, voters, nodes: Vec::new() })
+    }
+
     /// The same with founders of a raft group.
     pub fn with_voters(self, voters: Vec<RosterVoter>) -> Result<Self, InvalidRoster> {
         Self::try_from(RosterFile { voters, ..self.0 })

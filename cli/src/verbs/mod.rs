@@ -3,12 +3,15 @@
 
 pub mod audit;
 pub mod bench;
+pub mod ca;
 pub mod chat;
 pub mod coordinator;
 pub mod drill;
 pub mod eval;
 pub mod expert_node;
 pub mod experts;
+pub mod init;
+pub mod join;
 pub mod key;
 pub mod link;
 pub mod model;

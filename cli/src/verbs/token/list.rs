@@ -6,7 +6,7 @@ use entente_membership::token::Token;
 use entente_proto::ids::{NodeName, Region};
 use serde::Serialize;
 
-use super::now_ms;
+use crate::api_key::now_ms;
 use crate::cluster::columns;
 use crate::operator::{OperatorArgs, or_dash};
 

@@ -8,8 +8,6 @@ mod create;
 mod list;
 mod revoke;
 
-use std::time::SystemTime;
-
 use clap::Subcommand;
 
 /// What can be done with tokens.
@@ -30,9 +28,4 @@ pub fn run(verb: TokenVerb) -> anyhow::Result<()> {
         TokenVerb::Ls(args) => list::run(args),
         TokenVerb::Revoke(args) => revoke::run(args),
     }
-}
-
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
