@@ -215,7 +215,11 @@ fn access(config: &Config, states: Option<watch::Receiver<Arc<State>>>) -> Resul
     getrandom::fill(&mut secret)
         .map_err(|error| Error::Start(format!("the system has no random numbers: {error}")))?;
     Ok(match states {
-        Some(states) if !config.api.open => Access::keyed(states, &secret),
+        Some(states) if !config.api.open => {
+            // As many as the engine would take of one tenant, so that nobody fills the way to it.
+            let answers_max = config.engine.running_max + config.engine.tenant_waiting_max;
+            Access::keyed(states, &secret, u32::try_from(answers_max).unwrap_or(u32::MAX))
+        }
         _ => {
             let entered = config.api.endpoints.keys().copied();
             Access::open(entered.chain([config.region]).collect(), &secret)

@@ -88,9 +88,10 @@ impl Access {
         Self { door: Door::Open(account), salt: salt(secret) }
     }
 
-    /// Lets those in whose keys are in the latest of `states`. `secret` is random.
-    pub fn keyed(states: watch::Receiver<Arc<State>>, secret: &[u8; 32]) -> Self {
-        let directory = Box::new(Mutex::new(Directory::new()));
+    /// Lets those in whose keys are in the latest of `states`, each tenant with at most `answers_max`
+    /// answers under way. `secret` is random.
+    pub fn keyed(states: watch::Receiver<Arc<State>>, secret: &[u8; 32], answers_max: u32) -> Self {
+        let directory = Box::new(Mutex::new(Directory::new(answers_max)));
         Self { door: Door::Keyed { states, directory }, salt: salt(secret) }
     }
 
@@ -172,12 +173,13 @@ struct Directory {
     /// Which account has the key of this id.
     keys: BTreeMap<String, String>,
     decoy: Key,
+    answers_max: u32,
 }
 
 impl Directory {
-    fn new() -> Self {
+    fn new(answers_max: u32) -> Self {
         let (accounts, keys) = (BTreeMap::new(), BTreeMap::new());
-        Self { revision: 0, accounts, keys, decoy: Key::decoy() }
+        Self { revision: 0, accounts, keys, decoy: Key::decoy(), answers_max }
     }
 
     /// Takes over what has changed since the last time.
@@ -207,7 +209,8 @@ impl Directory {
     fn insert(&mut self, tenant: Tenant, revision: u64, quota: Option<Quota>) {
         let policy = Arc::new(tenant.policy(revision));
         let Tenant { name, keys, tokens_per_minute, concurrent_max, .. } = tenant;
-        let limits = Limits { tokens_per_minute, concurrent_max };
+        let answers_max = Some(self.answers_max);
+        let limits = Limits { tokens_per_minute, concurrent_max, answers_max };
         let quota = quota.unwrap_or_else(|| Quota::new(limits));
         quota.set_limits(limits);
         for key in &keys {
@@ -292,7 +295,7 @@ mod tests {
         tenant.keys.extend([expired, revoked]);
         put(&mut state, &tenant);
         let (_sender, states) = watch::channel(Arc::new(state));
-        let access = Access::keyed(states, &[7; 32]);
+        let access = Access::keyed(states, &[7; 32], 9);
 
         let good = format!("Bearer {}", secret.reveal());
         let caller = access.authenticate(&headers(&good)).unwrap();
@@ -316,7 +319,7 @@ mod tests {
     fn a_change_of_the_records_is_in_force_at_the_next_request() {
         let mut state = founded();
         let (sender, states) = watch::channel(Arc::new(state.clone()));
-        let access = Access::keyed(states, &[7; 32]);
+        let access = Access::keyed(states, &[7; 32], 9);
         let (key, secret) = mint(1);
         let shown = headers(&format!("Bearer {}", secret.reveal()));
         let mut knows = |change: &dyn Fn(&mut State)| {
@@ -366,7 +369,8 @@ mod tests {
             shown.push(headers(&format!("Bearer {}", secret.reveal())));
         }
         let (_sender, states) = watch::channel(Arc::new(state));
-        let [one, other] = [[7; 32], [8; 32]].map(|secret| Access::keyed(states.clone(), &secret));
+        let [one, other] =
+            [[7; 32], [8; 32]].map(|secret| Access::keyed(states.clone(), &secret, 9));
         let salt = |access: &Access, at: usize| {
             let caller = access.authenticate(&shown[at]).unwrap();
             caller.origin(RegionSet::new()).cache_salt

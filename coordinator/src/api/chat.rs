@@ -41,7 +41,7 @@ pub async fn create(
     let (logprobs, n) = (chat.top_logprobs()?, common.n()?);
     let (sampling, stop) =
         (common.sampling(&api.generation)?, common.stop(max_tokens, &api.generation)?);
-    let grant = caller.quota.reserve(prompt.len(), max_tokens * n as usize)?;
+    let grant = caller.quota.reserve(prompt.len(), max_tokens, n)?;
     let pending = api.submit(&entry, n, &Arc::new(grant), || Request {
         origin: origin.clone(),
         prompt: prompt.clone(),

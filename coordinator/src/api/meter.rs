@@ -17,6 +17,18 @@ pub struct Limits {
     pub tokens_per_minute: Option<u64>,
     /// Requests at once.
     pub concurrent_max: Option<u32>,
+    /// Answers at once, of which a request may want several: as many as the engine would work on and
+    /// queue for one tenant, so that nobody fills the way to it.
+    pub answers_max: Option<u32>,
+}
+
+/// What a request may need at most.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Need {
+    /// Tokens of its prompts and its answers.
+    pub tokens: u64,
+    /// Answers.
+    pub answers: u32,
 }
 
 /// Why a request may not begin now.
@@ -27,6 +39,12 @@ pub enum Exceeded {
     Requests {
         /// The bound.
         concurrent_max: u32,
+    },
+    /// Too many answers are under way.
+    #[error("so many answers of this tenant are under way that not more than {answers_max} may be")]
+    Answers {
+        /// The bound.
+        answers_max: u32,
     },
     /// Not enough tokens are left.
     #[error("the tenant's quota of {tokens_per_minute} tokens a minute is used up")]
@@ -66,12 +84,13 @@ pub struct Meter {
     level: i64,
     at_ms: u64,
     running: u32,
+    answers: u32,
 }
 
 impl Meter {
     /// Nothing runs, and the bucket is full.
     pub fn new(limits: Limits, now_ms: u64) -> Self {
-        Self { limits, level: capacity(limits), at_ms: now_ms, running: 0 }
+        Self { limits, level: capacity(limits), at_ms: now_ms, running: 0, answers: 0 }
     }
 
     /// Goes on with other limits. A bucket keeps what is in it, as far as it holds that much; where
@@ -83,29 +102,37 @@ impl Meter {
         self.limits = limits;
     }
 
-    /// Lets a request in that may need `tokens` at most, or changes nothing.
-    pub fn enter(&mut self, tokens: u64, now_ms: u64) -> Result<(), Exceeded> {
+    /// Lets a request in, or changes nothing.
+    pub fn enter(&mut self, need: Need, now_ms: u64) -> Result<(), Exceeded> {
         if let Some(concurrent_max) = self.limits.concurrent_max.filter(|max| self.running >= *max)
         {
             return Err(Exceeded::Requests { concurrent_max });
         }
+        let answers = self.answers.saturating_add(need.answers);
+        if let Some(answers_max) = self.limits.answers_max.filter(|max| answers > *max) {
+            return Err(Exceeded::Answers { answers_max });
+        }
         if let Some(tokens_per_minute) = self.limits.tokens_per_minute {
             self.fill(now_ms);
-            let needed = parts(tokens).min(capacity(self.limits));
+            let needed = parts(need.tokens).min(capacity(self.limits));
             if self.level < needed || needed == 0 {
                 let retry_ms = self.until(needed, tokens_per_minute);
                 return Err(Exceeded::Tokens { tokens_per_minute, retry_ms });
             }
-            self.level -= parts(tokens);
+            self.level -= parts(need.tokens);
         }
+        self.answers = answers;
         self.running += 1;
         Ok(())
     }
 
-    /// A request that was let in has ended and did not need `unused` of its tokens.
-    pub fn leave(&mut self, unused: u64, now_ms: u64) {
+    /// A request that was let in has ended and did not need so many of its tokens; its answers have
+    /// ended all.
+    pub fn leave(&mut self, unused: Need, now_ms: u64) {
         self.fill(now_ms);
-        self.level = self.level.saturating_add(parts(unused)).min(capacity(self.limits));
+        let level = self.level.saturating_add(parts(unused.tokens));
+        self.level = level.min(capacity(self.limits));
+        self.answers = self.answers.saturating_sub(unused.answers);
         self.running = self.running.saturating_sub(1);
     }
 
@@ -154,20 +181,24 @@ mod tests {
     use super::*;
 
     fn limits(tokens_per_minute: u64) -> Limits {
-        Limits { tokens_per_minute: Some(tokens_per_minute), concurrent_max: None }
+        Limits { tokens_per_minute: Some(tokens_per_minute), ..Limits::default() }
+    }
+
+    fn tokens(tokens: u64) -> Need {
+        Need { tokens, answers: 1 }
     }
 
     #[test]
     fn a_bucket_holds_a_minutes_worth_and_fills_evenly() {
         let mut meter = Meter::new(limits(60), 0);
-        assert_eq!(meter.enter(50, 0), Ok(()));
-        let refused = meter.enter(11, 0).unwrap_err();
+        assert_eq!(meter.enter(tokens(50), 0), Ok(()));
+        let refused = meter.enter(tokens(11), 0).unwrap_err();
         assert_eq!(refused, Exceeded::Tokens { tokens_per_minute: 60, retry_ms: 1_000 });
         assert_eq!(
-            meter.enter(11, 999).unwrap_err(),
+            meter.enter(tokens(11), 999).unwrap_err(),
             Exceeded::Tokens { tokens_per_minute: 60, retry_ms: 1 }
         );
-        assert_eq!(meter.enter(11, 1_000), Ok(()));
+        assert_eq!(meter.enter(tokens(11), 1_000), Ok(()));
         assert_eq!(meter.left(1_500).tokens, 0);
         assert_eq!((meter.left(31_000).tokens, meter.left(31_000).full_in_ms), (30, 30_000));
         assert_eq!(meter.left(10_000_000).tokens, 60, "never more than it holds");
@@ -176,51 +207,63 @@ mod tests {
     #[test]
     fn what_was_not_used_is_given_back_and_never_more_than_the_bucket_holds() {
         let mut meter = Meter::new(limits(60), 0);
-        meter.enter(60, 0).unwrap();
-        assert!(meter.enter(1, 0).is_err());
-        meter.leave(45, 0);
+        meter.enter(tokens(60), 0).unwrap();
+        assert!(meter.enter(tokens(1), 0).is_err());
+        meter.leave(tokens(45), 0);
         assert_eq!(meter.left(0).tokens, 45);
-        meter.enter(40, 0).unwrap();
-        meter.leave(1_000, 0);
+        meter.enter(tokens(40), 0).unwrap();
+        meter.leave(tokens(1_000), 0);
         assert_eq!(meter.left(0).tokens, 60);
     }
 
     #[test]
     fn more_than_a_full_bucket_is_taken_when_it_is_full_and_paid_off_afterwards() {
         let mut meter = Meter::new(limits(60), 0);
-        meter.enter(10, 0).unwrap();
-        let refused = meter.enter(90, 0).unwrap_err();
+        meter.enter(tokens(10), 0).unwrap();
+        let refused = meter.enter(tokens(90), 0).unwrap_err();
         assert_eq!(refused, Exceeded::Tokens { tokens_per_minute: 60, retry_ms: 10_000 });
-        meter.enter(90, 10_000).unwrap();
+        meter.enter(tokens(90), 10_000).unwrap();
         assert_eq!(meter.left(10_000).tokens, 0);
-        let refused = meter.enter(1, 10_000).unwrap_err();
+        let refused = meter.enter(tokens(1), 10_000).unwrap_err();
         assert_eq!(refused, Exceeded::Tokens { tokens_per_minute: 60, retry_ms: 31_000 });
-        meter.enter(1, 41_000).unwrap();
+        meter.enter(tokens(1), 41_000).unwrap();
     }
 
     #[test]
     fn a_quota_of_nothing_is_nothing_and_no_quota_is_no_bound() {
         let mut meter = Meter::new(limits(0), 0);
-        assert!(meter.enter(1, 0).is_err() && meter.enter(0, u64::MAX).is_err());
+        assert!(meter.enter(tokens(1), 0).is_err() && meter.enter(tokens(0), u64::MAX).is_err());
         let mut meter = Meter::new(Limits::default(), 0);
         for _ in 0..1_000 {
-            meter.enter(u64::MAX, 0).unwrap();
+            meter.enter(tokens(u64::MAX), 0).unwrap();
         }
     }
 
     #[test]
     fn so_many_run_at_once_and_a_refused_one_costs_nothing() {
-        let limits = Limits { tokens_per_minute: Some(60), concurrent_max: Some(2) };
+        let limits = Limits { concurrent_max: Some(2), ..limits(60) };
         let mut meter = Meter::new(limits, 0);
-        meter.enter(10, 0).unwrap();
-        meter.enter(10, 0).unwrap();
-        assert_eq!(meter.enter(10, 0), Err(Exceeded::Requests { concurrent_max: 2 }));
+        meter.enter(tokens(10), 0).unwrap();
+        meter.enter(tokens(10), 0).unwrap();
+        assert_eq!(meter.enter(tokens(10), 0), Err(Exceeded::Requests { concurrent_max: 2 }));
         assert_eq!((meter.left(0).tokens, meter.left(0).requests), (40, 0));
-        meter.leave(0, 0);
+        meter.leave(tokens(0), 0);
         assert_eq!(meter.left(0).requests, 1);
-        assert!(meter.enter(50, 0).is_err(), "too many tokens, and it does not run");
+        assert!(meter.enter(tokens(50), 0).is_err(), "too many tokens, and it does not run");
         assert_eq!(meter.left(0).requests, 1);
-        meter.enter(10, 0).unwrap();
+        meter.enter(tokens(10), 0).unwrap();
+    }
+
+    #[test]
+    fn so_many_answers_are_under_way_at_once_however_they_are_asked_for() {
+        let mut meter = Meter::new(Limits { answers_max: Some(5), ..Limits::default() }, 0);
+        let answers = |answers| Need { tokens: 1, answers };
+        meter.enter(answers(3), 0).unwrap();
+        assert_eq!(meter.enter(answers(3), 0), Err(Exceeded::Answers { answers_max: 5 }));
+        meter.enter(answers(2), 0).unwrap();
+        meter.leave(answers(3), 0);
+        meter.enter(answers(3), 0).unwrap();
+        assert!(meter.enter(answers(u32::MAX), 0).is_err());
     }
 
     #[test]
@@ -228,7 +271,7 @@ mod tests {
         let mut meter = Meter::new(Limits::default(), 0);
         meter.set_limits(limits(60), 5_000);
         assert_eq!(meter.left(5_000).tokens, 60, "the bucket begins full");
-        meter.enter(60, 5_000).unwrap();
+        meter.enter(tokens(60), 5_000).unwrap();
         meter.set_limits(limits(600), 5_000);
         assert_eq!(meter.left(5_000).tokens, 0);
         assert_eq!(meter.left(6_000).tokens, 10);
@@ -249,16 +292,16 @@ mod tests {
             let (mut now_ms, mut used, mut held) = (0, 0, Vec::new());
             for _ in 0..2_000 {
                 now_ms += random(500);
-                let tokens = 1 + random(quota);
-                if meter.enter(tokens, now_ms).is_ok() {
-                    held.push(tokens);
+                let wanted = 1 + random(quota);
+                if meter.enter(tokens(wanted), now_ms).is_ok() {
+                    held.push(wanted);
                 }
                 if random(2) == 0
-                    && let Some(tokens) = held.pop()
+                    && let Some(taken) = held.pop()
                 {
-                    let unused = random(tokens + 1);
-                    used += tokens - unused;
-                    meter.leave(unused, now_ms);
+                    let unused = random(taken + 1);
+                    used += taken - unused;
+                    meter.leave(tokens(unused), now_ms);
                 }
             }
             // What is held still counts as used.

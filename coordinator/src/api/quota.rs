@@ -10,7 +10,7 @@ use std::time::Instant;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use super::ApiError;
-use super::meter::{Exceeded, Left, Limits, Meter};
+use super::meter::{Exceeded, Left, Limits, Meter, Need};
 
 /// One tenant's meter. Clones share it.
 #[derive(Clone)]
@@ -33,14 +33,19 @@ impl Quota {
         self.meter().set_limits(limits, now_ms);
     }
 
-    /// Sets aside what a request may need at most: the tokens of its prompts, and those that may be
-    /// generated. The request runs for as long as the grant is there.
+    /// Sets aside what a request may need at most: the tokens of its prompts, and `max_tokens` for
+    /// each of its answers. The request runs for as long as the grant is there.
     ///
     /// # Errors
     /// 429, saying when to come again.
-    pub fn reserve(&self, prompt: usize, generated_max: usize) -> Result<Grant, ApiError> {
-        let prompt = prompt as u64;
-        let reserved = prompt.saturating_add(generated_max as u64);
+    pub fn reserve(
+        &self,
+        prompt: usize,
+        max_tokens: usize,
+        answers: u32,
+    ) -> Result<Grant, ApiError> {
+        let (prompt, generated_max) = (prompt as u64, max_tokens as u64 * u64::from(answers));
+        let reserved = Need { tokens: prompt.saturating_add(generated_max), answers };
         let now_ms = self.now_ms();
         self.meter().enter(reserved, now_ms).map_err(refuse)?;
         Ok(Grant { quota: self.clone(), reserved, prompt, used: AtomicU64::new(prompt) })
@@ -64,7 +69,7 @@ impl Quota {
 /// What was set aside for one request. Dropping it ends the request and gives back the rest.
 pub struct Grant {
     quota: Quota,
-    reserved: u64,
+    reserved: Need,
     prompt: u64,
     used: AtomicU64,
 }
@@ -86,14 +91,15 @@ impl Grant {
 impl Drop for Grant {
     fn drop(&mut self) {
         let now_ms = self.quota.now_ms();
-        let unused = self.reserved.saturating_sub(*self.used.get_mut());
+        let tokens = self.reserved.tokens.saturating_sub(*self.used.get_mut());
+        let unused = Need { tokens, ..self.reserved };
         self.quota.meter().leave(unused, now_ms);
     }
 }
 
 fn refuse(exceeded: Exceeded) -> ApiError {
     match exceeded {
-        Exceeded::Requests { .. } => too_many(exceeded.to_string()),
+        Exceeded::Requests { .. } | Exceeded::Answers { .. } => too_many(exceeded.to_string()),
         Exceeded::Tokens { retry_ms, .. } => {
             too_much("tokens", exceeded.to_string(), retry_ms.div_ceil(1_000).max(1))
         }
@@ -139,7 +145,11 @@ mod tests {
 
     fn quota(tokens_per_minute: u64, concurrent_max: u32) -> Quota {
         let (tokens, concurrent) = (Some(tokens_per_minute), Some(concurrent_max));
-        Quota::new(Limits { tokens_per_minute: tokens, concurrent_max: concurrent })
+        Quota::new(Limits {
+            tokens_per_minute: tokens,
+            concurrent_max: concurrent,
+            answers_max: None,
+        })
     }
 
     fn remaining(quota: &Quota) -> String {
@@ -151,7 +161,7 @@ mod tests {
     #[test]
     fn a_grant_gives_back_what_was_not_generated_when_the_request_ends() {
         let quota = quota(1_000_000, 2);
-        let grant = quota.reserve(100_000, 500_000).unwrap();
+        let grant = quota.reserve(100_000, 500_000, 1).unwrap();
         assert_eq!(remaining(&quota), r#""400000" "1""#);
         grant.count(150_000);
         drop(grant);
@@ -165,7 +175,7 @@ mod tests {
     fn a_request_that_the_server_could_not_answer_costs_nothing() {
         for (generated, forgiven) in [(0, true), (1, false)] {
             let quota = quota(600, 1);
-            let grant = quota.reserve(500, 100).unwrap();
+            let grant = quota.reserve(500, 100, 1).unwrap();
             grant.count(generated);
             grant.forgive();
             drop(grant);
@@ -177,15 +187,15 @@ mod tests {
     #[test]
     fn a_refusal_says_what_is_used_up_and_when_to_come_again() {
         let quota = quota(60, 1);
-        let grant = quota.reserve(10, 50).unwrap();
-        let response = quota.reserve(1, 1).err().unwrap().into_response();
+        let grant = quota.reserve(10, 50, 1).unwrap();
+        let response = quota.reserve(1, 1, 1).err().unwrap().into_response();
         assert_eq!(
             (response.status(), &response.headers()["retry-after"]),
             (StatusCode::TOO_MANY_REQUESTS, &"1".parse().unwrap())
         );
         grant.count(50);
         drop(grant);
-        let error = quota.reserve(10, 10).err().unwrap();
+        let error = quota.reserve(10, 10, 1).err().unwrap();
         assert!(error.body().contains(r#""type":"tokens""#), "{}", error.body());
         assert!(error.body().contains("rate_limit_exceeded"), "{}", error.body());
         let retry_s = error.into_response().headers()["retry-after"].clone();
@@ -196,7 +206,7 @@ mod tests {
     #[test]
     fn who_has_no_limit_is_told_of_none() {
         let quota = Quota::new(Limits::default());
-        let _grants: Vec<_> = (0..100).map(|_| quota.reserve(1, 1).unwrap()).collect();
+        let _grants: Vec<_> = (0..100).map(|_| quota.reserve(1, 1, 1).unwrap()).collect();
         assert!(quota.headers().is_empty());
     }
 }
