@@ -44,7 +44,7 @@ pub async fn create(
         api.check_fit(prompt.len(), max_tokens)?;
     }
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
-    let answers = n * PROMPTS_MAX.min(prompts.len()) as u32;
+    let answers = n * prompts.len() as u32;
     let grant = Arc::new(caller.quota.reserve(prompt_tokens, max_tokens, answers)?);
     for prompt in &prompts {
         pending.extend(api.submit(&entry, n, &grant, || Request {
