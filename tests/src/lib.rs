@@ -7,6 +7,7 @@
 //!   left, also when a test fails.
 //! - [`http`] asks and streams, and keeps JSON text as it came, so that "bit-equal" can mean equal
 //!   bytes.
+//! - [`machines`] does what an operator does with several machines.
 //! - [`golden`] reads the reference outputs of the tiny checkpoints in `tests/golden/`.
 //!
 //! Starting a cluster costs more than asking it, so a test asks one cluster many questions and
@@ -15,6 +16,7 @@
 pub mod cluster;
 pub mod golden;
 pub mod http;
+pub mod machines;
 pub mod process;
 
 pub use cluster::Cluster;
