@@ -22,7 +22,6 @@
 
 mod attempt;
 mod books;
-pub(crate) mod commit;
 pub mod keys;
 pub mod notary;
 mod owner;

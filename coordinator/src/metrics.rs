@@ -54,10 +54,6 @@ pub struct Metrics {
     pub step_seconds: Histogram,
     /// Time from a request's arrival to its first token.
     pub ttft_seconds: Histogram,
-    /// Records under the checkpoint of this coordinator's audit log that the cluster has committed.
-    pub audit_committed: IntGauge,
-    /// Checkpoints of this coordinator's audit log that contradicted what is committed.
-    pub audit_alarms: IntCounter,
     gate_rows: IntCounterVec,
     cache_config: IntGaugeVec,
 }
@@ -149,14 +145,6 @@ impl Metrics {
             ),
             step_seconds: seconds("step_seconds", "Wall-clock time of one engine step."),
             ttft_seconds: seconds("time_to_first_token_seconds", "Arrival to first token."),
-            audit_committed: gauge(
-                "audit_committed_records",
-                "Records of the audit log that the cluster has committed a checkpoint of.",
-            ),
-            audit_alarms: counter(
-                "audit_alarms_total",
-                "Checkpoints of the audit log that contradicted what the cluster has committed.",
-            ),
             gate_rows: counters(
                 "gate_rows_total",
                 "Rows routed to each expert since the process started.",

@@ -1,12 +1,14 @@
 //! One request as the engine knows it beyond its rows: what it wants of them, and what it was told.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
+use entente_router::exchange::Owners;
 use tokio::sync::mpsc;
 
 use super::output::TextStream;
 use super::sampler::{self, ScoredToken};
-use super::scheduler::Chunk;
+use super::scheduler::{Chunk, SequenceId};
 use super::speculation::HitRate;
 use super::tally::Tally;
 use super::{Event, Request};
@@ -71,4 +73,23 @@ impl Generation {
             let _ = self.events.try_send(Event::Prompt(scores));
         }
     }
+}
+
+/// Whose the rows of a step are: those of its chunks, each of which is an owner, in their order.
+pub(super) fn owners(
+    chunks: &[Chunk],
+    generations: &BTreeMap<SequenceId, Generation>,
+) -> (Owners, Vec<u16>) {
+    let (mut owners, mut owner_of_row) = (Owners::default(), Vec::new());
+    for (number, chunk) in chunks.iter().enumerate() {
+        let origin = &generations[&chunk.id].request.origin;
+        let known = owners.policies.iter().position(|policy| *policy == origin.allowed);
+        let policy = known.unwrap_or_else(|| {
+            owners.policies.push(origin.allowed.clone());
+            owners.policies.len() - 1
+        });
+        owners.owners.push((origin.id, policy as u16));
+        owner_of_row.extend(std::iter::repeat_n(number as u16, chunk.tokens.len()));
+    }
+    (owners, owner_of_row)
 }

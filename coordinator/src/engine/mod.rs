@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
 use entente_model::{Detokenizer, Tokenizer};
 use entente_proto::ids::Region;
-use entente_router::exchange::{Failure, Owners};
+use entente_router::exchange::Failure;
 use tokio::sync::{mpsc, watch};
 
 pub use self::cluster::Readiness;
@@ -423,7 +423,7 @@ impl Engine {
 
     /// Computes a step, and counts where its rows went, whatever came of it.
     fn compute(&mut self, step: &StepRows<'_>) -> Result<Vec<f32>, Failure> {
-        let (owners, owner_of_row) = self.owners(step.chunks);
+        let (owners, owner_of_row) = generation::owners(step.chunks, &self.generations);
         let epochs = self.exchanger.epochs();
         self.exchanger.begin_step(owners, owner_of_row);
         let computed = self.forward.run(step, &mut self.exchanger);
@@ -434,22 +434,6 @@ impl Engine {
             }
         }
         computed
-    }
-
-    /// Whose the rows of a step are: those of its chunks, each an owner, in their order.
-    fn owners(&self, chunks: &[Chunk]) -> (Owners, Vec<u16>) {
-        let (mut owners, mut owner_of_row) = (Owners::default(), Vec::new());
-        for (number, chunk) in chunks.iter().enumerate() {
-            let origin = &self.generations[&chunk.id].request.origin;
-            let known = owners.policies.iter().position(|policy| *policy == origin.allowed);
-            let policy = known.unwrap_or_else(|| {
-                owners.policies.push(origin.allowed.clone());
-                owners.policies.len() - 1
-            });
-            owners.owners.push((origin.id, policy as u16));
-            owner_of_row.extend(std::iter::repeat_n(number as u16, chunk.tokens.len()));
-        }
-        (owners, owner_of_row)
     }
 
     /// Holds a step that failed, or fails its requests if waiting cannot mend it. When it began, and
