@@ -26,7 +26,6 @@ mod drill;
 mod exit;
 mod load;
 mod logging;
-mod notify;
 mod operator;
 mod provision;
 mod random;

@@ -35,7 +35,6 @@
 
 pub mod access;
 pub mod audit;
-pub mod checkpoint;
 pub mod client;
 pub mod enrolment;
 pub mod guard;

@@ -61,4 +61,20 @@ fn a_request_is_served_refused_or_told_the_right_entry_by_each_country() {
     let (status, error) = ask("fr", &["se"]);
     assert_eq!((status, &error["code"]), (421, &json!("wrong_entry_region")));
     assert!(error["message"].as_str().unwrap().contains(endpoint("se")), "{error}");
+    // The same, explained without asking.
+    let request = r#"{"residency": ["se", "de"]}"#;
+    let at = ["--data-dir", cluster.data_dir(), "-o", "json"];
+    let test = ["residency", "test", "--tenant", "local", "--request", request];
+    let explained = run(&[&test[..], &at].concat());
+    assert_eq!(explained.code(), Some(0), "{}", explained.stderr);
+    let rows: Value = serde_json::from_str(&explained.stdout).unwrap();
+    let decision = |region: &str| {
+        let rows = rows.as_array().unwrap();
+        rows.iter().find(|row| row["entry"] == region).unwrap().clone()
+    };
+    assert_eq!(decision("se")["decision"], "allowed", "{rows}");
+    assert_eq!(decision("se")["allowed"], json!(["se"]), "{rows}");
+    assert_eq!(decision("fr")["decision"], "wrong_entry_region", "{rows}");
+    let reason = decision("fr")["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains(endpoint("se")), "{reason}");
 }
