@@ -47,7 +47,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-pub use config::{CaConfig, Config, InvalidConfig};
+pub use config::{CaConfig, Config, InvalidConfig, LEAF_LIFE_S_MAX, LEAF_LIFE_S_MIN};
 pub use heartbeat::{pack_experts, unpack_experts};
 
 use crate::audit::Sink;

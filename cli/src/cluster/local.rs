@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use entente_coordinator::ledger::keys::PUBLIC_KEY;
 use entente_proto::ids::NodeName;
+use entente_membership::service::CaConfig;
 
 use super::data_dir::{ClusterFile, DataDir, ProcessEntry};
 use super::pki;
@@ -58,6 +59,8 @@ pub struct Wanted {
     pub restart: bool,
     /// What the network between processes is like; without a word there is no relay in between.
     pub links: Vec<Change>,
+    /// How long a certificate lives; it is renewed when half of that is over.
+    pub certificate_life: Duration,
     /// Whether the public API asks for no key.
     pub open: bool,
 }
@@ -374,8 +377,12 @@ fn common(
     let tls_is_wanted = wanted.transport != Transport::Inproc;
     let tls = tls_is_wanted.then(|| data.tls());
     if let Some(folder) = &tls {
-        pki::mint(folder, &roster, members)?;
+        pki::mint(folder, &roster, members, wanted.certificate_life)?;
     }
+    let ca = tls.as_ref().map(|folder| CaConfig {
+        dir: pki::ca_dir(folder),
+        leaf_life_s: wanted.certificate_life.as_secs(),
+    });
     Ok(Common {
         model: wanted.model,
         weights: wanted.weights,
@@ -383,6 +390,7 @@ fn common(
         threads: wanted.threads,
         transport: wanted.transport,
         tls,
+        ca,
         raft: data.empty_raft()?,
         // What was recorded stays, whatever the cluster was.
         audit: tls_is_wanted.then(|| data.audit()),

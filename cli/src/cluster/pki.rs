@@ -24,9 +24,8 @@ use entente_tls::{Authority, Files};
 
 use super::plan::{Member, Role};
 
-/// A certificate is looked at when a connection is made, and processes of one machine connect when
-/// they start; this only has to outlast redialling after a fault.
-const VALID: Duration = Duration::from_secs(30 * 24 * 3_600);
+/// Life of what nobody renews: an operator's certificate, and those of a cluster without voters.
+pub const UNRENEWED: Duration = Duration::from_secs(30 * 24 * 3_600);
 
 /// No process of one start lives for so long.
 const CA_VALID: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
@@ -51,9 +50,14 @@ pub fn ca_dir(folder: &Path) -> PathBuf {
     folder.join("ca")
 }
 
-/// Makes a CA for each region and writes a certificate and a key for each of `members`, and for an
-/// operator in the first one's region, to `folder`.
-pub fn mint(folder: &Path, roster: &Roster, members: &[Member]) -> anyhow::Result<()> {
+/// Makes a CA for each region and writes a certificate of this life and a key for each of `members`,
+/// and for an operator in the first one's region, to `folder`.
+pub fn mint(
+    folder: &Path,
+    roster: &Roster,
+    members: &[Member],
+    life: Duration,
+) -> anyhow::Result<()> {
     let cannot = || format!("cannot write certificates to {}", folder.display());
     let make_dir = |dir: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     make_dir(&ca_dir(folder)).with_context(cannot)?;
@@ -74,7 +78,8 @@ pub fn mint(folder: &Path, roster: &Roster, members: &[Member]) -> anyhow::Resul
     let members = members.iter().map(|member| identity(roster, member));
     for identity in members.chain(operator) {
         let files = files(folder, &identity.node);
-        let issued = authorities[&identity.region].issue(&identity, VALID)?;
+        let life = if identity.role == IdentityRole::Operator { UNRENEWED } else { life };
+        let issued = authorities[&identity.region].issue(&identity, life)?;
         write(&files.ca, &all, 0o644).with_context(cannot)?;
         write(&files.certificate, &issued.certificate_pem, 0o644).with_context(cannot)?;
         write(&files.key, &issued.key_pem, 0o600).with_context(cannot)?;
@@ -129,13 +134,15 @@ mod tests {
         let nodes = members.iter().filter(|member| member.role == Role::ExpertNode);
         let roster = plan::roster(1, nodes.cloned().map(|member| (member, None))).unwrap();
         let dir = tempfile::tempdir().unwrap();
+        let life = Duration::from_secs(60);
         // Twice, as a second `up` in the same folder does.
-        mint(dir.path(), &roster, &members).unwrap();
-        mint(dir.path(), &roster, &members).unwrap();
+        mint(dir.path(), &roster, &members, life).unwrap();
+        mint(dir.path(), &roster, &members, life).unwrap();
         for member in &members {
             let files = files(dir.path(), &member.name);
             let credentials = Credentials::load(&files).unwrap();
             assert_eq!(*credentials.identity(), identity(&roster, member));
+            assert!(credentials.expires() <= std::time::SystemTime::now() + life);
             let mode = fs::metadata(&files.key).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600);
             let ca = ca_dir(dir.path()).join(member.region.as_str());

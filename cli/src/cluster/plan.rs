@@ -19,7 +19,7 @@ use entente_coordinator::ledger;
 use entente_coordinator::residency::Endpoints;
 use entente_membership::net::Via;
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
-use entente_membership::service;
+use entente_membership::service::{self, CaConfig};
 use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
@@ -237,6 +237,8 @@ pub struct Common {
     pub transport: Transport,
     /// The folder of everybody's certificates, where rows travel between processes.
     pub tls: Option<PathBuf>,
+    /// What coordinators issue certificates with.
+    pub ca: Option<CaConfig>,
     /// The folder in which each voter keeps its log in a folder of its own.
     pub raft: PathBuf,
     /// Where each region's API is reached.
@@ -306,7 +308,9 @@ pub fn configuration(
     let membership = addresses.control.map(|control| {
         let data_dir = common.raft.join(member.name.as_str());
         let via = via.clone();
-        service::Config { via, ..service::Config::new(control.to_string(), data_dir) }
+        // Any coordinator for any region: it is one machine, and a witness's region may have none.
+        let ca = common.ca.clone().filter(|_| member.role == Role::Coordinator);
+        service::Config { via, ca, ..service::Config::new(control.to_string(), data_dir) }
     });
     let text = match member.role {
         Role::Coordinator => toml::to_string(&entente_coordinator::Config {
@@ -445,6 +449,7 @@ mod tests {
             threads: Some(2),
             transport: Transport::Inproc,
             tls: Some("certificates".into()),
+            ca: None,
             raft: "raft".into(),
             audit: None,
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
@@ -487,6 +492,7 @@ mod tests {
             threads: None,
             transport: Transport::Stream,
             tls: Some("certificates".into()),
+            ca: Some(CaConfig::new("cas".into())),
             raft: "raft".into(),
             audit: None,
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
@@ -510,5 +516,6 @@ mod tests {
         assert_eq!(membership.via, via);
         assert_eq!(membership.data_dir, PathBuf::from("raft/fr-coordinator"));
         assert_eq!(witness.membership.listen, "127.0.0.1:4");
+        assert_eq!((membership.ca, witness.membership.ca), (common.ca, None));
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
+use entente_membership::service::{LEAF_LIFE_S_MAX, LEAF_LIFE_S_MIN};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 
@@ -22,6 +23,7 @@ use crate::cluster::relay::rule::Change;
 use crate::cluster::voters::Witness;
 use crate::exit::{Interrupted, Misuse};
 use crate::logging::LogArgs;
+use crate::operator::lifetime::Lifetime;
 
 /// What a model that nobody knows is asked to show that it answers.
 const NEUTRAL_PROMPT: &str = "Hello";
@@ -94,6 +96,10 @@ pub struct UpArgs {
     #[arg(long, env = "ENTENTE_OPEN")]
     open: bool,
 
+    /// How long a process's certificate lives, such as 24h; it is renewed when half of that is over.
+    #[arg(long, env = "ENTENTE_CERTIFICATE_LIFE", value_name = "TIME", default_value = "24h")]
+    certificate_life: Lifetime,
+
     /// Compute threads of each process; all cores if absent.
     #[arg(long, env = "ENTENTE_THREADS", value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -102,6 +108,7 @@ pub struct UpArgs {
 
 /// Starts the cluster and serves until it is told to stop.
 pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
+    check_certificate_life(args.certificate_life)?;
     args.regions.check_replicas(args.replicas)?;
     if args.transport == Transport::Inproc && !args.link.is_empty() {
         let text = "--link is about the network between processes; with --transport inproc there \
@@ -118,6 +125,16 @@ pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
     // A request that is still waiting for a cluster that is gone must not hold up the exit.
     runtime.shutdown_background();
     result
+}
+
+/// A process says which key of its configuration is wrong, and no flag.
+fn check_certificate_life(Lifetime(life): Lifetime) -> anyhow::Result<()> {
+    if (LEAF_LIFE_S_MIN..=LEAF_LIFE_S_MAX).contains(&life.as_secs()) {
+        return Ok(());
+    }
+    let days = LEAF_LIFE_S_MAX / 86_400;
+    let text = format!("--certificate-life must be {LEAF_LIFE_S_MIN}s to {days}d");
+    Err(Misuse(text).into())
 }
 
 async fn up(args: &UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
@@ -162,6 +179,7 @@ impl UpArgs {
             transport: self.transport,
             restart: !self.no_restart,
             links: self.link.clone(),
+            certificate_life: self.certificate_life.0,
             open: self.open,
         }
     }

@@ -21,8 +21,9 @@ const SNAPSHOT_KEEP: u64 = 1_024;
 const HEARTBEAT_TICKS: u16 = 2;
 /// Shortest and longest life of a certificate: there has to be time to renew it, and what has no end
 /// is never renewed.
-const LEAF_LIFE_S_MIN: u64 = 2;
-const LEAF_LIFE_S_MAX: u64 = 90 * 24 * 3_600;
+pub const LEAF_LIFE_S_MIN: u64 = 2;
+/// See [`LEAF_LIFE_S_MIN`].
+pub const LEAF_LIFE_S_MAX: u64 = 90 * 24 * 3_600;
 /// Longest of all durations below.
 const MS_MAX: u64 = 600_000;
 

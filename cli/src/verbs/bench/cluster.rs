@@ -68,7 +68,7 @@ impl Nodes {
         let tls = is_process.then(|| data.tls());
         if let Some(folder) = &tls {
             let everyone = [std::slice::from_ref(&coordinator), &members].concat();
-            pki::mint(folder, &roster, &everyone)?;
+            pki::mint(folder, &roster, &everyone, pki::UNRENEWED)?;
         }
         let common = Common {
             model: wanted.model,
@@ -79,6 +79,7 @@ impl Nodes {
             tls,
             raft: PathBuf::new(),
             audit: None,
+            ca: None,
             endpoints: Default::default(),
             roster,
             open: false,
