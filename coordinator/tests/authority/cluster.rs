@@ -194,8 +194,7 @@ impl Cluster {
 
     pub fn node(&self, name: &str) -> NodeId {
         let state = self.membership.state();
-        let id = state.borrow().node(&name.parse().unwrap()).unwrap().id;
-        id
+        state.borrow().node(&name.parse().unwrap()).unwrap().id
     }
 }
 

@@ -3,6 +3,9 @@
 //! One voter and one expert node stand in fr. Sweden has a CA that is believed too, and two
 //! processes there that only exist as certificates.
 
+// Everything here is a test, which clippy sees in #[test] functions only.
+#![allow(clippy::unwrap_used)]
+
 mod certificates;
 mod cluster;
 mod spoofing;

@@ -6,6 +6,8 @@ use std::net::TcpListener;
 use std::path::Path;
 
 use entente_expert_node::{Config, ExpertNode, serve};
+use entente_membership::audit::Sink;
+use entente_membership::guard::Guard;
 use entente_membership::net::accept;
 use entente_membership::roster::{Roster, RosterNode};
 use entente_model::kernels::{self, PANELS_VERSION, WeightFormat};
@@ -31,7 +33,7 @@ impl Cluster {
     fn issue(&self, region: &str, role: Role, name: &str) -> Credentials {
         let identity = format!("spiffe://test/region/{region}/role/{role}/node/{name}");
         let issued = self.authority.issue(&identity.parse().unwrap(), HOUR).unwrap();
-        self.authority.credentials(issued).unwrap()
+        self.authority.credentials(&issued).unwrap()
     }
 
     /// A listener at which the placement will have a peer with these experts.
@@ -57,7 +59,7 @@ impl Cluster {
         let own = self.issue("fr", Role::Expert, name);
         tokio::spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            serve(handle, listener, Some(&own), std::future::pending()).await
+            serve(handle, listener, Some(own.into()), std::future::pending()).await
         });
         Coordinator { own: self.own.clone(), node, address }
     }
@@ -68,7 +70,8 @@ impl Cluster {
         let own = self.issue("fr", Role::Expert, name);
         tokio::spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            let incoming = accept(listener, &own).unwrap();
+            let guard = Guard::new(own.identity(), Sink::default());
+            let incoming = accept(listener, &own, guard).unwrap().members;
             let liar = ExchangeServer::new(Liar);
             Server::builder().serve_with_incoming(liar, incoming).await
         });
@@ -82,6 +85,13 @@ struct Liar;
 impl Exchange for Liar {
     type StreamStream = ReceiverStream<Result<wire::Combine, Status>>;
     type FetchStream = ReceiverStream<Result<wire::FetchPiece, Status>>;
+
+    async fn settle(
+        &self,
+        _: Request<wire::SettleRequest>,
+    ) -> Result<Response<wire::SignedStatement>, Status> {
+        Err(Status::unimplemented("it only lies"))
+    }
 
     async fn describe(
         &self,

@@ -35,7 +35,10 @@ pub fn run(args: TailArgs) -> anyhow::Result<()> {
         let size = source.checkpoint.tree.size;
         print(source, size.saturating_sub(args.lines))?;
     }
-    while args.follow {
+    if !args.follow {
+        return Ok(());
+    }
+    loop {
         std::thread::sleep(LOOK_INTERVAL);
         for source in &mut sources {
             let latest = Checkpoint::open(&Folder::note(&source.root)?, &source.verifier)?;
@@ -43,7 +46,6 @@ pub fn run(args: TailArgs) -> anyhow::Result<()> {
             print(source, from)?;
         }
     }
-    Ok(())
 }
 
 /// Prints the signed records of a log from number `from` on.
