@@ -107,7 +107,7 @@ where
         tokio::spawn(host::show(membership.status(), started.api.metrics.clone()));
         let served = started.served.clone();
         let agreed = async {
-            match host::agree(&membership, &served, &config).await {
+            match host::agree(&membership, &served, config).await {
                 Ok(()) => std::future::pending().await,
                 Err(error) => error,
             }

@@ -138,8 +138,9 @@ impl Asker {
                         let (statements, stated) =
                             (statements.clone(), Stated { node, requests, signed });
                         // Whoever keeps records may be behind, and this is no thread of ours.
-                        let kept = tokio::task::spawn_blocking(move || statements.send(stated));
-                        if !matches!(kept.await, Ok(Ok(()))) {
+                        let keep = move || statements.send(stated).is_ok();
+                        let kept = tokio::task::spawn_blocking(keep);
+                        if !matches!(kept.await, Ok(true)) {
                             return;
                         }
                     }

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use entente_coordinator::ledger::keys::PUBLIC_KEY;
-use entente_proto::ids::NodeName;
 use entente_membership::service::CaConfig;
+use entente_proto::ids::NodeName;
 
 use super::data_dir::{ClusterFile, DataDir, ProcessEntry};
 use super::pki;
