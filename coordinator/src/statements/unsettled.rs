@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use entente_proto::ids::{NodeName, RequestId};
 use entente_proto::statement::STATED_REQUESTS_MAX;
 
-/// Requests that wait for one node's statement; past it the oldest id is given up. A node forgets
-/// requests at the same number, so more would be asked for in vain.
+/// Requests that wait for one node's statement; past it some are given up. A node forgets requests
+/// at the same number, so more would be asked for in vain.
 const WAITING_MAX: usize = 65_536;
 
 /// See the module.
