@@ -12,6 +12,7 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use entente_membership::audit::Sink;
 use entente_membership::enrolment;
 use entente_membership::raft;
 use entente_membership::roster::{Roster, VoterRole};
@@ -42,7 +43,11 @@ pub(crate) struct Host {
 ///
 /// # Errors
 /// What is wrong with the configuration, the credentials, the disk or the port.
-pub(crate) async fn start(config: &Config, listener: Option<TcpListener>) -> Result<Host, Error> {
+pub(crate) async fn start(
+    config: &Config,
+    listener: Option<TcpListener>,
+    audit: Sink,
+) -> Result<Host, Error> {
     check_followable(config)?;
     let needed =
         |section| Error::Config(format!("[{section}] is needed where cluster.voters is not empty"));
@@ -50,7 +55,7 @@ pub(crate) async fn start(config: &Config, listener: Option<TcpListener>) -> Res
     let files = config.tls.clone().ok_or_else(|| needed("tls"))?;
     let credentials = credentials(config)?.ok_or_else(|| needed("tls"))?;
     let (roster, name) = (&config.cluster, &config.name);
-    let process = Process { listener, ..credentials.clone().into() };
+    let process = Process { listener, audit, ..credentials.clone().into() };
     let service = service::start(membership, roster, name, process).await?;
     Ok(Host { service, credentials, files })
 }

@@ -34,7 +34,8 @@ use std::time::{Duration, SystemTime};
 use crossbeam_channel::{Receiver, Sender};
 use entente_audit::checkpoint::Checkpoint;
 use entente_audit::merkle::Hash;
-use entente_audit::record::{Admin, Refused, Statement};
+use entente_audit::record::{Admin, Refused};
+use entente_membership::audit::{Event, Sink};
 use entente_proto::ids::{RequestId, TenantName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -44,10 +45,12 @@ pub use books::Books;
 use requests::{Facts, OPEN_MAX, Opened};
 
 use crate::engine::tally::Closed;
+use crate::statements::Stated;
 
 /// Ends of generations that may wait for the owner; then the engine waits.
 const CLOSINGS_MAX: usize = 4_096;
-/// Messages that may wait for the owner beyond those that a ticket stands for.
+/// Messages that may wait for the owner beside those that a ticket stands for, which have a queue of
+/// their own: nobody who asks or is refused can take their place.
 const MORE_MAX: usize = 1_024;
 
 /// Where the audit log is kept.
@@ -110,22 +113,14 @@ pub struct Receipt {
     pub salt: [u8; 32],
 }
 
-/// A node's signed statement, and the certificate that it was signed with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Signed {
-    /// What goes into the log.
-    pub statement: Statement,
-    /// The certificate, DER.
-    pub certificate: Vec<u8>,
-    /// The requests that it names.
-    pub requests: Vec<RequestId>,
-}
-
-/// What the owner is told and asked.
+/// What becomes of a request that has a ticket.
 enum Message {
     Opened(Box<Opened>),
     Refused { refused: Refused, body: Option<[u8; 32]> },
-    Signed(Signed),
+}
+
+/// What else the owner is told and asked.
+enum More {
     Certificate(Vec<u8>),
     Admin(Admin),
     Find { id: RequestId, tenant: TenantName, reply: oneshot::Sender<Option<Receipt>> },
@@ -137,7 +132,9 @@ enum Message {
 #[derive(Clone)]
 pub struct Ledger {
     inbox: Sender<Message>,
+    more: Sender<More>,
     closings: Sender<Closed>,
+    statements: Sender<Stated>,
     /// One for each request whose record is not made yet: with the queue's length this bounds
     /// everything that the owner has to remember.
     tickets: Arc<Semaphore>,
@@ -158,11 +155,13 @@ pub struct Started {
 /// # Errors
 /// What is wrong with the folder.
 pub fn start(config: &Config, origin: &str) -> Result<Started, LedgerError> {
-    let (inbox, messages) = crossbeam_channel::bounded(OPEN_MAX + MORE_MAX);
+    let (inbox, messages) = crossbeam_channel::bounded(OPEN_MAX);
+    let (more, others) = crossbeam_channel::bounded(MORE_MAX);
+    let (statements, stated) = crossbeam_channel::bounded(MORE_MAX);
     let (closings, ends) = crossbeam_channel::bounded(CLOSINGS_MAX);
     let (tell, checkpoint) = watch::channel(None);
     let tickets = Arc::new(Semaphore::new(OPEN_MAX));
-    let inputs = Inputs { messages, ends, tickets: tickets.clone() };
+    let inputs = Inputs { messages, others, ends, stated, tickets: tickets.clone() };
     let (owner, key) = owner::Owner::open(config, origin, inputs, tell)?;
     let (done, ended) = oneshot::channel();
     std::thread::Builder::new()
@@ -175,14 +174,16 @@ pub fn start(config: &Config, origin: &str) -> Result<Started, LedgerError> {
             let _ = done.send(result);
         })
         .map_err(|error| LedgerError::Thread(error.to_string()))?;
-    let ledger = Ledger { inbox, closings, tickets, checkpoint, key: key.into() };
+    let ledger = Ledger { inbox, more, closings, statements, tickets, checkpoint, key: key.into() };
     Ok(Started { ledger, ended })
 }
 
 /// Where the owner's work comes from.
 struct Inputs {
     messages: Receiver<Message>,
+    others: Receiver<More>,
     ends: Receiver<Closed>,
+    stated: Receiver<Stated>,
     tickets: Arc<Semaphore>,
 }
 
@@ -190,6 +191,11 @@ impl Ledger {
     /// Where the engine says that a generation has ended.
     pub fn closings(&self) -> Sender<Closed> {
         self.closings.clone()
+    }
+
+    /// Where nodes' statements about what has ended go.
+    pub fn statements(&self) -> Sender<Stated> {
+        self.statements.clone()
     }
 
     /// The public key of its checkpoints, as C2SP writes it.
@@ -208,41 +214,48 @@ impl Ledger {
         Some(Attempt::new(self.inbox.clone(), facts, now_ms(), ticket))
     }
 
-    /// Keeps what a node signed. False: it had to be dropped, as more wait than may.
-    pub fn keep(&self, signed: Signed) -> bool {
-        self.inbox.try_send(Message::Signed(signed)).is_ok()
-    }
-
-    /// Keeps a certificate that records name, unless it is in the log already.
+    /// Keeps a certificate that records name, unless it is in the log already. False: it had to be
+    /// dropped, as more waits than may.
     pub fn certify(&self, der: Vec<u8>) -> bool {
-        self.inbox.try_send(Message::Certificate(der)).is_ok()
+        self.more.try_send(More::Certificate(der)).is_ok()
     }
 
-    /// Keeps an operator's call or a refusal of the control plane.
-    pub fn admin(&self, admin: Admin) -> bool {
-        self.inbox.try_send(Message::Admin(admin)).is_ok()
+    /// Where the control plane says whom it has refused and which operators' orders it has obeyed.
+    /// It never waits: what does not fit is in the process's log only.
+    pub fn sink(&self) -> Sink {
+        let more = self.more.clone();
+        Sink::to(move |event: Event| {
+            let caller = event.caller.map_or("unknown".to_owned(), |caller| caller.to_string());
+            let Event { call, allowed, reason, .. } = event;
+            let admin = Admin { at_ms: now_ms(), caller, call, allowed, reason: Some(reason) };
+            if more.try_send(More::Admin(admin)).is_err() {
+                tracing::warn!("an event of the control plane is not in the audit log");
+            }
+        })
     }
 
     /// The receipt of a tenant's request, once there is one; none if it is not its, or too old to be
     /// known by id.
     pub async fn find(&self, id: RequestId, tenant: TenantName) -> Option<Receipt> {
         let (reply, answer) = oneshot::channel();
-        self.inbox.try_send(Message::Find { id, tenant, reply }).ok()?;
+        self.more.try_send(More::Find { id, tenant, reply }).ok()?;
         answer.await.ok()?
     }
 
     /// That the tree of `old` records is the beginning of that of `new`.
     pub async fn consistency(&self, old: u64, new: u64) -> Option<Vec<Hash>> {
         let (reply, answer) = oneshot::channel();
-        self.inbox.try_send(Message::Consistency { old, new, reply }).ok()?;
+        self.more.try_send(More::Consistency { old, new, reply }).ok()?;
         answer.await.ok()?
     }
 
     /// Writes what is still open as it is, signs a last checkpoint, and ends the owner.
     pub async fn stop(&self, max: Duration) {
         let (reply, answer) = oneshot::channel();
-        let sent = self.inbox.try_send(Message::Stop { reply }).is_ok();
-        if sent && tokio::time::timeout(max, answer).await.is_err() {
+        let more = self.more.clone();
+        // The queue may be full; whoever empties it is not this thread.
+        tokio::task::spawn_blocking(move || more.send_timeout(More::Stop { reply }, max));
+        if tokio::time::timeout(max, answer).await.is_err() {
             tracing::warn!("the audit log was not closed in time");
         }
     }

@@ -93,7 +93,8 @@ where
         let wiring = Wiring { ledger, ..Wiring::default() };
         return front.serve(start_wired(config, wiring, progress).await?).await;
     }
-    let mut host = host::start(config, control).await?;
+    let audit = ledger.as_ref().map(Ledger::sink).unwrap_or_default();
+    let mut host = host::start(config, control, audit).await?;
     let membership = host.service.handle.clone();
     let wiring = Wiring {
         states: Some(membership.state()),

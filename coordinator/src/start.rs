@@ -165,6 +165,7 @@ pub async fn start_wired(
 ) -> Result<Started, Error> {
     let Wiring { states, closings, statements, credentials: fresh, ledger } = wiring;
     let closings = closings.or(ledger.as_ref().map(Ledger::closings));
+    let statements = statements.or(ledger.as_ref().map(Ledger::statements));
     if states.is_some() {
         check_followable(config)?;
     }

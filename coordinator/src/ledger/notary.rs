@@ -7,6 +7,7 @@
 use entente_audit::record::Statement;
 use entente_audit::verify::{Notary, Stated};
 use entente_proto::ids::{NodeName, Region};
+use entente_proto::statement::{self, STATEMENT_CONTEXT};
 use rustls::pki_types::CertificateDer;
 
 /// By the certificates of this cluster's kind.
@@ -22,7 +23,12 @@ impl Notary for ByCertificate {
     }
 
     fn stated(&self, certificate: &[u8], statement: &Statement) -> Result<Stated, String> {
-        let _ = (certificate, statement);
-        Err("statements are not read by this version".to_owned())
+        let (said, signature) = (&statement.statement.0, &statement.signature.0);
+        entente_tls::verify_signature(certificate, STATEMENT_CONTEXT, said, signature)
+            .map_err(|error| format!("the statement: {error}"))?;
+        let said = statement::Statement::decode(said)
+            .map_err(|error| format!("the statement: {error}"))?;
+        let statement::Statement { node, region, incarnation, rows, .. } = said;
+        Ok(Stated { node, region, incarnation: incarnation.0, rows })
     }
 }

@@ -11,14 +11,17 @@ use entente_audit::log::Log;
 use entente_audit::merkle;
 use entente_audit::note::Signer;
 use entente_audit::proof::Proof;
-use entente_audit::record::{Blob, Certificate, Digest, Record};
+use entente_audit::record::{Blob, Certificate, Digest, Record, Statement};
+use entente_audit::verify::Notary;
 use entente_proto::ids::{RequestId, TenantName};
 use tokio::sync::{oneshot, watch};
 
 use super::keys::{self, Salts};
+use super::notary::ByCertificate;
 use super::requests::{Complete, Requests};
-use super::{Config, Inputs, LedgerError, Message, Receipt, Signed, now_ms};
+use super::{Config, Inputs, LedgerError, Message, More, Receipt, now_ms};
 use crate::engine::tally::Closed;
+use crate::statements::Stated;
 
 /// Records that are committed together at most.
 const BATCH_MAX: usize = 1_024;
@@ -49,7 +52,7 @@ pub(super) struct Owner {
     /// Its keys, the oldest first.
     indexed: VecDeque<RequestId>,
     certified: BTreeSet<Digest>,
-    held: VecDeque<(Instant, Signed)>,
+    held: VecDeque<(Instant, Stated)>,
     /// Records that are not written yet.
     batch: Vec<Vec<u8>>,
     /// Which of them are of requests.
@@ -125,7 +128,7 @@ impl Owner {
     /// Runs until it is told to stop or nobody is left who could.
     pub(super) fn run(mut self) -> Result<(), LedgerError> {
         while self.stopping.is_none() && self.gather()? {
-            self.release(HELD_FOR)?;
+            self.release(HELD_FOR);
             self.commit()?;
             if self.due.is_some_and(|due| due <= Instant::now()) {
                 self.publish()?;
@@ -139,6 +142,7 @@ impl Owner {
     fn gather(&mut self) -> Result<bool, LedgerError> {
         let wait = self.next_wake().saturating_duration_since(Instant::now());
         let (messages, ends) = (self.inputs.messages.clone(), self.inputs.ends.clone());
+        let (others, stated) = (self.inputs.others.clone(), self.inputs.stated.clone());
         select! {
             recv(messages) -> message => match message {
                 Ok(message) => self.take(message)?,
@@ -146,6 +150,14 @@ impl Owner {
             },
             recv(ends) -> end => match end {
                 Ok(end) => self.closed(end)?,
+                Err(_) => return Ok(false),
+            },
+            recv(others) -> other => match other {
+                Ok(other) => self.take_other(other),
+                Err(_) => return Ok(false),
+            },
+            recv(stated) -> stated => match stated {
+                Ok(stated) => self.held.push_back((Instant::now(), stated)),
                 Err(_) => return Ok(false),
             },
             default(wait) => {}
@@ -161,6 +173,11 @@ impl Owner {
         {
             self.take(message)?;
         }
+        while self.batch.len() < BATCH_MAX
+            && let Ok(other) = others.try_recv()
+        {
+            self.take_other(other);
+        }
         Ok(true)
     }
 
@@ -174,37 +191,34 @@ impl Owner {
     fn take(&mut self, message: Message) -> Result<(), LedgerError> {
         match message {
             Message::Opened(opened) => {
-                let complete = self.requests.opened(*opened);
-                complete.map_or(Ok(()), |complete| self.complete(complete))
+                if let Some(complete) = self.requests.opened(*opened) {
+                    self.complete(complete)?;
+                }
             }
             Message::Refused { mut refused, body } => {
                 self.inputs.tickets.add_permits(1);
                 if let (Some(tenant), Some(body)) = (&refused.tenant, body) {
                     refused.body = Some(keys::salted(&self.salts.of(tenant)?, &body));
                 }
-                self.write(&Record::Refused(refused))
+                self.write(&Record::Refused(refused));
             }
-            Message::Signed(signed) => {
-                self.held.push_back((Instant::now(), signed));
-                Ok(())
-            }
-            Message::Certificate(der) => self.certify(der),
-            Message::Admin(admin) => self.write(&Record::Admin(admin)),
-            Message::Find { id, tenant, reply } => {
-                self.asked.push((id, tenant, reply));
-                Ok(())
-            }
-            Message::Consistency { old, new, reply } => {
+        }
+        Ok(())
+    }
+
+    /// Does what a message says that is of no request that is open.
+    fn take_other(&mut self, other: More) {
+        match other {
+            More::Certificate(der) => self.certify(der),
+            More::Admin(admin) => self.write(&Record::Admin(admin)),
+            More::Find { id, tenant, reply } => self.asked.push((id, tenant, reply)),
+            More::Consistency { old, new, reply } => {
                 let is_there = old <= new && new <= self.log.tree().size;
                 let path = is_there.then(|| merkle::consistency(&self.log, old, new).ok());
                 // Who does not wait any more gets nothing.
                 let _ = reply.send(path.flatten());
-                Ok(())
             }
-            Message::Stop { reply } => {
-                self.stopping = Some(reply);
-                Ok(())
-            }
+            More::Stop { reply } => self.stopping = Some(reply),
         }
     }
 
@@ -217,40 +231,65 @@ impl Owner {
         self.inputs.tickets.add_permits(1);
         let salt = self.salts.of(&complete.opened.origin.tenant)?;
         let body = keys::salted(&salt, &complete.opened.body);
-        self.write(&Record::Request(Box::new(complete.record(body, now_ms()))))
-    }
-
-    fn certify(&mut self, der: Vec<u8>) -> Result<(), LedgerError> {
-        let sha256 = Digest::of(&der);
-        if !self.certified.insert(sha256) {
-            return Ok(());
-        }
-        self.write(&Record::Certificate(Certificate { sha256, der: Blob(der) }))
-    }
-
-    fn write(&mut self, record: &Record) -> Result<(), LedgerError> {
-        let bytes = record.encode().map_err(LedgerError::Record)?;
-        if let Some(id) = record.request() {
-            self.named.push((self.batch.len(), id));
-        }
-        self.batch.push(bytes);
+        self.write(&Record::Request(Box::new(complete.record(body, now_ms()))));
         Ok(())
+    }
+
+    fn certify(&mut self, der: Vec<u8>) {
+        let sha256 = Digest::of(&der);
+        if self.certified.insert(sha256) {
+            self.write(&Record::Certificate(Certificate { sha256, der: Blob(der) }));
+        }
+    }
+
+    /// Adds a record to the batch. One that is too large is an error of whoever made it so, and not
+    /// of this process.
+    fn write(&mut self, record: &Record) {
+        match record.encode() {
+            Ok(bytes) => {
+                if let Some(id) = record.request() {
+                    self.named.push((self.batch.len(), id));
+                }
+                self.batch.push(bytes);
+            }
+            Err(reason) => tracing::error!(reason, "a record cannot be written"),
+        }
     }
 
     /// Writes the statements whose requests all have their records, or that have waited for `max`.
-    fn release(&mut self, max: Duration) -> Result<(), LedgerError> {
+    fn release(&mut self, max: Duration) {
         let now = Instant::now();
         for _ in 0..self.held.len() {
-            let Some((since, signed)) = self.held.pop_front() else { break };
-            let waits = signed.requests.iter().any(|id| self.requests.is_open(*id));
+            let Some((since, stated)) = self.held.pop_front() else { break };
+            let waits = stated.requests.iter().any(|id| self.requests.is_open(*id));
             if waits && now < since + max && self.held.len() < HELD_MAX {
-                self.held.push_back((since, signed));
-                continue;
+                self.held.push_back((since, stated));
+            } else {
+                self.state(stated);
             }
-            self.certify(signed.certificate)?;
-            self.write(&Record::Statement(signed.statement))?;
         }
-        Ok(())
+    }
+
+    /// Writes a statement that is what it should be: signed, and by the node that was asked. One
+    /// that is not says nothing, and the node counts as silent.
+    fn state(&mut self, stated: Stated) {
+        let Stated { node, signed, .. } = stated;
+        let der = signed.certificate.to_vec();
+        let statement = Statement {
+            certificate: Digest::of(&der),
+            statement: Blob(signed.statement.to_vec()),
+            signature: Blob(signed.signature.to_vec()),
+        };
+        let said = ByCertificate.stated(&der, &statement);
+        let whose = ByCertificate.identity(&der);
+        match said.and_then(|said| Ok((said, whose?))) {
+            Ok((said, whose)) if said.node == node && whose == (node.clone(), said.region) => {
+                self.certify(der);
+                self.write(&Record::Statement(statement));
+            }
+            Ok(_) => tracing::error!(target: "audit", %node, "a statement is of somebody else"),
+            Err(reason) => tracing::error!(target: "audit", %node, reason, "a statement is void"),
+        }
     }
 
     /// Puts the batch on disk.
@@ -319,13 +358,19 @@ impl Owner {
 
     /// Writes what came until now, and what did not end in time as far as it got.
     fn finish(mut self) -> Result<(), LedgerError> {
+        while let Ok(message) = self.inputs.messages.try_recv() {
+            self.take(message)?;
+        }
         while let Ok(end) = self.inputs.ends.try_recv() {
             self.closed(end)?;
+        }
+        while let Ok(stated) = self.inputs.stated.try_recv() {
+            self.held.push_back((Instant::now(), stated));
         }
         for complete in self.requests.give_up() {
             self.complete(complete)?;
         }
-        self.release(Duration::ZERO)?;
+        self.release(Duration::ZERO);
         self.commit()?;
         self.publish()?;
         if let Some(reply) = self.stopping.take() {

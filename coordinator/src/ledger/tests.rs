@@ -5,7 +5,12 @@ use entente_audit::folder::Folder;
 use entente_audit::merkle;
 use entente_audit::note::Verifier;
 use entente_audit::proof::Proof;
-use entente_audit::record::{Blob, Coordinator, Digest, Record};
+use entente_audit::record::{Coordinator, Digest, Record};
+use entente_audit::verify;
+use entente_proto::ids::Incarnation;
+use entente_proto::statement::STATEMENT_CONTEXT;
+use entente_proto::wire;
+use entente_tls::Authority;
 
 use super::*;
 use crate::engine::origin::Origin;
@@ -14,6 +19,7 @@ use crate::engine::tally::{How, Tally};
 
 const ORIGIN: &str = "local/audit/fr-coordinator";
 const STOP_MAX: Duration = Duration::from_secs(10);
+const LIFE: Duration = Duration::from_secs(60);
 
 fn started(dir: &Path) -> Started {
     start(&Config { dir: dir.to_owned() }, ORIGIN).unwrap()
@@ -156,6 +162,40 @@ async fn a_ledger_goes_on_where_it_was_and_shows_that_it_does() {
     ledger.stop(STOP_MAX).await;
 }
 
+/// A statement of `fr-expert-1` about a request, as it is handed over.
+fn stated(asked: &str, request: RequestId, rows: u64) -> Stated {
+    let authority = Authority::new(&"local".parse().unwrap(), "fr".parse().unwrap(), LIFE).unwrap();
+    let uri = "spiffe://local/region/fr/role/expert/node/fr-expert-1";
+    let issued = authority.issue(&uri.parse().unwrap(), LIFE).unwrap();
+    let own = authority.credentials(&issued).unwrap();
+    let said = entente_proto::statement::Statement {
+        node: "fr-expert-1".parse().unwrap(),
+        region: "fr".parse().unwrap(),
+        incarnation: Incarnation(1),
+        at_ms: 1,
+        rows: vec![(request, rows)],
+    };
+    let statement = said.encode();
+    let signed = own.sign(STATEMENT_CONTEXT, &statement).unwrap();
+    let signed = wire::SignedStatement {
+        statement,
+        signature: signed.signature.into(),
+        certificate: signed.certificate_der.into(),
+    };
+    Stated { node: asked.parse().unwrap(), requests: vec![request], signed }
+}
+
+fn kinds(dir: &Path) -> Vec<&'static str> {
+    let kind = |record: &Record| match record {
+        Record::Request(_) => "request",
+        Record::Certificate(_) => "certificate",
+        Record::Statement(_) => "statement",
+        Record::Admin(_) => "admin",
+        Record::Refused(_) => "refused",
+    };
+    records(dir).iter().map(kind).collect()
+}
+
 #[tokio::test]
 async fn a_statement_is_written_after_the_records_of_its_requests_with_its_certificate_before_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -165,28 +205,57 @@ async fn a_statement_is_written_after_the_records_of_its_requests_with_its_certi
     attempt.admitted(&request, None);
     attempt.submitted();
     drop(attempt);
-    // The request is known to be open before the statement comes: the owner has taken it.
+    ledger.statements().send(stated("fr-expert-1", request.id, 3)).unwrap();
+    // What is signed by another than who was asked says nothing.
+    ledger.statements().send(stated("fr-expert-2", request.id, 3)).unwrap();
+    // Both are taken before the request ends.
     assert_eq!(ledger.find(request.id, request.tenant.clone()).await, None);
-    let certificate = b"a certificate".to_vec();
-    let statement = Statement {
-        certificate: Digest::of(&certificate),
-        statement: Blob(vec![1]),
-        signature: Blob(vec![2]),
+    let touched = crate::engine::tally::Touched {
+        node: "fr-expert-1".parse().unwrap(),
+        region: "fr".parse().unwrap(),
+        incarnation: Incarnation(1),
+        certificate_sha256: [5; 32],
     };
-    assert!(ledger.keep(Signed { statement, certificate, requests: vec![request.id] }));
-    assert_eq!(ledger.find(request.id, request.tenant.clone()).await, None);
-    ledger.closings().send(closed(&request)).unwrap();
+    let mut end = closed(&request);
+    end.tally.touched.insert(touched, 3);
+    ledger.closings().send(end).unwrap();
     ledger.stop(STOP_MAX).await;
-    let kinds: Vec<&str> = records(dir.path())
-        .iter()
+    assert_eq!(kinds(dir.path()), ["request", "certificate", "statement"]);
+    let key: Verifier = ledger.key().parse().unwrap();
+    let verified = verify::folder(dir.path(), &key, &notary::ByCertificate).unwrap();
+    assert_eq!((verified.statements, verified.silent.len()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_node_that_says_that_it_computed_more_than_the_record_says_makes_the_log_fail() {
+    let dir = tempfile::tempdir().unwrap();
+    let Started { ledger, .. } = started(dir.path());
+    let request = origin("one");
+    serve(&ledger, &request);
+    found(&ledger, request.id, &request.tenant).await.unwrap();
+    ledger.statements().send(stated("fr-expert-1", request.id, 3)).unwrap();
+    ledger.stop(STOP_MAX).await;
+    let key: Verifier = ledger.key().parse().unwrap();
+    let error = verify::folder(dir.path(), &key, &notary::ByCertificate).unwrap_err().to_string();
+    assert!(error.contains(&format!("request {}: fr-expert-1 computed 3", request.id)), "{error}");
+}
+
+#[tokio::test]
+async fn what_the_control_plane_refuses_or_obeys_is_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let Started { ledger, .. } = started(dir.path());
+    ledger.sink().refused(None, "connection", "no certificate");
+    let operator = "spiffe://local/region/fr/role/operator/node/anna".parse().unwrap();
+    ledger.sink().obeyed(&operator, "/entente.v1.Admin/Drain", "fr-expert-1");
+    ledger.stop(STOP_MAX).await;
+    let said: Vec<(String, bool)> = records(dir.path())
+        .into_iter()
         .map(|record| match record {
-            Record::Request(_) => "request",
-            Record::Certificate(_) => "certificate",
-            Record::Statement(_) => "statement",
-            Record::Refused(_) | Record::Admin(_) => "other",
+            Record::Admin(admin) => (admin.caller, admin.allowed),
+            other => panic!("{other:?}"),
         })
         .collect();
-    assert_eq!(kinds, ["request", "certificate", "statement"]);
+    assert_eq!(said, [("unknown".to_owned(), false), (operator.to_string(), true)]);
 }
 
 #[tokio::test]
