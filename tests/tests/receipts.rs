@@ -1,0 +1,134 @@
+//! Goal: every request leaves a record that its tenant can have, that anybody can check offline, and
+//! that expert nodes vouch for; and nothing in it says what was asked.
+//! Method: a running cluster, its public API, and the verbs of `entente audit` on its files.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use entente_audit::report::Month;
+use entente_tests::cluster::run;
+use entente_tests::process::wait_for;
+use entente_tests::{Cluster, Golden, http};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(20);
+/// A prompt that is nowhere but in the request.
+const CANARY: &str = "a canary sat in the mine";
+
+/// Runs a verb of `entente audit` and reads the JSON that it prints.
+fn audit(args: &[&str]) -> Value {
+    let end = run(&[&["audit"], args].concat());
+    assert_eq!(end.code(), Some(0), "{args:?}: {}", end.stderr);
+    serde_json::from_str(&end.stdout).unwrap()
+}
+
+fn verify(path: &Path, key: &str) -> (Option<i32>, String) {
+    let end = run(&["audit", "verify", path.to_str().unwrap(), "--key", key, "-o", "json"]);
+    (end.code(), end.stdout + &end.stderr)
+}
+
+fn receipt(url: &str, id: &str) -> Value {
+    let url = format!("{url}/v1/receipts/{id}");
+    let found = wait_for(SOON, || Some(http::get(&url)).filter(|reply| reply.status == 200));
+    found.expect("the receipt is there soon").json()
+}
+
+/// Whether any file of this folder has these bytes in it.
+fn is_in(folder: &Path, bytes: &[u8]) -> bool {
+    std::fs::read_dir(folder).unwrap().any(|entry| {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            return is_in(&path, bytes);
+        }
+        std::fs::read(path).is_ok_and(|file| file.windows(bytes.len()).any(|part| part == bytes))
+    })
+}
+
+#[test]
+fn a_request_leaves_a_receipt_that_verifies_offline_and_that_its_nodes_vouch_for() {
+    let golden = Golden::load("mixtral");
+    let cluster = Cluster::start(&["--model", golden.path(), "--regions", "fr=2,se=1"]);
+    let (url, data_dir) = (cluster.http().to_owned(), PathBuf::from(cluster.data_dir()));
+    let key = cluster.file()["audit_keys"]["fr-coordinator"].as_str().unwrap().to_owned();
+    let folder = data_dir.join("audit/fr-coordinator");
+
+    let body = json!({"prompt": CANARY, "max_tokens": 4, "n": 2});
+    let answer = http::post(&format!("{url}/v1/completions"), &body);
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let id = answer.json()["id"].as_str().unwrap().replace("cmpl-", "");
+    let receipt = receipt(&url, &id);
+    let record = &receipt["record"];
+    assert_eq!((&record["id"], &record["decision"]), (&json!(id), &json!("served")));
+    assert_eq!((&record["tenant"], receipt["key"].as_str()), (&json!("local"), Some(&*key)));
+    let regions = record["nodes"].as_array().unwrap().iter().map(|node| &node["region"]);
+    assert!(
+        regions.clone().count() > 0 && regions.clone().all(|region| region == "fr"),
+        "{record}"
+    );
+
+    // One file, one key, no cluster.
+    let file = data_dir.join("it.tlog-proof");
+    let proof = receipt["proof"].as_str().unwrap();
+    std::fs::write(&file, proof).unwrap();
+    assert_eq!(verify(&file, &key).0, Some(0));
+    std::fs::write(&file, proof.replacen("index ", "index 1", 1)).unwrap();
+    assert_eq!(verify(&file, &key).0, Some(1), "a proof of another index");
+    let other = cluster.file()["audit_keys"]["se-coordinator"].as_str().unwrap();
+    assert_eq!(verify(&file, other).0, Some(1), "another log's key");
+
+    // The nodes have signed, and agree with the record.
+    let all_signed = wait_for(SOON, || {
+        let (code, text) = verify(&folder, &key);
+        assert_eq!(code, Some(0), "{text}");
+        let said: Value = serde_json::from_str(&text).unwrap();
+        (said["statements"].as_u64() > Some(0) && said["silent"] == json!([])).then_some(said)
+    });
+    assert!(all_signed.is_some(), "{:?}", verify(&folder, &key));
+    // The voters have agreed on what the log holds.
+    let committed = || http::metric(&url, "entente_audit_committed_records");
+    assert!(wait_for(SOON, || (committed() >= 1.0).then_some(())).is_some());
+
+    let month = Month::of(record["ended_ms"].as_u64().unwrap()).to_string();
+    let dir = data_dir.to_str().unwrap();
+    let report = audit(&["report", "--data-dir", dir, "--tenant", "local", "--month", &month]);
+    assert_eq!(report["regions"], json!(["fr"]), "{report}");
+    assert!(!is_in(&data_dir.join("audit"), CANARY.as_bytes()));
+    assert!(!is_in(&data_dir.join("raft"), CANARY.as_bytes()));
+}
+
+#[test]
+fn what_is_refused_is_recorded_and_an_export_cannot_be_changed() {
+    let golden = Golden::load("mixtral");
+    let cluster = Cluster::start(&["--model", golden.path(), "--regions", "fr=1"]);
+    let (url, data_dir) = (cluster.http().to_owned(), cluster.data_dir().to_owned());
+    let key = cluster.file()["audit_keys"]["fr-coordinator"].as_str().unwrap().to_owned();
+    let mine = cluster.api_key().unwrap().to_owned();
+    let ask = |body: Value| http::post(&format!("{url}/v1/completions"), &body).status;
+    assert_eq!(ask(json!({"prompt": "a", "max_tokens": 2})), 200);
+    assert_eq!(ask(json!({"prompt": "a", "residency": ["de"]})), 403);
+    http::show_key(&url, "mk_0_none");
+    assert_eq!(ask(json!({"prompt": "a"})), 401);
+    http::show_key(&url, &mine);
+
+    let tail = || run(&["audit", "tail", "--data-dir", &data_dir, "-n", "100"]).stdout;
+    let there = wait_for(SOON, || {
+        let text = tail();
+        let codes = ["residency_unsatisfiable", "invalid_api_key", r#""decision":"served""#];
+        codes.iter().all(|code| text.contains(code)).then_some(())
+    });
+    assert!(there.is_some(), "{}", tail());
+    let file = Path::new(&data_dir).join("export.jsonl");
+    let to = file.to_str().unwrap();
+    let end = run(&["audit", "export", "--data-dir", &data_dir, "--file", to]);
+    assert_eq!(end.code(), Some(0), "{end:#?}");
+    assert_eq!(verify(&file, &key).0, Some(0));
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace(r#""status":401"#, r#""status":400"#)).unwrap();
+    let (code, said) = verify(&file, &key);
+    assert!(code == Some(1) && said.contains("is not what was signed"), "{said}");
+    let without: Vec<&str> =
+        text.lines().filter(|line| !line.contains("invalid_api_key")).collect();
+    std::fs::write(&file, without.join("\n") + "\n").unwrap();
+    let (code, said) = verify(&file, &key);
+    assert!(code == Some(1) && said.contains("it is missing"), "{said}");
+}
