@@ -15,6 +15,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use crate::counters::Counts;
 use crate::node::NodeHandle;
 
 /// How far the node is.
@@ -100,6 +101,17 @@ fn text(node: &NodeHandle) -> String {
         "Requests whose rows can be stated no more, for want of room.",
         &plain(account.forgotten()),
     );
+    let Counts { scrubbed, spoilt, restored, refused, lent } = node.counters().read();
+    let of_weights = [
+        ("scrubbed_experts_total", "Experts in memory compared with their SHA-256.", scrubbed),
+        ("spoilt_experts_total", "Those of them that had changed and were taken out.", spoilt),
+        ("restored_experts_total", "Experts got from a peer of the region.", restored),
+        ("refused_weights_total", "Experts sent by a peer that were other weights.", refused),
+        ("lent_experts_total", "Experts given to a peer of the region.", lent),
+    ];
+    for (name, help, value) in of_weights {
+        metric(name, "counter", help, &plain(value));
+    }
     metric("experts_held", "gauge", "Experts in memory.", &plain(info.experts.len() as u64));
     metric("weights_bytes", "gauge", "Bytes of weights in memory.", &plain(info.weights_bytes));
     text

@@ -46,6 +46,8 @@ struct Cluster {
     exchange: TcpListener,
     coordinator: Coordinator,
     authority: Authority,
+    /// The CA of another region.
+    foreign: Authority,
     _dir: tempfile::TempDir,
 }
 
@@ -65,6 +67,7 @@ impl Cluster {
     async fn serving(digest: &[u8]) -> Self {
         let (cluster, region) = ("test".parse().unwrap(), "fr".parse().unwrap());
         let authority = Authority::new(&cluster, region, HOUR).unwrap();
+        let foreign = Authority::new(&cluster, "se".parse().unwrap(), HOUR).unwrap();
         let issue = |role: Role, name: &str| -> Issued {
             let identity = format!("spiffe://test/region/fr/role/{role}/node/{name}");
             authority.issue(&identity.parse().unwrap(), HOUR).unwrap()
@@ -98,7 +101,7 @@ impl Cluster {
         };
         let coordinator =
             Coordinator { own: own.clone(), node: name(), address: address.to_string() };
-        Self { plane, voter, own, config, exchange, coordinator, authority, _dir: dir }
+        Self { plane, voter, own, config, exchange, coordinator, authority, foreign, _dir: dir }
     }
 
     /// A frame as a coordinator sends it that knows of the latest commits.

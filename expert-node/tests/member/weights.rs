@@ -18,7 +18,7 @@ use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
 use entente_proto::wire::exchange_client::ExchangeClient;
 use entente_proto::wire::exchange_server::{Exchange, ExchangeServer};
-use entente_tls::Credentials;
+use entente_tls::{Authority, Credentials, Roots};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -32,8 +32,11 @@ const FORMAT: WeightFormat = WeightFormat::F32;
 impl Cluster {
     fn issue(&self, region: &str, role: Role, name: &str) -> Credentials {
         let identity = format!("spiffe://test/region/{region}/role/{role}/node/{name}");
-        let issued = self.authority.issue(&identity.parse().unwrap(), HOUR).unwrap();
-        self.authority.credentials(&issued).unwrap()
+        let issuer = if region == "se" { &self.foreign } else { &self.authority };
+        let issued = issuer.issue(&identity.parse().unwrap(), HOUR).unwrap();
+        let authorities = [&self.authority, &self.foreign].map(Authority::certificate_pem);
+        let roots = Roots::from_pem(authorities.concat().as_bytes()).unwrap();
+        Credentials::new(roots, &issued.certificate_pem, &issued.key_pem).unwrap()
     }
 
     /// A listener at which the placement will have a peer with these experts.
