@@ -69,8 +69,12 @@ impl Lender {
         let (node, sending) = (self.node.clone(), self.sending.clone());
         tokio::spawn(async move {
             let _place: OwnedSemaphorePermit = place;
-            // It is never closed.
-            let Ok(_turn) = sending.acquire_owned().await else { return };
+            // Whoever goes away while waiting costs nobody a turn. The semaphore is never closed.
+            let turn = tokio::select! {
+                turn = sending.acquire_owned() => turn,
+                () = pieces.closed() => return,
+            };
+            let Ok(_turn) = turn else { return };
             match find(&node, key).await {
                 Some(lent) => {
                     if send(&lent, &pieces).await {

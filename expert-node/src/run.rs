@@ -209,7 +209,7 @@ fn open(
         states: states.clone(),
         credentials,
         via: config.membership.via.clone(),
-        region: config.region,
+        region,
         manifest: manifest.clone(),
         activation: checkpoint.architecture().activation,
         counters: node.counters().clone(),
