@@ -3,12 +3,13 @@
 use std::str::FromStr;
 
 use clap::Args;
+use entente_membership::state::RecordKind;
 use entente_membership::tenant::{TOKENS_PER_MINUTE_MAX, Tenant};
 use entente_proto::ids::{RegionSet, TenantName};
 
 use super::view::{TenantView, table};
 use crate::api_key::now_ms;
-use crate::exit::Misuse;
+use crate::exit::{Failure, Misuse};
 use crate::operator::tenants::{self, Found};
 use crate::operator::{Operator, OperatorArgs};
 
@@ -113,6 +114,13 @@ pub fn create(args: CreateArgs) -> anyhow::Result<()> {
     let mut tenant = Tenant::new(args.name, RegionSet::new());
     args.bounds.apply(&mut tenant)?;
     args.operator.run(async |operator| {
+        let state = operator.latest().await?;
+        if state.record(RecordKind::Tenant, tenant.name.as_str()).is_some() {
+            let name = &tenant.name;
+            let text =
+                format!("{name} is a tenant already; `entente tenant set {name}` changes it");
+            return Err(Failure::Refused(text).into());
+        }
         let created = operator.put_tenant(tenant, 0).await?;
         print(&operator, &created)
     })
