@@ -28,15 +28,15 @@ pub struct TestArgs {
     operator: OperatorArgs,
 
     /// Whose request it is.
-    #[arg(long)]
+    #[arg(long, env = "ENTENTE_TENANT", value_name = "NAME")]
     tenant: TenantName,
 
     /// The request's body: JSON, or a file with it. Only its `residency` is looked at.
-    #[arg(long, value_name = "FILE|JSON")]
+    #[arg(long, env = "ENTENTE_RESIDENCY_REQUEST", value_name = "FILE|JSON")]
     request: String,
 
     /// What the request's header x-entente-residency says, such as fr,se.
-    #[arg(long, value_name = "REGION,…")]
+    #[arg(long, env = "ENTENTE_RESIDENCY_HEADER", value_name = "REGION,…")]
     header: Option<String>,
 }
 
