@@ -26,6 +26,7 @@ mod drill;
 mod exit;
 mod load;
 mod logging;
+mod notify;
 mod operator;
 mod provision;
 mod random;

@@ -12,6 +12,8 @@
 //! **Two ways to stop.** SIGTERM and SIGINT ask a role to leave: it may first see to it that nobody
 //! misses it. A second signal, or the end of supervision, asks it to stop at once.
 //!
+//! **A service manager** that started a role hears when it is ready and when it stops ([`notify`]).
+//!
 //! **Supervision.** Standard input is the leash: with `--supervised` it is a pipe whose other end
 //! only the parent holds. It reaches its end when the parent closes it or dies of anything, also
 //! SIGKILL, so no child can outlive its parent.
@@ -35,6 +37,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::exit::Misuse;
+use crate::notify::{self, State};
 use crate::status::Status;
 
 /// How long a role may take to stop once its parent let go, before it just ends. Longer than a
@@ -110,6 +113,8 @@ impl Reporter {
         self.ready.store(true, Ordering::Relaxed);
         if self.supervised {
             tell(&Status::Ready { address, experts, weights_bytes });
+        } else {
+            notify::tell(State::Ready);
         }
         tracing::info!(%address, experts, weights_bytes, "ready");
     }
@@ -172,6 +177,9 @@ where
         };
         if !reporter.ready.load(Ordering::Relaxed) {
             return Ok(());
+        }
+        if !args.supervised {
+            notify::tell(State::Stopping);
         }
         if ask == Ask::Leave {
             let _ = leave.send(());

@@ -22,6 +22,7 @@
 
 mod attempt;
 mod books;
+pub(crate) mod commit;
 pub mod keys;
 pub mod notary;
 mod owner;

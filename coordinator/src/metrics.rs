@@ -68,15 +68,30 @@ pub struct ClusterMetrics {
     pub raft_leader: IntGauge,
     /// The raft term that this process is in.
     pub raft_term: IntGauge,
+    /// Records under the checkpoint of this coordinator's audit log that the cluster has committed.
+    pub audit_committed: IntGauge,
+    /// Checkpoints of this coordinator's audit log that contradicted what is committed.
+    pub audit_alarms: IntCounter,
 }
 
 impl ClusterMetrics {
-    fn new(gauge: &impl Fn(&str, &str) -> IntGauge) -> Self {
+    fn new(
+        gauge: &impl Fn(&str, &str) -> IntGauge,
+        counter: &impl Fn(&str, &str) -> IntCounter,
+    ) -> Self {
         Self {
             membership_epoch: gauge("membership_epoch", "Committed membership in use."),
             placement_epoch: gauge("placement_epoch", "Committed placement in use."),
             raft_leader: gauge("raft_leader", "1 while this process leads the raft group."),
             raft_term: gauge("raft_term", "Raft term that this process is in."),
+            audit_committed: gauge(
+                "audit_committed_records",
+                "Records of the audit log that the cluster has committed a checkpoint of.",
+            ),
+            audit_alarms: counter(
+                "audit_alarms_total",
+                "Checkpoints of the audit log that contradicted what the cluster has committed.",
+            ),
         }
     }
 }
@@ -84,6 +99,16 @@ impl ClusterMetrics {
 /// From a small model's step on one machine to a large prefill over a network.
 const SECONDS_BUCKETS: [f64; 15] =
     [0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+fn cache_config(registry: &Registry) -> IntGaugeVec {
+    register(
+        registry,
+        IntGaugeVec::new(
+            Opts::new("entente_cache_config_info", "What the KV cache is made of."),
+            &["cache_dtype", "block_size"],
+        ),
+    )
+}
 
 impl Metrics {
     /// Registers everything under the prefix `entente_`.
@@ -137,7 +162,7 @@ impl Metrics {
             link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
             hedged_rows: counter("hedged_rows_total", "Rows asked of a second, faster replica."),
             retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),
-            cluster: ClusterMetrics::new(&gauge),
+            cluster: ClusterMetrics::new(&gauge, &counter),
             step_waiting: gauge("step_waiting", "1 while a step waits for missing experts."),
             steps_held: counter(
                 "steps_held_total",
@@ -150,13 +175,7 @@ impl Metrics {
                 "Rows routed to each expert since the process started.",
                 &["layer", "expert"],
             ),
-            cache_config: register(
-                &registry,
-                IntGaugeVec::new(
-                    Opts::new("entente_cache_config_info", "What the KV cache is made of."),
-                    &["cache_dtype", "block_size"],
-                ),
-            ),
+            cache_config: cache_config(&registry),
             registry,
         }
     }

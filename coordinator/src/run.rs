@@ -9,7 +9,7 @@ use axum::serve::ListenerExt;
 
 use crate::api::{self, Api};
 use crate::engine::{EngineHandle, Readiness};
-use crate::ledger::{self, Ledger};
+use crate::ledger::{self, Ledger, commit};
 use crate::{Config, Error, Started, Wiring, host, start_wired};
 
 /// How long running requests may take to finish once the coordinator is told to stop.
@@ -99,13 +99,17 @@ where
     let wiring = Wiring {
         states: Some(membership.state()),
         credentials: Some(host.credentials.clone()),
-        ledger,
+        ledger: ledger.clone(),
         ..Wiring::default()
     };
     let fresh = host.keep_fresh();
     let live = async {
         let started = start_wired(config, wiring, progress).await?;
         tokio::spawn(host::show(membership.status(), started.api.metrics.clone()));
+        if let Some(ledger) = ledger {
+            let (name, metrics) = (config.name.clone(), started.api.metrics.clone());
+            tokio::spawn(commit::run(ledger, membership.clone(), name, metrics));
+        }
         let served = started.served.clone();
         let agreed = async {
             match host::agree(&membership, &served, config).await {

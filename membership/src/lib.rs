@@ -35,6 +35,7 @@
 
 pub mod access;
 pub mod audit;
+pub mod checkpoint;
 pub mod client;
 pub mod enrolment;
 pub mod guard;

@@ -28,6 +28,8 @@ pub use command::{
 pub use node::{Node, NodeSpec, NodeState, Role};
 use session::Sessions;
 
+use crate::checkpoint;
+
 /// Most nodes that a cluster may have had in its life, removed ones included.
 pub const NODES_MAX: usize = 4_096;
 /// Most disks that a cluster may have had in its raft group.
@@ -436,6 +438,11 @@ impl State {
         if value.len() > RECORD_VALUE_LEN_MAX {
             return Err(invalid("the value of a record", "0", RECORD_VALUE_LEN_MAX, value.len()));
         }
+        if key.0 == RecordKind::Checkpoint {
+            let before = self.records.get(&key).map(|record| &record.value[..]);
+            checkpoint::check(&key.1, before, &value)
+                .map_err(|reason| Refused::new(RefusedCode::NotAContinuation, reason))?;
+        }
         if self.records.len() >= RECORDS_MAX && !self.records.contains_key(&key) {
             return Err(too_many("records", RECORDS_MAX));
         }
@@ -446,6 +453,10 @@ impl State {
 
     fn delete_record(&mut self, key: (RecordKind, String), expected: Option<u64>) -> Outcome {
         self.check_revision(&key, expected)?;
+        if key.0 == RecordKind::Checkpoint {
+            let text = "what an audit log has said is not deleted";
+            return Err(Refused::new(RefusedCode::NotAContinuation, text));
+        }
         self.records.remove(&key);
         self.revision += 1;
         Ok(Applied::Revision(self.revision))

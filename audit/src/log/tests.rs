@@ -1,3 +1,5 @@
+//! Appending to a log, and what is left of it when the power fails.
+
 use std::collections::BTreeSet;
 
 use rand_chacha::ChaCha8Rng;

@@ -1,3 +1,5 @@
+//! The tree beside the slow one that the RFC describes.
+
 use super::reference::Plain;
 use super::*;
 

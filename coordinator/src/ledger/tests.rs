@@ -1,3 +1,5 @@
+//! The ledger with its thread and a folder.
+
 use std::path::Path;
 
 use entente_audit::checkpoint::Checkpoint;

@@ -267,6 +267,7 @@ fn kind_out(kind: RecordKind) -> i32 {
         RecordKind::Tenant => wire::RecordKind::Tenant.into(),
         RecordKind::Model => wire::RecordKind::Model.into(),
         RecordKind::Token => wire::RecordKind::Token.into(),
+        RecordKind::Checkpoint => wire::RecordKind::Checkpoint.into(),
     }
 }
 
@@ -275,6 +276,7 @@ fn kind_in(kind: i32) -> Result<RecordKind, Malformed> {
         Ok(wire::RecordKind::Tenant) => Ok(RecordKind::Tenant),
         Ok(wire::RecordKind::Model) => Ok(RecordKind::Model),
         Ok(wire::RecordKind::Token) => Ok(RecordKind::Token),
+        Ok(wire::RecordKind::Checkpoint) => Ok(RecordKind::Checkpoint),
         _ => Err(Malformed::Unknown("the kind of a record")),
     }
 }

@@ -26,6 +26,8 @@ pub enum RecordKind {
     Model,
     /// A token by which a process joins: [`crate::token::Token`] under its id.
     Token,
+    /// What the audit log of a coordinator holds: [`crate::checkpoint::Committed`].
+    Checkpoint,
 }
 
 /// A change that somebody wants.
@@ -203,4 +205,6 @@ codes! {
     NoReplicasThere = 15,
     /// The node's role does not vote.
     DoesNotVote = 16,
+    /// The checkpoint does not go on from the one before it.
+    NotAContinuation = 17,
 }

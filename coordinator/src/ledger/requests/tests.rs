@@ -1,3 +1,5 @@
+//! One record for a request, whatever became of its answers.
+
 use std::time::Duration;
 
 use entente_proto::ids::{Incarnation, MembershipEpoch, PlacementEpoch, Region};
