@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 use crate::shell::{command, output, root, run};
 
 /// The targets, each a binary of `fuzz/`.
-const TARGETS: [&str; 5] =
-    ["exchange-frame", "http-body", "safetensors-header", "config", "log-record"];
+const TARGETS: [&str; 6] =
+    ["exchange-frame", "http-body", "safetensors-header", "config", "log-record", "receipt"];
 
 /// How many run beside each other.
 const JOBS: usize = 2;
