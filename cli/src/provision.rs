@@ -6,6 +6,7 @@
 //!   DIR/tls/<name>.pem   certificate and key, replaced by the process itself at half-life
 //!   DIR/tls/ca/          CAs whose keys are here: <region>.pem and <region>.key
 //!   DIR/raft/            the log of a voter
+//!   DIR/audit/           the audit log of a coordinator
 //!   DIR/cluster.json     on the founder: how an operator's verbs find the cluster (--data-dir)
 //! ```
 //!
@@ -112,6 +113,8 @@ struct RoleFile<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     weights: Option<entente_model::kernels::WeightFormat>,
     tls: Files,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    audit: Option<Dir>,
     membership: Membership<'a>,
     cluster: &'a Roster,
 }
@@ -129,11 +132,12 @@ struct Membership<'a> {
     #[serde(skip_serializing_if = "<[String]>::is_empty")]
     contacts: &'a [String],
     #[serde(skip_serializing_if = "Option::is_none")]
-    ca: Option<Ca>,
+    ca: Option<Dir>,
 }
 
+/// A section that is a folder.
 #[derive(Debug, Serialize)]
-struct Ca {
+struct Dir {
     dir: PathBuf,
 }
 
@@ -222,10 +226,11 @@ impl Folder {
         let (votes, role) = (process.role.votes(), process.role);
         let (listen, advertise) = (Some(&*machine.listen), machine.advertise.as_deref());
         let is_expert_node = role == Role::ExpertNode;
+        let is_coordinator = role == Role::Coordinator;
         let file = RoleFile {
             name: &process.name,
             region: process.region,
-            http: (role == Role::Coordinator).then_some(&machine.http),
+            http: is_coordinator.then_some(&machine.http),
             listen: listen.filter(|_| !votes),
             advertise: advertise.filter(|_| !votes),
             metrics_listen: machine.metrics.as_deref().filter(|_| is_expert_node),
@@ -234,13 +239,14 @@ impl Folder {
             model,
             weights: model.map(|_| machine.weights.into()),
             tls: self.files(&process.name),
+            audit: is_coordinator.then(|| Dir { dir: self.0.join("audit") }),
             membership: Membership {
                 listen: listen.filter(|_| votes),
                 advertise: advertise.filter(|_| votes),
                 data_dir: votes.then(|| self.0.join("raft")),
                 join: votes && process.joins,
                 contacts: &process.contacts,
-                ca: (role == Role::Coordinator).then(|| Ca { dir: self.ca_dir() }),
+                ca: is_coordinator.then(|| Dir { dir: self.ca_dir() }),
             },
             cluster: &process.roster,
         };
@@ -320,6 +326,7 @@ mod tests {
         assert!(membership.join);
         assert_eq!(membership.advertise.as_deref(), Some("a.example:7200"));
         assert_eq!(membership.ca.unwrap().dir, folder.ca_dir());
+        assert_eq!(coordinator.audit.unwrap().dir, folder.root().join("audit"));
         assert_eq!(membership.contacts, ["10.3.0.1:7200"]);
         let node: entente_expert_node::Config = toml::from_str(&text(Role::ExpertNode)).unwrap();
         assert_eq!(node.listen, "0.0.0.0:7200");
