@@ -19,7 +19,7 @@ use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
 use super::Cpu;
 use super::elementwise::silu;
 use super::isa::{Isa, LANES};
-use super::matmul::{LIGHT_ROWS_MAX, Panel, Upcoming, copy_columns};
+use super::matmul::{LIGHT_ROWS_MAX, Panel, Upcoming};
 use super::rows::encode;
 use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_encoded_tile, pack_tile, tile_rows};
 
@@ -212,9 +212,9 @@ impl Section<'_> {
             let x = &input[self.input_at + at..][..len];
             for (i, [gate, up]) in weights.iter().flatten().enumerate() {
                 let ahead = next.after(true, i).ahead(gate, t, &self.input);
-                gate.multiply(cpu.isa, count, ahead, x, &mut block);
+                gate.multiply(cpu.isa, ahead, x, &mut block.rows()[..count]);
                 let ahead = next.after(false, i).ahead(up, t, &self.input);
-                up.multiply(cpu.isa, count, ahead, x, &mut ups);
+                up.multiply(cpu.isa, ahead, x, &mut ups.rows()[..count]);
                 join(cpu.isa, *activation, count, &block, &ups, i, &mut joined);
             }
             // A tile is stored input by input, so a group's part of it is contiguous.
@@ -242,12 +242,24 @@ impl Section<'_> {
             let ((first, count), (at, len)) = (self.inner.tile(t), self.inner.span(t));
             let x = &inner[self.inner_at + at..][..len];
             let ahead = upcoming.ahead(&panel, t, &self.inner);
-            panel.multiply(cpu.isa, count, ahead, x, &mut block);
-            for (values, (_, to)) in block.0.iter().zip(&self.rows[first..first + count]) {
-                let at = *to as usize * down.out_features() + columns.start;
-                // SAFETY: destination rows are distinct, and no two tasks of a section have a
-                // column in common.
-                unsafe { y.write(cpu.isa, at, values, columns.len()) };
+            let at =
+                |r: usize| self.rows[first + r].1 as usize * down.out_features() + columns.start;
+            match y {
+                Output::Values(y) => {
+                    // SAFETY: destination rows are distinct, and no two tasks of a section have a
+                    // column in common.
+                    let row = |r| unsafe { y.slice(at(r), columns.len()) };
+                    panel.multiply_to(cpu.isa, count, ahead, x, &mut block, row);
+                }
+                Output::Encoded(dtype, y) => {
+                    panel.multiply(cpu.isa, ahead, x, &mut block.rows()[..count]);
+                    let size = dtype.size();
+                    for (r, values) in block.0[..count].iter().enumerate() {
+                        // SAFETY: as above; each value has its own bytes.
+                        let out = unsafe { y.slice(at(r) * size, columns.len() * size) };
+                        encode(cpu.isa, *dtype, &values[..columns.len()], out);
+                    }
+                }
             }
         }
     }
@@ -293,23 +305,6 @@ impl Output<'_> {
         };
         assert_eq!(len % (hidden * value), 0, "rows of {hidden} values");
         len / (hidden * value)
-    }
-
-    /// Writes the first `len` outputs of a panel as the values from number `at` on.
-    ///
-    /// # Safety
-    /// No one else may be writing them.
-    unsafe fn write<I: Isa>(&self, isa: I, at: usize, values: &[f32; PANEL], len: usize) {
-        match self {
-            // SAFETY: as promised.
-            Self::Values(y) => copy_columns(values, unsafe { y.slice(at, len) }),
-            Self::Encoded(dtype, y) => {
-                let size = dtype.size();
-                // SAFETY: as promised; each value has its own bytes.
-                let out = unsafe { y.slice(at * size, len * size) };
-                encode(isa, *dtype, &values[..len], out);
-            }
-        }
     }
 }
 

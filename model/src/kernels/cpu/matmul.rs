@@ -77,21 +77,10 @@ fn multiply_panel<I: Isa>(
     for t in 0..tiles.count() {
         let ((first, count), (at, len)) = (tiles.tile(t), tiles.span(t));
         let ahead = upcoming.ahead(&panel, t, tiles);
-        panel.multiply(cpu.isa, count, ahead, &packed[at..at + len], &mut block);
-        for (r, values) in block.0[..count].iter().enumerate() {
-            let at = (first + r) * w.out_features() + columns.start;
-            // SAFETY: no two tasks have a column in common.
-            copy_columns(values, unsafe { y.slice(at, columns.len()) });
-        }
-    }
-}
-
-/// Copies the outputs that a matrix has of a panel's: mostly all, which takes no call.
-#[inline]
-pub fn copy_columns(values: &[f32; PANEL], out: &mut [f32]) {
-    match <&mut [f32; PANEL]>::try_from(&mut *out) {
-        Ok(out) => *out = *values,
-        Err(_) => out.copy_from_slice(&values[..out.len()]),
+        // SAFETY: no two tasks have a column in common.
+        let row =
+            |r| unsafe { y.slice((first + r) * w.out_features() + columns.start, columns.len()) };
+        panel.multiply_to(cpu.isa, count, ahead, &packed[at..at + len], &mut block, row);
     }
 }
 
@@ -122,10 +111,42 @@ impl<'a> Panel<'a> {
         self.expanded.as_deref().unwrap_or(self.stored)
     }
 
-    /// Multiplies a packed tile of `rows` rows.
-    pub fn multiply<I: Isa>(&self, isa: I, rows: usize, ahead: Ahead, x: &[u32], out: &mut Block) {
+    /// Multiplies a packed tile with as many rows as `out`.
+    pub fn multiply<I: Isa>(&self, isa: I, ahead: Ahead, x: &[u32], out: &mut [&mut [f32; PANEL]]) {
         let (layout, lines) = (self.layout, self.lines());
-        for_rows!(I, rows, R => tile::<I, R>(isa, layout, lines, ahead, x, out));
+        for_rows!(I, out.len(), R => {
+            let out = out.first_chunk_mut().expect("as many as were just counted");
+            tile::<I, R>(isa, layout, lines, ahead, x, out);
+        });
+    }
+
+    /// The same with the first outputs of row `r` written to `row(r)`: at once where that has room
+    /// for all, as nearly always; else by way of `block`.
+    #[inline]
+    pub fn multiply_to<'y, I: Isa>(
+        &self,
+        isa: I,
+        rows: usize,
+        ahead: Ahead,
+        x: &[u32],
+        block: &mut Block,
+        row: impl Fn(usize) -> &'y mut [f32],
+    ) {
+        let mut out = block.rows();
+        let mut whole = true;
+        for (r, out) in out[..rows].iter_mut().enumerate() {
+            match row(r).try_into() {
+                Ok(row) => *out = row,
+                Err(_) => whole = false,
+            }
+        }
+        self.multiply(isa, ahead, x, &mut out[..rows]);
+        if !whole {
+            for (r, values) in block.0[..rows].iter().enumerate() {
+                let row = row(r);
+                row.copy_from_slice(&values[..row.len()]);
+            }
+        }
     }
 }
 
@@ -155,7 +176,7 @@ fn tile<I: Isa, const R: usize>(
     panel: &[Line],
     ahead: Ahead,
     x: &[u32],
-    out: &mut Block,
+    out: &mut [&mut [f32; PANEL]; R],
 ) {
     isa.enter(
         #[inline(always)]
@@ -170,7 +191,7 @@ fn tile<I: Isa, const R: usize>(
                 Layout::Q8 => tile_int8::<I, R, Q8_LINES>(isa, panel, ahead, x),
                 Layout::Q4 => tile_int8::<I, R, Q4_LINES>(isa, panel, ahead, x),
             };
-            for (sums, out) in sums.iter().zip(&mut out.0) {
+            for (sums, out) in sums.iter().zip(out) {
                 let (halves, _) = out.as_chunks_mut::<16>();
                 isa.store(sums[0], &mut halves[0]);
                 isa.store(sums[1], &mut halves[1]);

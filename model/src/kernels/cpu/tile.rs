@@ -38,6 +38,11 @@ pub struct Block(pub [[f32; PANEL]; TILE_ROWS_MAX]);
 
 impl Block {
     pub const ZERO: Self = Self([[0.0; PANEL]; TILE_ROWS_MAX]);
+
+    /// Where each row goes.
+    pub fn rows(&mut self) -> [&mut [f32; PANEL]; TILE_ROWS_MAX] {
+        self.0.each_mut()
+    }
 }
 
 /// Most rows of a tile that `layout` multiplies.
