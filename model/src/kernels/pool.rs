@@ -35,6 +35,8 @@ struct Shared {
     slot: Mutex<Slot>,
     /// Counts posted loops; changes are seen by spinning workers without the lock.
     posted: AtomicU64,
+    /// Workers inside the loop. They enter under the lock, and leave without.
+    inside: AtomicUsize,
     /// Wakes workers: a loop was posted or the pool closes.
     work: Condvar,
     /// Wakes the caller: the last worker left its loop.
@@ -46,10 +48,10 @@ struct Slot {
     /// The loop that may be joined. Lives on the stack of `Pool::run`, which takes it out of here
     /// and waits for `inside` to reach zero before it returns.
     job: Option<JobRef>,
-    /// Workers inside the loop.
-    inside: usize,
     /// Workers asleep.
     parked: usize,
+    /// Whether the caller sleeps until the last worker has left.
+    waiting: bool,
     closed: bool,
 }
 
@@ -73,6 +75,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             slot: Mutex::default(),
             posted: AtomicU64::new(0),
+            inside: AtomicUsize::new(0),
             work: Condvar::new(),
             left: Condvar::new(),
         });
@@ -171,13 +174,26 @@ impl Shared {
     }
 
     /// Takes the loop away and waits until no worker is inside it. What the workers have written
-    /// is visible afterwards, since each takes the lock when it leaves.
+    /// is visible afterwards, since each wrote `inside` last.
     fn withdraw(&self) {
         self.lock().job = None;
-        spin_until(|| self.lock().inside == 0);
+        let is_empty = || self.inside.load(Ordering::Acquire) == 0;
+        if spin_until(is_empty) {
+            return;
+        }
         let mut slot = self.lock();
-        while slot.inside > 0 {
+        slot.waiting = true;
+        while !is_empty() {
             slot = self.left.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        }
+        slot.waiting = false;
+    }
+
+    /// Leaves a loop, after which it may be gone. To wake somebody is a call of the system, so it is
+    /// done only if somebody sleeps.
+    fn leave(&self) {
+        if self.inside.fetch_sub(1, Ordering::Release) == 1 && self.lock().waiting {
+            self.left.notify_one();
         }
     }
 
@@ -189,11 +205,7 @@ impl Shared {
             if catch_unwind(AssertUnwindSafe(|| job.work())).is_err() {
                 job.panicked.store(true, Ordering::Relaxed);
             }
-            let mut slot = self.lock();
-            slot.inside -= 1;
-            if slot.inside == 0 {
-                self.left.notify_one();
-            }
+            self.leave();
         }
     }
 
@@ -212,19 +224,26 @@ impl Shared {
             }
             *seen = self.posted.load(Ordering::Acquire);
             if let Some(job) = slot.job {
-                slot.inside += 1;
+                self.inside.fetch_add(1, Ordering::Relaxed);
                 return Some(job);
             }
         }
     }
 }
 
-/// Looks at `ready` until it holds, but not longer than [`SPIN`].
-fn spin_until(ready: impl Fn() -> bool) {
+/// Looks at `ready` until it holds, but not longer than [`SPIN`]; says whether it did.
+fn spin_until(ready: impl Fn() -> bool) -> bool {
     let start = Instant::now();
-    while !ready() && start.elapsed() < SPIN {
+    loop {
+        // Looking at the clock takes longer than looking at `ready`.
         for _ in 0..8 {
+            if ready() {
+                return true;
+            }
             std::hint::spin_loop();
+        }
+        if start.elapsed() >= SPIN {
+            return false;
         }
     }
 }
