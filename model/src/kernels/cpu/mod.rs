@@ -15,6 +15,7 @@ mod rows;
 mod scratch;
 mod tile;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use entente_proto::frame::Dtype;
@@ -60,10 +61,18 @@ pub(super) struct Cpu<I> {
     vectors: Scratch<[f32; LANES]>,
 }
 
-/// Shares of light work for each thread: enough that a thread which is held up holds up little.
-const SHARES_PER_THREAD: usize = 8;
-/// Most neighbours in a share.
-const NEIGHBOURS_MAX: usize = 8;
+/// Cuts light tasks into shares that become smaller towards the end: neighbours stay together, and
+/// yet all threads are done at nearly the same time (guided self-scheduling, Polychronopoulos and
+/// Kuck 1987, its shares halved, so that a thread which is held up holds up less).
+fn shares(tasks: usize, threads: usize) -> Vec<Range<usize>> {
+    let (mut shares, mut start) = (Vec::new(), 0);
+    while start < tasks {
+        let end = start + (tasks - start).div_ceil(2 * threads);
+        shares.push(start..end);
+        start = end;
+    }
+    shares
+}
 
 impl<I: Isa> Cpu<I> {
     fn new(isa: I, format: WeightFormat, threads: usize) -> Self {
@@ -87,11 +96,11 @@ impl<I: Isa> Cpu<I> {
         tasks: usize,
         task: impl Fn(usize) + Sync,
     ) {
-        let shares = SHARES_PER_THREAD * self.pool.threads();
-        let share = if light { (tasks / shares).clamp(1, NEIGHBOURS_MAX) } else { 1 };
-        self.run(parallel, tasks.div_ceil(share), |i| {
-            (i * share..tasks.min((i + 1) * share)).for_each(&task);
-        });
+        if !light {
+            return self.run(parallel, tasks, task);
+        }
+        let shares = shares(tasks, self.pool.threads());
+        self.run(parallel, shares.len(), |i| shares[i].clone().for_each(&task));
     }
 
     /// The task that a thread takes after task `i` of a loop over single tasks, if all threads go on
@@ -305,4 +314,23 @@ pub(super) fn of_class(
 #[cfg(test)]
 pub(super) fn every_class(format: WeightFormat) -> Vec<KernelClass> {
     classes(format).into_iter().map(|(class, _)| class).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_neighbours_and_end_small() {
+        for (tasks, threads) in [(0, 2), (1, 2), (3, 1), (112, 2), (1_000, 16)] {
+            let shares = shares(tasks, threads);
+            assert_eq!(
+                shares.iter().cloned().flatten().collect::<Vec<_>>(),
+                Vec::from_iter(0..tasks)
+            );
+            assert!(shares.iter().map(Range::len).is_sorted_by(|a, b| a >= b), "{shares:?}");
+            assert!(shares.iter().rev().take(threads).all(|share| share.len() == 1), "{shares:?}");
+        }
+        assert!(shares(112, 2).len() < 20);
+    }
 }
