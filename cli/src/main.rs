@@ -39,6 +39,7 @@ mod verbs;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Serves Mixture-of-Experts language models from expert nodes in several countries.
 #[derive(Debug, Parser)]
@@ -113,8 +114,17 @@ fn main() -> ExitCode {
     exit::report(run(cli))
 }
 
+/// Sockets are files, and the usual allowance of 1,024 is less than what the limits of this program
+/// let in.
+fn allow_open_files() {
+    let allowed = getrlimit(Resource::Nofile);
+    // Where the system does not want this, fewer connections fit.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: allowed.maximum, ..allowed });
+}
+
 fn run(cli: Cli) -> anyhow::Result<()> {
     logging::init(&cli.logging)?;
+    allow_open_files();
     match cli.verb {
         Verb::Up(args) => verbs::up::run(args, &cli.logging),
         Verb::Chat(args) => verbs::chat::run(args),

@@ -1,11 +1,15 @@
 //! Runs a coordinator process: binds, starts what it is made of, serves, and ends in order.
 
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
+use axum::body::Body;
+use axum::extract::Request;
+use entente_membership::net::http;
+use hyper::body::Incoming;
+use tower::ServiceExt;
 
 use crate::api::{self, Api};
 use crate::engine::{EngineHandle, Readiness};
@@ -152,7 +156,8 @@ where
         let Started { api, experts, weights_bytes, .. } = started;
         let ready = Ready { address, experts, weights_bytes };
         tokio::spawn(announce(api.engine.clone(), on_ready, ready));
-        serve(api, listener, shutdown).await.map_err(unusable)
+        serve(api, listener, shutdown).await;
+        Ok(())
     }
 }
 
@@ -199,18 +204,14 @@ async fn serve(
     api: Arc<Api>,
     listener: tokio::net::TcpListener,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
+) {
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until_told = async move {
         shutdown.await;
         let _ = stop.send(());
     };
-    // Tokens are small and wanted at once.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
-    let server =
-        axum::serve(listener, api::router(api)).with_graceful_shutdown(until_told).into_future();
+    let service = api::router(api).map_request(|request: Request<Incoming>| request.map(Body::new));
+    let server = http::serve(listener, service, until_told);
     let deadline = async move {
         // A dropped sender means that the server ended by itself; then there is nothing to cut off.
         if stopped.await.is_ok() {
@@ -220,7 +221,7 @@ async fn serve(
         }
     };
     tokio::select! {
-        served = server => served,
-        () = deadline => Ok(()),
+        () = server => {}
+        () = deadline => {}
     }
 }

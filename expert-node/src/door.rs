@@ -22,6 +22,7 @@ use std::task::{Context, Poll};
 
 use entente_membership::access::EXCHANGE_STREAM;
 use entente_membership::guard::Guard;
+use entente_membership::net::seats::{Seat, Seats, Seldom, host_of};
 use entente_membership::net::{Peer, anyone, in_words};
 use entente_proto::ids::Incarnation;
 use entente_proto::stream::PREFACE;
@@ -30,12 +31,12 @@ use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, join};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
-use crate::limits::{ACCEPT_RETRY, HANDSHAKES_MAX, HELLO_MAX};
+use crate::limits::{ACCEPT_RETRY, HANDSHAKES_MAX, HANDSHAKES_OF_HOST_MAX, HELLO_MAX};
 use crate::node::NodeHandle;
 use crate::stream::Connections;
 
@@ -44,6 +45,8 @@ pub(crate) struct Door {
     pub(crate) node: NodeHandle,
     pub(crate) connections: Arc<Connections>,
     pub(crate) grpc: mpsc::Sender<io::Result<GrpcIo>>,
+    /// For those who speak gRPC, by who they are.
+    pub(crate) seats: Seats<String>,
     pub(crate) tls: Option<Tls>,
 }
 
@@ -75,7 +78,8 @@ impl Door {
     /// Takes connections for as long as it is polled.
     pub(crate) async fn open(self, listener: TcpListener) {
         let door = Arc::new(self);
-        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let handshakes = Seats::new(HANDSHAKES_MAX, HANDSHAKES_OF_HOST_MAX);
+        let mut crowded = Seldom::default();
         loop {
             let (socket, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -86,14 +90,17 @@ impl Door {
                     continue;
                 }
             };
-            let Ok(permit) = handshakes.clone().try_acquire_owned() else {
-                tracing::warn!(%peer, "a connection was not taken: too many are being greeted");
+            let Some(seat) = handshakes.take(host_of(peer.ip())) else {
+                // Whoever floods the port shall not flood the log too.
+                if crowded.is_due() {
+                    tracing::warn!(%peer, "connections are not taken: too many are being greeted");
+                }
                 continue;
             };
             let door = door.clone();
             tokio::spawn(async move {
                 let greeted = timeout(HELLO_MAX, door.greet(socket)).await;
-                drop(permit);
+                drop(seat);
                 let shown = match greeted {
                     Ok(Ok(guest)) => door.show_in(guest).await,
                     Ok(Err(error)) => Err(error),
@@ -141,8 +148,11 @@ impl Door {
             // Fails only when the server has ended.
             Guest::Grpc(io, peer) => {
                 let incarnation = *self.node.incarnation().borrow();
+                let name = peer.as_ref().map_or_else(String::new, |peer| peer.identity.to_string());
+                let seat = self.seats.take(name);
+                let seat = seat.ok_or_else(|| io::Error::other("too many connections"))?;
                 let greeted = Greeted { incarnation, peer };
-                let sent = self.grpc.send(Ok(GrpcIo { io, greeted })).await;
+                let sent = self.grpc.send(Ok(GrpcIo { io, greeted, _seat: seat })).await;
                 sent.map_err(|_| io::Error::other("the gRPC server has ended"))
             }
         }
@@ -243,6 +253,8 @@ async fn shake(
 pub(crate) struct GrpcIo {
     io: Pin<Box<dyn Duplex>>,
     greeted: Greeted,
+    /// Given back when the connection ends.
+    _seat: Seat<String>,
 }
 
 /// What a handler finds in the extensions of its request.

@@ -8,12 +8,16 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State;
+use axum::body::Body;
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use entente_membership::net::http;
+use hyper::body::Incoming;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tower::ServiceExt;
 
 use crate::counters::Counts;
 use crate::node::NodeHandle;
@@ -49,9 +53,12 @@ pub(crate) async fn serve(listener: TcpListener, stages: watch::Receiver<Stage>)
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .with_state(Arc::new(stages));
-    if let Err(error) = axum::serve(listener, router).await {
-        tracing::error!(%error, "metrics are not served any more");
-    }
+    http::serve(
+        listener,
+        router.map_request(|request: Request<Incoming>| request.map(Body::new)),
+        std::future::pending(),
+    )
+    .await;
 }
 
 async fn ready(State(stages): State<Stages>) -> Response {

@@ -35,6 +35,12 @@ pub const HELLO_MAX: Duration = Duration::from_secs(3);
 /// Peers that are being greeted; more are turned away. A cluster has few coordinators, and each
 /// connects once, so past it somebody means no good.
 pub const HANDSHAKES_MAX: usize = 64;
+/// Those of one host among them; all processes of a trial on one machine are one host.
+pub const HANDSHAKES_OF_HOST_MAX: usize = 32;
+/// Connections over gRPC; a coordinator needs one, and one more now and then for a question.
+pub const GRPC_CONNECTIONS_MAX: usize = 256;
+/// Those of one coordinator among them.
+pub const GRPC_CONNECTIONS_OF_PEER_MAX: usize = 32;
 /// How long writing a part of an answer may take before the peer is given up. A coordinator reads
 /// while it waits for answers, not while it computes, so this is longer than a part of its step.
 pub const WRITE_MAX: Duration = Duration::from_secs(3);

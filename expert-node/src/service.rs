@@ -12,6 +12,8 @@ use std::task::{Context, Poll};
 
 use entente_membership::audit::Sink;
 use entente_membership::guard::Guard;
+use entente_membership::net::bounded_server;
+use entente_membership::net::seats::Seats;
 use entente_proto::frame::{Answer, Dispatch, MESSAGE_BYTES_MAX, Refusal};
 use entente_proto::ids::{ExchangeId, Incarnation};
 use entente_proto::statement::{self, STATEMENT_CONTEXT};
@@ -25,15 +27,15 @@ use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service as GrpcService, http};
-use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Error;
 use crate::door::{Door, Greeted, Tls};
 use crate::lend::{Lender, Pieces};
 use crate::limits::{
-    ACCEPT_LEN_MAX, CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, HTTP2_FRAME_BYTES_MAX,
-    KEEPALIVE, STREAM_FRAMES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
+    ACCEPT_LEN_MAX, CLOSE_MAX, CONNECTION_WINDOW_BYTES, DRAIN_MAX, GRPC_CONNECTIONS_MAX,
+    GRPC_CONNECTIONS_OF_PEER_MAX, HTTP2_FRAME_BYTES_MAX, KEEPALIVE, STREAM_FRAMES_MAX,
+    STREAM_WINDOW_BYTES, STREAMS_MAX,
 };
 use crate::node::NodeHandle;
 use crate::stream::Connections;
@@ -221,7 +223,8 @@ pub async fn serve(
     let mut closed = closing.clone();
     let connections = Arc::new(Connections::default());
     let (grpc, incoming) = mpsc::channel(ACCEPT_LEN_MAX);
-    let door = Door { node: node.clone(), connections: connections.clone(), grpc, tls };
+    let seats = Seats::new(GRPC_CONNECTIONS_MAX, GRPC_CONNECTIONS_OF_PEER_MAX);
+    let door = Door { node: node.clone(), connections: connections.clone(), grpc, seats, tls };
     let _greeting = AbortOnDrop(tokio::spawn(greet_again(node.incarnation(), connections.clone())));
     let accepting = AbortOnDrop(tokio::spawn(door.open(listener)));
     let exchange = ExchangeServer::new(Service {
@@ -242,7 +245,7 @@ pub async fn serve(
         connections.close();
         close.send_replace(true);
     };
-    let server = Server::builder()
+    let server = bounded_server()
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)

@@ -15,7 +15,9 @@
 //! What it does not know: which calls there are, where voters are.
 
 mod accept;
+pub mod http;
 mod reason;
+pub mod seats;
 mod via;
 
 use std::io;
@@ -33,7 +35,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, Endpoint, Server};
 
 pub use accept::{
     Accepted, ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, Stranger, accept, anyone,
@@ -51,6 +53,22 @@ const KEEPALIVE_MAX: Duration = Duration::from_secs(2);
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 /// HTTP/2 window of the connection.
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+
+/// Streams that a peer has opened and reset before anybody looked at them; more end the connection
+/// ("rapid reset", CVE-2023-44487).
+pub const RESET_STREAMS_MAX: usize = 20;
+/// Streams that were reset for an error of the peer's; more end the connection (CVE-2025-8671).
+pub const FAULTY_STREAMS_MAX: usize = 64;
+/// Bytes of the headers of a call.
+pub const CALL_HEADERS_BYTES_MAX: u32 = 16 << 10;
+
+/// A gRPC server that bounds what every peer can do to it, whatever it serves.
+pub fn bounded_server() -> Server {
+    Server::builder()
+        .http2_max_pending_accept_reset_streams(Some(RESET_STREAMS_MAX))
+        .http2_max_local_error_reset_streams(Some(FAULTY_STREAMS_MAX))
+        .http2_max_header_list_size(CALL_HEADERS_BYTES_MAX)
+}
 
 /// There is no connection.
 #[derive(Debug, thiserror::Error)]

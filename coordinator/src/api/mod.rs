@@ -1,8 +1,9 @@
 //! The public HTTP API in OpenAI's shape. A thin shell: it checks and translates requests, hands
 //! them to the engine, and writes what the engine says.
 //!
-//! Every limit on what a client may send is a constant of `request` or of this file. What this
-//! module does not know: scheduling, nodes, weights.
+//! Every limit on what a client may send is a constant of `request`, `slow` or of this file; those of
+//! connections and heads are the listener's ([`entente_membership::net::http`]). What this module does
+//! not know: scheduling, nodes, weights.
 
 mod access;
 mod admission;
@@ -16,6 +17,7 @@ mod meter;
 mod quota;
 pub mod receipts;
 pub mod request;
+mod slow;
 mod stream;
 
 use std::sync::Arc;
@@ -92,6 +94,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .fallback(unknown_path)
         .layer(DefaultBodyLimit::max(BODY_LEN_MAX))
+        .layer(middleware::map_request(slow::bound))
         .with_state(api)
 }
 

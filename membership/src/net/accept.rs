@@ -15,23 +15,32 @@ use rustls::pki_types::CertificateDer;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
+use super::seats::{Seat, Seats, Seldom, host_of};
 use crate::guard::Guard;
 
 /// How long a peer may take to say who it is.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
 /// Handshakes that are under way at a time; further connections are closed.
 pub const HANDSHAKES_MAX: usize = 256;
+/// Those of one host among them.
+pub const HANDSHAKES_OF_HOST_MAX: usize = 128;
+/// Connections of members and operators at a time.
+pub const CONNECTIONS_MAX: usize = 8_192;
+/// Those of one identity among them: a coordinator has a few, an operator one for each verb.
+pub const CONNECTIONS_OF_IDENTITY_MAX: usize = 64;
 /// Connections that wait for the gRPC server to take them.
 const ACCEPTED_MAX: usize = 64;
 /// Connections of processes that join: each is there for one call.
 const JOINERS_MAX: usize = 16;
+/// Those of one host among them.
+const JOINERS_OF_HOST_MAX: usize = 8;
 /// Pause after an error of the listener: too many open files, most often.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -100,7 +109,8 @@ pub fn accept(
         joiner: joins.transpose()?,
         members: members.clone(),
         joiners,
-        places: Arc::new(Semaphore::new(JOINERS_MAX)),
+        member_seats: Seats::new(CONNECTIONS_MAX, CONNECTIONS_OF_IDENTITY_MAX),
+        joiner_seats: Seats::new(JOINERS_MAX, JOINERS_OF_HOST_MAX),
     };
     tokio::spawn(async move {
         tokio::select! {
@@ -119,12 +129,15 @@ struct Door {
     joiner: Option<Arc<ServerConfig>>,
     members: mpsc::Sender<io::Result<ControlIo<Peer>>>,
     joiners: mpsc::Sender<io::Result<ControlIo<Stranger>>>,
-    /// For those who have shown nothing.
-    places: Arc<Semaphore>,
+    /// By identity.
+    member_seats: Seats<String>,
+    /// By host, for those who have shown nothing.
+    joiner_seats: Seats<String>,
 }
 
 async fn listen(listener: TcpListener, door: Door, guard: Guard) {
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let handshakes = Seats::new(HANDSHAKES_MAX, HANDSHAKES_OF_HOST_MAX);
+    let mut crowded = Seldom::default();
     loop {
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -134,14 +147,17 @@ async fn listen(listener: TcpListener, door: Door, guard: Guard) {
                 continue;
             }
         };
-        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
-            tracing::warn!(%peer, "a control connection was not taken: too many handshakes");
+        let Some(seat) = handshakes.take(host_of(peer.ip())) else {
+            // Whoever floods the port shall not flood the log too.
+            if crowded.is_due() {
+                tracing::warn!(%peer, "control connections are not taken: too many handshakes");
+            }
             continue;
         };
         let (door, guard) = (door.clone(), guard.clone());
         tokio::spawn(async move {
             let greeted = timeout(HANDSHAKE_MAX, door.greet(socket, peer)).await;
-            drop(permit);
+            drop(seat);
             match greeted {
                 Ok(Ok(guest)) => door.show_in(guest).await,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -171,19 +187,20 @@ impl Door {
             hello.client_hello().alpn().into_iter().flatten().any(|n| n == ALPN_JOIN);
         match self.joiner.as_ref().filter(|_| wants_to_join) {
             Some(config) => {
-                let place = self.places.clone().try_acquire_owned();
-                let place = place.map_err(|_| io::Error::other("too many processes join"))?;
+                let seat = self.joiner_seats.take(host_of(address.ip()).to_string());
+                let seat = seat.ok_or_else(|| io::Error::other("too many processes join"))?;
                 let stream = shake(hello, config).await?;
-                Ok(Guest::Joiner(ControlIo {
-                    stream,
-                    peer: Stranger(address),
-                    _place: Some(place),
-                }))
+                Ok(Guest::Joiner(ControlIo { stream, peer: Stranger(address), _seat: seat }))
             }
             None => {
                 let stream = shake(hello, &self.member).await?;
                 let peer = Peer::of(stream.get_ref().1.peer_certificates())?;
-                Ok(Guest::Member(ControlIo { stream, peer, _place: None }))
+                let seat = self.member_seats.take(peer.identity.to_string());
+                let seat = seat.ok_or_else(|| {
+                    let identity = &peer.identity;
+                    io::Error::other(format!("{identity} has too many connections, or all have"))
+                })?;
+                Ok(Guest::Member(ControlIo { stream, peer, _seat: seat }))
             }
         }
     }
@@ -209,7 +226,7 @@ pub struct ControlIo<P> {
     stream: Box<TlsStream<TcpStream>>,
     peer: P,
     /// Given back when the connection ends.
-    _place: Option<OwnedSemaphorePermit>,
+    _seat: Seat<String>,
 }
 
 impl<P: Clone + Send + Sync + 'static> Connected for ControlIo<P> {

@@ -13,7 +13,6 @@ use tokio::net::TcpListener;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
-use tonic::transport::Server;
 
 use super::admin::Admin;
 use super::enrolment::Enrolment;
@@ -22,7 +21,7 @@ use super::raft_rpc::Raft;
 use super::shared::Shared;
 use super::{Config, ServiceError};
 use crate::guard::Guard;
-use crate::net::{Accepted, Peer, accept};
+use crate::net::{Accepted, Peer, accept, bounded_server};
 use crate::state::codec::{REQUEST_LEN_MAX, STATE_LEN_MAX};
 use crate::voter::ENVELOPE_LEN_MAX;
 
@@ -73,13 +72,13 @@ pub(super) fn serve(
         .max_encoding_message_size(STATE_LEN_MAX + (1 << 16));
     let admin = AdminServer::new(Admin(shared.clone()));
     let control = Control { guard, raft, members, admin, enrolment };
-    let server = Server::builder()
+    let server = bounded_server()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(2 * WINDOW_BYTES);
-    let door = Server::builder()
+    let door = bounded_server()
         .max_concurrent_streams(1)
         .timeout(JOIN_MAX)
         .max_connection_age(JOIN_MAX)
