@@ -4,6 +4,7 @@
 //! - `cargo xtask sim --hours N` simulates clusters with fresh seeds for so long.
 //! - `cargo xtask fuzz --seconds N` runs each fuzz target for so long ([`fuzz`]).
 //! - `cargo xtask tidy` runs the house rules alone ([`tidy`]).
+//! - `cargo xtask limits` writes the table of all bounds ([`limits`]).
 //!
 //! It depends on nothing but the standard library, so that it is built in seconds and can set up a
 //! machine that has only Rust and a C compiler.
@@ -13,6 +14,7 @@
 
 mod checks;
 mod fuzz;
+mod limits;
 mod setup;
 mod shell;
 mod tidy;
@@ -26,7 +28,8 @@ usage: cargo xtask COMMAND
   test    set up what is missing, then run every check and every test
   sim     --hours N: simulate clusters of voters with fresh seeds for so long
   fuzz    --seconds N: run each fuzz target for so long
-  tidy    check the house rules: sizes, essays, left-overs";
+  tidy    check the house rules: sizes, essays, left-overs, docs/limits.md
+  limits  write docs/limits.md anew from the sources";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         ["sim", "--hours", hours] => checks::sim(hours),
         ["fuzz", "--seconds", seconds] => fuzz::run_all(seconds),
         ["tidy"] => tidy::run(),
+        ["limits"] => limits::write(),
         _ => Err(USAGE.to_owned()),
     };
     match result {

@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::limits;
 use crate::shell::{command, output, root};
 
 /// Lines of a function at most, its signature included.
@@ -44,6 +45,7 @@ pub fn run() -> Result<(), String> {
             faults.extend(check(&path, &text));
         }
     }
+    faults.extend(limits::check().err());
     if faults.is_empty() {
         println!("# {count} files are tidy");
         return Ok(());
