@@ -10,5 +10,6 @@ mod heartbeat;
 mod linearizable;
 mod proposals;
 mod relay;
+mod resets;
 mod table;
 mod world;
