@@ -10,7 +10,7 @@
 //!
 //! Invariants: every [`Closed`] is passed on, and before any statement about it; whoever keeps
 //! records holds the engine up while it is behind. A statement is asked for until it comes or until
-//! [`ATTEMPTS_MAX`] attempts have failed: a node that is gone takes its word with it, and that shows
+//! `ATTEMPTS_MAX` attempts have failed: a node that is gone takes its word with it, and that shows
 //! in the records. Statements are passed on as they came; checking them is for whoever reads them.
 //!
 //! What this module does not know: how records are kept, signatures, HTTP.

@@ -11,7 +11,7 @@
 //! - a step never has more than `step_rows_max` rows, and every chunk's positions have blocks;
 //! - when blocks run out the youngest sequence gives its own back and goes on before anybody who has
 //!   not begun: never an error, and never a different token, since rows do not depend on company;
-//! - tenants take turns ([`queue`]), and one that fills its own queue leaves room in the others';
+//! - tenants take turns (`queue`), and one that fills its own queue leaves room in the others';
 //! - a sequence that begins like an earlier one takes that one's full blocks as far as they go, but
 //!   always computes its last token itself, whose logits somebody waits for;
 //! - a draft, which is a guess at tokens to come, takes rows and blocks that nobody else wanted in
