@@ -189,7 +189,7 @@ fn a_packed_model_is_refused_by_the_part_that_is_damaged_and_for_another_format(
     let end = run(&["model", "import", &model, "--out", dir.path().to_str().unwrap()]);
     assert_refused("a folder of others", &end, FAILED, &["no import wrote"]);
     let end = run(&["model", "verify", &model]);
-    assert_refused("nothing to verify", &end, FAILED, &["is not packed"]);
+    assert_refused("nothing to verify", &end, FAILED, &["nothing is known of it"]);
 
     // The first byte of the first part.
     let file = packed.join("weights.entente");

@@ -27,8 +27,8 @@ pub struct LogArgs {
     node: Option<NodeName>,
 
     /// A log's own folder, instead of those of --data-dir.
-    #[arg(long, env = "ENTENTE_AUDIT_LOG", value_name = "DIR", conflicts_with = "node")]
-    log: Option<PathBuf>,
+    #[arg(long, env = "ENTENTE_AUDIT_FOLDER", value_name = "DIR", conflicts_with = "node")]
+    folder: Option<PathBuf>,
 
     /// The log's public key, or a file with it; the one in the log's folder when absent.
     #[arg(long, env = "ENTENTE_AUDIT_KEY", value_name = "KEY")]
@@ -65,8 +65,8 @@ impl Source {
 impl LogArgs {
     /// All logs that are meant; at least one.
     pub fn all(&self) -> anyhow::Result<Vec<Source>> {
-        let roots = match (&self.log, &self.node) {
-            (Some(log), _) => vec![log.clone()],
+        let roots = match (&self.folder, &self.node) {
+            (Some(folder), _) => vec![folder.clone()],
             (None, Some(node)) => vec![audit_in(&self.data_dir).join(node.as_str())],
             (None, None) => folders(&audit_in(&self.data_dir))?,
         };
@@ -77,7 +77,7 @@ impl LogArgs {
         if sources.is_empty() {
             let folder = audit_in(&self.data_dir);
             let text = format!(
-                "there is no audit log with records in {}; say where one is with --log",
+                "there is no audit log with records in {}; say where one is with --folder",
                 folder.display()
             );
             return Err(Misuse(text).into());
@@ -91,13 +91,14 @@ impl LogArgs {
         match (all.pop(), all.is_empty()) {
             (Some(source), true) => Ok(source),
             _ => {
-                Err(Misuse("there are several logs; say which with --node or --log".into()).into())
+                Err(Misuse("there are several logs; say which with --node or --folder".into())
+                    .into())
             }
         }
     }
 
     fn is_named(&self) -> bool {
-        self.log.is_some() || self.node.is_some()
+        self.folder.is_some() || self.node.is_some()
     }
 }
 
