@@ -24,6 +24,10 @@ pub fn run_all() -> Result<(), String> {
     if !works("protoc --version") || !works("test -f /usr/include/google/protobuf/any.proto") {
         debian_package("protobuf-compiler libprotobuf-dev")?;
     }
+    // libFuzzer is C++.
+    if !works("c++ --version") {
+        debian_package("g++")?;
+    }
     for component in ["rustfmt", "clippy"] {
         if !works(&format!("cargo {} --version", component.trim_start_matches("rust"))) {
             run(&mut command(&format!("rustup component add {component}")))?;
