@@ -51,7 +51,12 @@ fn misfit(path: &str, error: &str) -> ApiError {
         Some(rest) if path == "." => rest.split('`').next(),
         _ => path.split(['.', '[']).next(),
     };
-    let message = if path == "." { reason.to_owned() } else { format!("{path}: {reason}") };
+    // What came instead may be a prompt in the wrong field, and is not told again.
+    let reason = match reason.rsplit_once(", expected ") {
+        Some((_, expected)) => format!("expected {expected}"),
+        None => reason.to_owned(),
+    };
+    let message = if path == "." { reason } else { format!("{path}: {reason}") };
     ApiError::invalid(field.unwrap_or_default(), message)
 }
 
@@ -186,6 +191,13 @@ mod tests {
         assert_eq!(param(r#"{"name": "a", "either": [1, 2, 3]}"#), "either");
         assert_eq!(param(r#"{"name": "a""#), "none");
         assert_eq!(param(r#"{"name": "a"} {}"#), "none");
+    }
+
+    #[test]
+    fn an_error_does_not_repeat_what_stood_in_the_wrong_field() {
+        let error = read::<Example>(br#"{"name": "a", "list": ["my, expected text"]}"#);
+        let body = error.unwrap_err().body();
+        assert!(body.contains("list[0]: expected u32") && !body.contains("my"), "{body}");
     }
 
     #[test]
