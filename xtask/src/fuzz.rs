@@ -33,9 +33,13 @@ pub fn run_all(seconds: &str) -> Result<(), String> {
     seconds.parse::<u32>().map_err(|error| format!("--seconds {seconds}: {error}"))?;
     let host = output(&mut command("rustc --print host-tuple"))?;
     let host = host.trim();
+    // What is fuzzed is built from what is tested: the project's own lock file, to which cargo adds
+    // the fuzzer's few crates.
+    fs::copy(root().join("Cargo.lock"), root().join("fuzz/Cargo.lock"))
+        .map_err(|error| format!("fuzz/Cargo.lock: {error}"))?;
     // With a target given, build scripts and procedural macros are left uninstrumented.
     let line = format!(
-        "cargo build --locked --release --manifest-path fuzz/Cargo.toml --target {host} --target-dir \
+        "cargo build --release --manifest-path fuzz/Cargo.toml --target {host} --target-dir \
          target/fuzz"
     );
     run(command(&line).env("RUSTFLAGS", INSTRUMENTATION))?;
