@@ -26,7 +26,7 @@ use crate::Error;
 use crate::certificate::{self, Unfit, Validity, fingerprint};
 use crate::roots::{Roots, certificates};
 use crate::signature::{SCHEMES, Signed, covered};
-use crate::verify::PeerVerifier;
+use crate::verify::{Expecting, Verifier};
 
 /// The section `[tls]` of a configuration: paths of PEM files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,7 +160,7 @@ impl Credentials {
 
     /// For dialling a peer that must be `expected`.
     pub fn client(&self, expected: Expected, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, Error> {
-        let verifier = Arc::new(PeerVerifier::new(self.0.clone(), expected));
+        let verifier = Arc::new(self.verifier(expected));
         let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
@@ -176,7 +176,7 @@ impl Credentials {
 
     /// For being dialled by peers that must be `expected`.
     pub fn server(&self, expected: Expected, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>, Error> {
-        let verifier = Arc::new(PeerVerifier::new(self.0.clone(), expected));
+        let verifier = Arc::new(self.verifier(expected));
         let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(verifier)
@@ -188,9 +188,8 @@ impl Credentials {
         Ok(Arc::new(config))
     }
 
-    #[cfg(test)]
-    pub(crate) fn verifier(&self, expected: Expected) -> PeerVerifier {
-        PeerVerifier::new(self.0.clone(), expected)
+    pub(crate) fn verifier(&self, expected: Expected) -> Verifier<Expecting> {
+        Verifier::new(Expecting { own: self.0.clone(), expected })
     }
 }
 

@@ -5,21 +5,17 @@
 //! coordinator of its region. What the joiner may do is decided by the token, not here.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use entente_proto::identity::Role;
 use rustls::client::Resumption;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, PeerIncompatible,
-    ServerConfig, SignatureScheme,
-};
+use rustls::{CertificateError, ClientConfig, ServerConfig};
 
 use crate::credentials::{Inner, provider};
+use crate::verify::{Belief, Verifier};
 use crate::{Credentials, Error, Roots, fingerprint};
 
 /// The ALPN name of a connection by which a process joins.
@@ -47,11 +43,10 @@ impl Credentials {
 /// # Errors
 /// None that can be: the cryptography is the same as everywhere.
 pub fn join_client(ca_sha256: Vec<[u8; 32]>) -> Result<Arc<ClientConfig>, Error> {
-    let algorithms = provider().signature_verification_algorithms;
     let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Pinned { ca_sha256, algorithms }))
+        .with_custom_certificate_verifier(Arc::new(Verifier::new(Pinned(ca_sha256))))
         .with_no_client_auth();
     config.alpn_protocols = vec![ALPN_JOIN.to_vec()];
     config.resumption = Resumption::disabled();
@@ -74,19 +69,16 @@ impl ResolvesServerCert for WithCas {
 
 /// Believes coordinators under the CAs that a token names.
 #[derive(Debug)]
-struct Pinned {
-    ca_sha256: Vec<[u8; 32]>,
-    algorithms: WebPkiSupportedAlgorithms,
-}
+struct Pinned(Vec<[u8; 32]>);
 
-impl Pinned {
+impl Belief for Pinned {
     fn check(
         &self,
         certificate: &CertificateDer<'_>,
         others: &[CertificateDer<'_>],
         now: SystemTime,
     ) -> Result<(), Error> {
-        let named = others.iter().filter(|other| self.ca_sha256.contains(&fingerprint(other)));
+        let named = others.iter().filter(|other| self.0.contains(&fingerprint(other)));
         let named: Vec<_> = named.map(|ca| ca.clone().into_owned()).collect();
         if named.is_empty() {
             return Err(rustls::Error::from(CertificateError::UnknownIssuer).into());
@@ -96,46 +88,5 @@ impl Pinned {
             Role::Coordinator => Ok(()),
             _ => Err(Error::NoCoordinator(Box::new(identity))),
         }
-    }
-}
-
-impl ServerCertVerifier for Pinned {
-    fn verify_server_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(now.as_secs());
-        match self.check(certificate, intermediates, now) {
-            Ok(()) => Ok(ServerCertVerified::assertion()),
-            Err(Error::Tls(error)) => Err(error),
-            Err(error) => Err(CertificateError::Other(OtherError(Arc::new(error))).into()),
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        // TLS 1.2 is never offered, so this cannot be asked.
-        Err(PeerIncompatible::Tls13RequiredForQuic.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
     }
 }

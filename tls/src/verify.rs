@@ -1,11 +1,12 @@
 //! Whether the process at the other end is the one that it should be.
 //!
-//! Servers and clients are verified by one rule: [`crate::Roots`] says whose the certificate is, and
-//! what is expected says whether that is right. Both are asked at each handshake, so CAs that were
-//! replaced a moment ago count at once.
+//! Servers and clients are verified by one rule, a [`Belief`]. Between members it is [`Expecting`]:
+//! [`crate::Roots`] says whose the certificate is, and what is expected says whether that is right.
+//! Both are asked at each handshake, so CAs that were replaced a moment ago count at once.
 
+use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use entente_proto::identity::Expected;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -20,17 +21,46 @@ use rustls::{
 use crate::Error;
 use crate::credentials::{Inner, provider};
 
-/// Verifies servers and clients by one rule.
-#[derive(Debug)]
-pub(crate) struct PeerVerifier {
-    own: Arc<Inner>,
-    algorithms: WebPkiSupportedAlgorithms,
-    expected: Expected,
+/// Whom an end of a connection believes.
+pub(crate) trait Belief: fmt::Debug + Send + Sync {
+    /// Whether the holder of this certificate, who has shown the `others` with it, is right.
+    fn check(
+        &self,
+        certificate: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: SystemTime,
+    ) -> Result<(), Error>;
 }
 
-impl PeerVerifier {
-    pub(crate) fn new(own: Arc<Inner>, expected: Expected) -> Self {
-        Self { own, algorithms: provider().signature_verification_algorithms, expected }
+/// Believes whom the latest CAs of this process say to be who is expected.
+#[derive(Debug)]
+pub(crate) struct Expecting {
+    pub(crate) own: Arc<Inner>,
+    pub(crate) expected: Expected,
+}
+
+impl Belief for Expecting {
+    fn check(
+        &self,
+        certificate: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: SystemTime,
+    ) -> Result<(), Error> {
+        let identity = self.own.roots().identify(certificate, others, now)?;
+        Ok(self.expected.check(&identity)?)
+    }
+}
+
+/// Verifies servers and clients by one rule.
+#[derive(Debug)]
+pub(crate) struct Verifier<B> {
+    belief: B,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl<B: Belief> Verifier<B> {
+    pub(crate) fn new(belief: B) -> Self {
+        Self { belief, algorithms: provider().signature_verification_algorithms }
     }
 
     fn identify(
@@ -39,9 +69,8 @@ impl PeerVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        let now = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(now.as_secs());
-        let identified = self.own.roots().identify(certificate, intermediates, now);
-        match identified.and_then(|identity| Ok(self.expected.check(&identity)?)) {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(now.as_secs());
+        match self.belief.check(certificate, intermediates, now) {
             Ok(()) => Ok(()),
             Err(Error::Tls(error)) => Err(error),
             Err(error) => Err(CertificateError::Other(OtherError(Arc::new(error))).into()),
@@ -58,7 +87,7 @@ impl PeerVerifier {
     }
 }
 
-/// An error in words; what [`PeerVerifier`] found is otherwise printed as a structure.
+/// An error in words; what [`Verifier`] found is otherwise printed as a structure.
 pub(crate) fn text(error: &rustls::Error) -> String {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => other.0.to_string(),
@@ -71,7 +100,7 @@ fn too_old() -> rustls::Error {
     PeerIncompatible::Tls13RequiredForQuic.into()
 }
 
-impl ServerCertVerifier for PeerVerifier {
+impl<B: Belief> ServerCertVerifier for Verifier<B> {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -107,7 +136,7 @@ impl ServerCertVerifier for PeerVerifier {
     }
 }
 
-impl ClientCertVerifier for PeerVerifier {
+impl<B: Belief> ClientCertVerifier for Verifier<B> {
     /// None: a process has one certificate to show, whoever asks.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
