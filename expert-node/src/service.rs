@@ -8,7 +8,6 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use entente_membership::audit::Sink;
 use entente_membership::guard::Guard;
@@ -28,6 +27,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service as GrpcService, http};
 use tonic::{Request, Response, Status, Streaming};
+use tower::service_fn;
 
 use crate::Error;
 use crate::door::{Door, Greeted, Tls};
@@ -179,29 +179,17 @@ impl From<Credentials> for Secured {
     }
 }
 
-/// The exchange behind the guard, which there is unless the node serves in plain text.
-#[derive(Clone)]
-struct Guarded {
-    guard: Option<Guard>,
-    exchange: ExchangeServer<Service>,
-}
-
-impl GrpcService<http::Request<Body>> for Guarded {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<http::Response<Body>, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let peer = request.extensions().get::<Greeted>().and_then(|greeted| greeted.peer.as_ref());
-        let admitted = self.guard.as_ref().map(|guard| guard.admit(peer, request.uri().path()));
-        match admitted.transpose() {
-            Ok(_) => self.exchange.call(request),
-            Err(refused) => Box::pin(async move { Ok(refused.into_http()) }),
-        }
+/// Has the exchange answer a call that the guard lets through; there is one unless the node serves in
+/// plain text.
+fn guarded(
+    guard: Option<&Guard>,
+    exchange: &mut ExchangeServer<Service>,
+    request: http::Request<Body>,
+) -> BoxFuture<http::Response<Body>, Infallible> {
+    let peer = request.extensions().get::<Greeted>().and_then(|greeted| greeted.peer.as_ref());
+    match guard.map_or(Ok(()), |guard| guard.admit(peer, request.uri().path())) {
+        Ok(()) => exchange.call(request),
+        Err(refused) => Box::pin(async move { Ok(refused.into_http()) }),
     }
 }
 
@@ -227,7 +215,7 @@ pub async fn serve(
     let door = Door { node: node.clone(), connections: connections.clone(), grpc, seats, tls };
     let _greeting = AbortOnDrop(tokio::spawn(greet_again(node.incarnation(), connections.clone())));
     let accepting = AbortOnDrop(tokio::spawn(door.open(listener)));
-    let exchange = ExchangeServer::new(Service {
+    let mut exchange = ExchangeServer::new(Service {
         lender: Lender::new(node.clone()),
         node: node.clone(),
         credentials: secured.map(|own| own.credentials),
@@ -253,7 +241,7 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .serve_with_incoming_shutdown(
-            Guarded { guard, exchange },
+            service_fn(move |request| guarded(guard.as_ref(), &mut exchange, request)),
             ReceiverStream::new(incoming),
             drained,
         );

@@ -1,7 +1,6 @@
 //! The control port: the gRPC services behind the guard, and the one call of those who join.
 
 use std::convert::Infallible;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use entente_proto::wire::admin_server::AdminServer;
@@ -13,6 +12,7 @@ use tokio::net::TcpListener;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
+use tower::service_fn;
 
 use super::admin::Admin;
 use super::enrolment::Enrolment;
@@ -65,13 +65,15 @@ pub(super) fn serve(
     let guard = shared.guard.clone();
     let Accepted { members: incoming, joiners } = accept(listener, credentials, guard.clone())?;
     let enrolment = EnrolmentServer::new(enrolment).max_decoding_message_size(JOIN_LEN_MAX);
-    let joining = Joining(enrolment.clone());
+    let mut joined = enrolment.clone();
+    let joining = service_fn(move |request| only_join(&mut joined, request));
     let raft = RaftServer::new(Raft(shared.clone())).max_decoding_message_size(ENVELOPE_LEN_MAX);
     let members = MembershipServer::new(Members::new(shared.clone()))
         .max_decoding_message_size(2 * REQUEST_LEN_MAX)
         .max_encoding_message_size(STATE_LEN_MAX + (1 << 16));
     let admin = AdminServer::new(Admin(shared.clone()));
-    let control = Control { guard, raft, members, admin, enrolment };
+    let mut control = Control { guard, raft, members, admin, enrolment };
+    let control = service_fn(move |request| control.call(request));
     let server = bounded_server()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
@@ -96,26 +98,21 @@ pub(super) fn serve(
     })
 }
 
+type Answering = BoxFuture<http::Response<Body>, Infallible>;
+
+fn refuse(status: Status) -> Answering {
+    Box::pin(async move { Ok(status.into_http()) })
+}
+
 /// What those find who have no certificate: one call, and nothing beside it.
-#[derive(Clone)]
-struct Joining(EnrolmentServer<Enrolment>);
-
-impl Service<http::Request<Body>> for Joining {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<http::Response<Body>, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
+fn only_join(
+    enrolment: &mut EnrolmentServer<Enrolment>,
+    request: http::Request<Body>,
+) -> Answering {
+    if request.uri().path() == "/entente.v1.Enrolment/Join" {
+        return enrolment.call(request);
     }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        if request.uri().path() == "/entente.v1.Enrolment/Join" {
-            return self.0.call(request);
-        }
-        let refused = Status::permission_denied("whoever has no certificate may join");
-        Box::pin(async move { Ok(refused.into_http()) })
-    }
+    refuse(Status::permission_denied("whoever has no certificate may join"))
 }
 
 /// The services on the control port, behind the guard.
@@ -128,19 +125,11 @@ struct Control {
     enrolment: EnrolmentServer<Enrolment>,
 }
 
-impl Service<http::Request<Body>> for Control {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<http::Response<Body>, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+impl Control {
+    fn call(&mut self, request: http::Request<Body>) -> Answering {
         let peer = request.extensions().get::<Peer>();
         if let Err(refused) = self.guard.admit(peer, request.uri().path()) {
-            return Box::pin(async move { Ok(refused.into_http()) });
+            return refuse(refused);
         }
         match request.uri().path().split('/').nth(1) {
             Some("entente.v1.Raft") => self.raft.call(request),
@@ -148,9 +137,7 @@ impl Service<http::Request<Body>> for Control {
             Some("entente.v1.Enrolment") => self.enrolment.call(request),
             Some("entente.v1.Admin") => self.admin.call(request),
             // The table lists the calls of expert nodes too, which are not served here.
-            _ => {
-                Box::pin(async { Ok(Status::unimplemented("it is served elsewhere").into_http()) })
-            }
+            _ => refuse(Status::unimplemented("it is served elsewhere")),
         }
     }
 }
