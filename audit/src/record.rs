@@ -158,7 +158,7 @@ pub struct Request {
     /// How its answers ended, in the order in which they did: `stop`, `length`, `disconnected`,
     /// `failed`.
     pub answers: Vec<String>,
-    /// `served`, `disconnected`, or `failed`.
+    /// `served`, `disconnected`, `failed`, or `cut off` where the coordinator stopped before the end.
     pub decision: String,
 }
 
