@@ -34,6 +34,4 @@ pub mod gate;
 pub mod moves;
 pub mod pace;
 pub mod placement;
-#[cfg(test)]
-mod testing;
 pub mod view;

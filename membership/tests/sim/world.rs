@@ -110,6 +110,15 @@ pub struct Report {
     pub group_changes: u64,
 }
 
+impl Report {
+    pub const NAMES: [&str; 5] = ["events", "operations", "entries", "snapshots", "changes"];
+
+    pub fn numbers(&self) -> [u64; 5] {
+        let Self { events, operations, entries, snapshots_installed, group_changes, .. } = *self;
+        [events, operations, entries, snapshots_installed, group_changes]
+    }
+}
+
 pub struct World {
     now: u64,
     counter: u64,

@@ -1,7 +1,6 @@
 //! A cluster of two possible leaders, a log that both see late, and expert nodes that obey.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::AddAssign;
 use std::sync::Arc;
 
 use entente_membership::served::{SERVED_MODEL_KEY, ServedModel};
@@ -12,6 +11,7 @@ use entente_membership::state::{
 use entente_membership::steward::{self, Event, Orders, Report, Settings, Steward};
 use entente_proto::ids::{LayerId, ModelDigest, NodeId, Region};
 use entente_proto::placement::{ExpertKey, ModelShape};
+use entente_sim::Random;
 
 use crate::machine::{Machine, Stream};
 
@@ -58,47 +58,13 @@ pub struct Counts {
     pub drains: u64,
 }
 
-impl AddAssign for Counts {
-    fn add_assign(&mut self, other: Self) {
-        self.commits += other.commits;
-        self.loads += other.loads;
-        self.releases += other.releases;
-        self.failures += other.failures;
-        self.crashes += other.crashes;
-        self.leaders += other.leaders;
-        self.drains += other.drains;
-    }
-}
-
 impl Counts {
-    pub fn least(&self) -> u64 {
+    pub const NAMES: [&str; 7] =
+        ["commits", "loads", "releases", "failures", "crashes", "leaders", "drains"];
+
+    pub fn numbers(&self) -> [u64; 7] {
         let Self { commits, loads, releases, failures, crashes, leaders, drains } = *self;
-        [commits, loads, releases, failures, crashes, leaders, drains].into_iter().min().unwrap()
-    }
-}
-
-/// SplitMix64: all that a simulation needs of randomness.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
-    }
-
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    pub fn pick<T: Copy>(&mut self, of: &[T]) -> Option<T> {
-        of.get(self.below(of.len() as u64) as usize).copied()
+        [commits, loads, releases, failures, crashes, leaders, drains]
     }
 }
 
@@ -154,7 +120,7 @@ impl World {
             counts: Counts::default(),
             shape,
             troubled: true,
-            chatty: crate::setting("ENTENTE_SIM_SEED").is_some(),
+            chatty: entente_sim::is_looked_at(),
             queue: BTreeMap::new(),
             mails: 0,
             session,

@@ -10,10 +10,10 @@ use entente_proto::ids::{
     ExpertId, Incarnation, KernelClass, MembershipEpoch, ModelDigest, PlacementEpoch, Region,
 };
 use entente_proto::placement::{ModelShape, Placement, PlacementNode};
+use entente_sim::Random;
 
 use super::*;
 use crate::placement;
-use crate::testing::Random;
 use crate::view::{Member, Model, NodeView};
 
 pub(crate) const LAYER: LayerId = LayerId(2);
@@ -72,7 +72,7 @@ pub(crate) fn job(
     for _ in 0..rows {
         let mut pool: Vec<usize> = (0..experts).collect();
         let mut chosen: Vec<usize> =
-            (0..top_k).map(|_| pool.swap_remove(random.below(pool.len()))).collect();
+            (0..top_k).map(|_| pool.swap_remove(random.place(pool.len()))).collect();
         chosen.sort_unstable();
         choices.extend(
             chosen
@@ -91,7 +91,7 @@ pub(crate) fn job(
             policies: vec![[region("fr")].into(), [region("fr"), region("se")].into()],
             owners: vec![(RequestId(10), 0), (RequestId(11), 1)],
         }),
-        owner_of_row: (0..rows).map(|_| random.below(2) as u16).collect(),
+        owner_of_row: (0..rows).map(|_| random.place(2) as u16).collect(),
         stranded_max_us: STRANDED_MAX_US,
         deadline_us: DEADLINE_US,
     }
@@ -185,18 +185,18 @@ struct Storm {
 impl Storm {
     fn start(seed: u64) -> Self {
         let mut random = Random(seed);
-        let experts = 2 + random.below(9);
-        let nodes = 1 + random.below(5) as u32;
-        let replicas = 1 + random.below(nodes.min(3) as usize) as u16;
+        let experts = 2 + random.place(9);
+        let nodes = 1 + random.place(5) as u32;
+        let replicas = 1 + random.place(nodes.min(3) as usize) as u16;
         let view = view(nodes, nodes, experts as u16, replicas);
-        let rows = 1 + random.below(40);
-        let top_k = 1 + random.below(experts.min(4));
+        let rows = 1 + random.place(40);
+        let top_k = 1 + random.place(experts.min(4));
         let dtype = if random.one_in(2) { Dtype::F32 } else { Dtype::Bf16 };
         let job = job(&mut random, rows, experts, top_k, dtype);
         let mut pace = Pace::new();
         // Nodes were fast until now, and hedges are paid for: late frames are asked for again.
-        warm(&mut pace, &view, 1_000 + random.below(4_000) as u64);
-        pace.earn(random.below(2_000));
+        warm(&mut pace, &view, 1_000 + random.place(4_000) as u64);
+        pace.earn(random.place(2_000));
         let mut ids = ExchangeIds { blocks: 1 };
         let (exchange, commands) = Exchange::start(job, &view, &mut pace, &mut ids, 0);
         Self { random, view, exchange, pace, travelling: sends(commands), now_us: 0 }
@@ -211,12 +211,12 @@ impl Storm {
         if self.travelling.is_empty() || self.random.one_in(4) {
             return self.pass_time();
         }
-        let at = self.random.below(self.travelling.len());
+        let at = self.random.place(self.travelling.len());
         let (node, frame) = self.travelling.swap_remove(at);
         if !self.leads_to(node, &frame.fence) {
             return; // The link that carried it is gone.
         }
-        let kind = self.random.below(15);
+        let kind = self.random.place(15);
         let commands = match kind {
             0 => return self.restart(node),
             1 => self.exchange.on_not_sent(&self.view, &mut self.pace, frame.exchange, self.now_us),
@@ -247,7 +247,7 @@ impl Storm {
             10 => self.answer(node, refuse(&frame, Refusal::NotHeld("1 of 1".to_owned()))),
             11 => {
                 let mut answer = compute(&frame);
-                answer.fence = Some(epochs::ahead(frame.fence, 1 + self.random.below(3) as u64));
+                answer.fence = Some(epochs::ahead(frame.fence, 1 + self.random.place(3) as u64));
                 self.answer(node, answer)
             }
             _ => self.answer(node, compute(&frame)),
@@ -359,7 +359,7 @@ fn the_bits_of_the_sum_do_not_depend_on_placement_order_failures_or_retries() {
     for seed in 0..3_000 {
         let mut storm = Storm::start(seed);
         let expected = expected(&storm.exchange.job);
-        for _ in 0..storm.random.below(120) {
+        for _ in 0..storm.random.place(120) {
             storm.misbehave();
             storm.check(seed);
         }

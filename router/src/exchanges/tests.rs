@@ -2,13 +2,13 @@
 
 use entente_proto::frame::{Dispatch, Dtype, Refusal};
 use entente_proto::ids::Incarnation;
+use entente_sim::Random;
 
 use super::*;
 use crate::exchange::Failure;
 use crate::exchange::tests::{
     DEADLINE_US, LAYER, combined, compute, expected, job, refuse, sends, view,
 };
-use crate::testing::Random;
 
 /// Two exchanges among a few nodes, and what is on its way.
 struct Two {
@@ -62,9 +62,9 @@ impl Two {
             let commands = self.exchanges.on_tick(&self.view, self.now_us);
             return self.travelling.extend(sends(commands));
         }
-        let at = self.random.below(self.travelling.len());
+        let at = self.random.place(self.travelling.len());
         let (node, frame) = self.travelling.swap_remove(at);
-        match self.random.below(6) {
+        match self.random.place(6) {
             0 => self.restart(node),
             1 => self.answer(node, refuse(&frame, Refusal::Busy)),
             2 => {

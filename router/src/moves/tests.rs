@@ -1,8 +1,9 @@
 //! Moves between random placements, with loads that fail and nodes that are lost.
 
+use entente_sim::Random;
+
 use super::*;
 use crate::placement::{self, ModelShape, PlacementNode};
-use crate::testing::Random;
 
 const LOADS_MAX: usize = 2;
 
@@ -38,25 +39,25 @@ impl Run {
     /// From one placement of a random cluster to another one, on nodes that are nearly full.
     fn start(seed: u64) -> Self {
         let mut random = Random(seed);
-        let (count, replicas) = (3 + random.below(3) as u32, 1 + random.below(2) as u16);
+        let (count, replicas) = (3 + random.place(3) as u32, 1 + random.place(2) as u16);
         let shape = ModelShape {
-            layers: vec![(LayerId(0), 2 + random.below(7) as u16), (LayerId(3), 4)],
+            layers: vec![(LayerId(0), 2 + random.place(7) as u16), (LayerId(3), 4)],
             expert_bytes: 10,
         };
         let total = shape.expert_count() * u64::from(replicas);
-        let room = total.div_ceil(u64::from(count)) + 1 + random.below(3) as u64;
+        let room = total.div_ceil(u64::from(count)) + 1 + random.place(3) as u64;
         let mut place = || {
             let mut ids: Vec<u32> = (0..count).collect();
             let nodes: Vec<PlacementNode> = (0..count)
                 .map(|_| PlacementNode {
-                    id: NodeId(ids.swap_remove(random.below(ids.len()))),
+                    id: NodeId(ids.swap_remove(random.place(ids.len()))),
                     region: fr(),
-                    memory_bytes: Some(10 * room - 10 * random.below(2) as u64),
+                    memory_bytes: Some(10 * room - 10 * random.place(2) as u64),
                 })
                 .collect();
             // Another name for each node is another placement of the same experts.
             let placement = placement::plan(&nodes, &shape, replicas).unwrap();
-            let turn = random.below(count as usize) as u32;
+            let turn = random.place(count as usize) as u32;
             let mut turned = Placement::new();
             for (expert, on) in placement.iter() {
                 for node in on {
@@ -77,8 +78,8 @@ impl Run {
     }
 
     /// Carries out any one of the steps. Loads fail now and then if `fail_one_in` says so.
-    fn step(&mut self, fail_one_in: Option<usize>) {
-        let step = self.steps.swap_remove(self.random.below(self.steps.len()));
+    fn step(&mut self, fail_one_in: Option<u64>) {
+        let step = self.steps.swap_remove(self.random.place(self.steps.len()));
         let fails = fail_one_in.is_some_and(|n| self.random.one_in(n));
         let steps = match step {
             Step::Load { node, expert } if fails => self.moves.on_load_failed(node, expert),
@@ -165,11 +166,11 @@ fn a_move_reaches_its_target_and_no_expert_is_ever_without_its_replicas() {
 fn failed_loads_and_lost_nodes_take_nothing_else_away() {
     for seed in 0..400 {
         let mut run = Run::start(seed);
-        let loss = run.random.below(20);
+        let loss = run.random.place(20);
         for n in 0.. {
             assert!(n < 2_000, "seed {seed}: goes on for ever");
             if n == loss {
-                let lost = NodeId(run.random.below(run.moves.nodes.len()) as u32);
+                let lost = NodeId(run.random.place(run.moves.nodes.len()) as u32);
                 run.lose(lost);
             }
             if run.steps.is_empty() {

@@ -88,16 +88,16 @@ fn experts_are_placed_by_layer_and_number() {
 }
 
 /// A random cluster of one region with sites, and loads that differ widely.
-fn random_hosts(random: &mut crate::testing::Random, shape: &ModelShape) -> (Vec<Host>, Loads) {
-    let count = 3 + random.below(5) as u32;
-    let room = 2 * shape.expert_count() / u64::from(count) + 2 + random.below(8) as u64;
+fn random_hosts(random: &mut entente_sim::Random, shape: &ModelShape) -> (Vec<Host>, Loads) {
+    let count = 3 + random.place(5) as u32;
+    let room = 2 * shape.expert_count() / u64::from(count) + 2 + random.place(8) as u64;
     let hosts = nodes("fr", 0..count, Some(room * shape.expert_bytes));
     let site = |mut host: Host| {
         host.site = Some(format!("site-{}", host.id.0 % 2));
         host
     };
     let hosts = hosts.iter().map(Host::from).map(site).collect();
-    let loads = shape.experts().map(|expert| (expert, random.below(1_000) as u64)).collect();
+    let loads = shape.experts().map(|expert| (expert, random.place(1_000) as u64)).collect();
     (hosts, loads)
 }
 
@@ -112,7 +112,7 @@ fn random_clusters_get_all_replicas_within_memory_and_what_is_planned_stays() {
     let (shape, round_trips) = (mixtral(), RoundTrips::default());
     let serving = ["fr".parse().unwrap()].into();
     for seed in 0..300 {
-        let mut random = crate::testing::Random(seed);
+        let mut random = entente_sim::Random(seed);
         let (mut hosts, loads) = random_hosts(&mut random, &shape);
         let plan = |hosts: &[Host]| {
             Planner {
@@ -137,7 +137,7 @@ fn random_clusters_get_all_replicas_within_memory_and_what_is_planned_stays() {
         hold(&mut hosts, &first.placement);
         assert_eq!(plan(&hosts).unwrap().placement, first.placement, "seed {seed}: it moves");
 
-        let lost = hosts.swap_remove(random.below(hosts.len()));
+        let lost = hosts.swap_remove(random.place(hosts.len()));
         hosts.iter_mut().for_each(|host| host.memory_bytes = None);
         let Ok(second) = plan(&hosts) else { panic!("seed {seed}: {} is lost", lost.id) };
         let kept =

@@ -3,8 +3,7 @@
 use bytes::Bytes;
 use entente_proto::frame::{Answer, Dispatch, Dtype, Refusal};
 use entente_proto::ids::{ExpertId, Incarnation, LayerId};
-
-use crate::random::Random;
+use entente_sim::Random;
 
 /// One node and what is wrong with it.
 #[derive(Debug, Clone)]

@@ -17,10 +17,10 @@ use entente_router::gate::Choice;
 use entente_router::pace::ROWS_PER_HEDGED_ROW;
 use entente_router::placement;
 use entente_router::view::{ClusterView, Member, Model, NodeView};
+use entente_sim::Random;
 
 use crate::bugs::{self, Bug};
 use crate::nodes::{Node, output};
-use crate::random::Random;
 
 const HIDDEN: usize = 3;
 const TOP_K: usize = 3;
@@ -49,6 +49,8 @@ pub struct Report {
 }
 
 impl Report {
+    pub const NAMES: [&str; 6] = ["exchanges", "retried", "hedged", "links", "stale", "repeated"];
+
     pub fn numbers(&self) -> [u64; 6] {
         [self.exchanges, self.retried, self.hedged, self.links, self.stale, self.repeated]
     }

@@ -44,14 +44,14 @@ impl Storm {
     pub(super) fn commit(&mut self) {
         let home: Vec<NodeId> = self.view.nodes.keys().copied().filter(|id| id.0 < 100).collect();
         if self.random.one_in(2) {
-            let id = home[self.random.below(home.len())];
+            let id = home[self.random.place(home.len())];
             let serves = self.view.nodes[&id].member.serves;
             set_serving(&mut self.view, id, !serves);
         } else {
             let mut placement = Placement::new();
             for (expert, _) in self.view.placement.clone().iter() {
-                for _ in 0..1 + self.random.below(3) {
-                    placement.add(expert, home[self.random.below(home.len())]);
+                for _ in 0..1 + self.random.place(3) {
+                    placement.add(expert, home[self.random.place(home.len())]);
                 }
             }
             place(&mut self.view, placement);

@@ -15,7 +15,7 @@ fn serve(
     // Answers on their way, by arrival; those of earlier exchanges arrive as well.
     let mut arriving: BTreeMap<(u64, ExchangeId), (NodeId, Dispatch)> = BTreeMap::new();
     for _ in 0..exchanges {
-        let rows = 1 + random.below(16);
+        let rows = 1 + random.place(16);
         let mut job = job(&mut random, rows, 8, 2, Dtype::Bf16);
         job.deadline_us = now_us + DEADLINE_US;
         let (expected, started_us) = (expected(&job), now_us);
@@ -56,8 +56,8 @@ fn serve(
 
 /// Two milliseconds, give or take; now and then much more.
 fn healthy(random: &mut Random) -> u64 {
-    let usual = 1_500 + random.below(1_000) as u64;
-    if random.one_in(10) { usual + random.below(20_000) as u64 } else { usual }
+    let usual = 1_500 + random.place(1_000) as u64;
+    if random.one_in(10) { usual + random.place(20_000) as u64 } else { usual }
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn a_slow_node_is_asked_last_and_again_once_it_is_fast() {
         let phase = (asked / 1_000).min(2);
         to_slow[phase] += usize::from(node == NodeId(1));
         let factor = if phase == 1 && node == NodeId(1) { 40 } else { 1 };
-        Some(factor * (1_500 + random.below(1_000) as u64))
+        Some(factor * (1_500 + random.place(1_000) as u64))
     };
     serve(7, 2_600, &view, &mut delay);
     let [before, slow, after] = to_slow;
