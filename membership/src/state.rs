@@ -9,6 +9,7 @@
 
 pub mod codec;
 mod command;
+mod encoding;
 mod node;
 pub mod session;
 #[cfg(test)]

@@ -26,7 +26,7 @@ use crate::raft::convert;
 use crate::voter::ClusterId;
 
 /// The layout of the tables below.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Memory that redb may use; the log itself is kept in memory elsewhere.
 const CACHE_LEN: usize = 4 << 20;
 

@@ -20,6 +20,7 @@ pub mod frame;
 pub mod identity;
 pub mod ids;
 pub mod link;
+pub mod list;
 pub mod placement;
 pub mod statement;
 pub mod stream;

@@ -4,13 +4,18 @@
 //! Everything from outside is decoded by prost and copied over here, field by field.
 
 use bytes::Bytes;
-use entente_proto::wire;
+use entente_proto::{list, wire};
 use raft::eraftpb;
 
+use super::MESSAGE_ENTRIES_LEN_MAX;
 use crate::log::{Entry, EntryKind, Group, HardState, Snapshot};
 
 /// Bytes of an encoded entry beside its content, at most.
 pub(super) const ENTRY_OVERHEAD: u64 = 32;
+
+/// Entries that one message has at most: more than fit into its length, as one that carries a request
+/// takes more than 8 bytes. Of entries that carry nothing each byte would take many in memory.
+const ENTRIES_MAX: usize = MESSAGE_ENTRIES_LEN_MAX as usize / 8;
 
 /// A number of the wire that no type here has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -143,7 +148,12 @@ pub fn snapshot_from_wire(snapshot: wire::RaftSnapshot) -> Result<Snapshot, Unkn
 }
 
 pub(super) fn message_to_wire(message: &eraftpb::Message) -> wire::RaftMessage {
-    let entries = message.get_entries().iter();
+    let mut entries = Vec::new();
+    for entry in message.get_entries() {
+        let context = entry.context.clone();
+        let entry = wire::RaftEntry { context, ..entry_to_wire(&entry_in(entry.clone())) };
+        list::push(&mut entries, &entry);
+    }
     wire::RaftMessage {
         msg_type: message.get_msg_type() as i32,
         to: message.to,
@@ -151,12 +161,7 @@ pub(super) fn message_to_wire(message: &eraftpb::Message) -> wire::RaftMessage {
         term: message.term,
         log_term: message.log_term,
         index: message.index,
-        entries: entries
-            .map(|entry| wire::RaftEntry {
-                context: entry.context.clone(),
-                ..entry_to_wire(&entry_in(entry.clone()))
-            })
-            .collect(),
+        entries: entries.into(),
         commit: message.commit,
         commit_term: message.commit_term,
         snapshot: message
@@ -179,8 +184,12 @@ pub(super) fn message_from_wire(message: wire::RaftMessage) -> Result<eraftpb::M
     (out.reject, out.reject_hint) = (message.reject, message.reject_hint);
     (out.request_snapshot, out.priority) = (message.request_snapshot, message.priority);
     out.context = message.context;
-    let mut entries = Vec::with_capacity(message.entries.len());
-    for entry in message.entries {
+    let mut entries = Vec::new();
+    for entry in list::each::<wire::RaftEntry, _>(message.entries) {
+        let entry = entry.map_err(|_| Unknown("an entry"))?;
+        if entries.len() == ENTRIES_MAX {
+            return Err(Unknown("the end of a message's entries"));
+        }
         let context = entry.context.clone();
         let mut entry = entry_out(&entry_from_wire(entry)?);
         entry.context = context;

@@ -1,7 +1,4 @@
-//! Requests and states as bytes: prost messages, checked on the way in.
-//!
-//! A state has exactly one encoding, and [`State::decode`] accepts no other: it encodes what it
-//! read and compares. So equal bytes, equal hashes and equal states are one and the same.
+//! Requests as bytes, and what they and states have in common: prost messages, checked on the way in.
 
 use bytes::Bytes;
 use entente_proto::ids::{
@@ -12,10 +9,9 @@ use entente_proto::wire::{self, membership_outcome, membership_request};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
-use super::session::{Session, Sessions};
 use super::{
-    Applied, Command, Expect, Node, NodeSpec, NodeState, Outcome, Record, RecordKind, Refused,
-    RefusedCode, Request, Role, SessionId, State, Voter, VoterId,
+    Applied, Command, Expect, Node, NodeSpec, NodeState, Outcome, RecordKind, Refused, RefusedCode,
+    Request, Role, SessionId, VoterId,
 };
 
 /// Longest encoded request in bytes; a placement of 65,536 replicas fits.
@@ -63,7 +59,7 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
 }
 
-fn decode<M: Message + Default>(
+pub(super) fn decode<M: Message + Default>(
     what: &'static str,
     bytes: &[u8],
     max: usize,
@@ -74,7 +70,7 @@ fn decode<M: Message + Default>(
     M::decode(bytes).map_err(|error| Malformed::Prost { what, reason: error.to_string() })
 }
 
-fn u16_of(what: &'static str, number: u32) -> Result<u16, Malformed> {
+pub(super) fn u16_of(what: &'static str, number: u32) -> Result<u16, Malformed> {
     u16::try_from(number).map_err(|_| Malformed::Unknown(what))
 }
 
@@ -262,7 +258,7 @@ fn life_in(life: i32) -> Result<NodeState, Malformed> {
     }
 }
 
-fn kind_out(kind: RecordKind) -> i32 {
+pub(super) fn kind_out(kind: RecordKind) -> i32 {
     match kind {
         RecordKind::Tenant => wire::RecordKind::Tenant.into(),
         RecordKind::Model => wire::RecordKind::Model.into(),
@@ -271,7 +267,7 @@ fn kind_out(kind: RecordKind) -> i32 {
     }
 }
 
-fn kind_in(kind: i32) -> Result<RecordKind, Malformed> {
+pub(super) fn kind_in(kind: i32) -> Result<RecordKind, Malformed> {
     match wire::RecordKind::try_from(kind) {
         Ok(wire::RecordKind::Tenant) => Ok(RecordKind::Tenant),
         Ok(wire::RecordKind::Model) => Ok(RecordKind::Model),
@@ -295,14 +291,20 @@ pub(crate) fn placement_out(placement: &Placement) -> Vec<wire::ExpertReplicas> 
 
 fn placement_in(experts: Vec<wire::ExpertReplicas>) -> Result<Placement, Malformed> {
     let mut placement = Placement::new();
-    for entry in experts {
-        let layer = LayerId(u16_of("a layer", entry.layer)?);
-        let expert = ExpertId(u16_of("an expert", entry.expert)?);
-        for node in entry.nodes {
-            placement.add((layer, expert), NodeId(node));
-        }
-    }
+    experts.into_iter().try_for_each(|expert| place(&mut placement, expert))?;
     Ok(placement)
+}
+
+pub(super) fn place(
+    placement: &mut Placement,
+    entry: wire::ExpertReplicas,
+) -> Result<(), Malformed> {
+    let layer = LayerId(u16_of("a layer", entry.layer)?);
+    let expert = ExpertId(u16_of("an expert", entry.expert)?);
+    for node in entry.nodes {
+        placement.add((layer, expert), NodeId(node));
+    }
+    Ok(())
 }
 
 pub(crate) fn outcome_out(outcome: &Outcome) -> wire::MembershipOutcome {
@@ -340,137 +342,6 @@ pub(crate) fn outcome_in(outcome: wire::MembershipOutcome) -> Result<Outcome, Ma
     }))
 }
 
-impl State {
-    /// The state as bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        self.message().encode_to_vec()
-    }
-
-    /// SHA-256 of what was agreed on about the cluster: of the state without what only tells how it
-    /// came about, which a request that is refused changes too (the entries applied and their hashes,
-    /// the clock, the sessions), and without what audit logs say of themselves, which is committed
-    /// whenever they have grown.
-    pub fn agreed_sha256(&self) -> [u8; 32] {
-        let mut message = wire::MembershipState {
-            applied_index: 0,
-            clock_ms: 0,
-            revision: 0,
-            sessions: Vec::new(),
-            marks: Vec::new(),
-            ..self.message()
-        };
-        message.records.retain(|record| record.kind() != wire::RecordKind::Checkpoint);
-        sha256(&message.encode_to_vec())
-    }
-
-    fn message(&self) -> wire::MembershipState {
-        wire::MembershipState {
-            applied_index: self.applied_index,
-            clock_ms: self.clock_ms,
-            membership_epoch: self.membership_epoch.0,
-            placement_epoch: self.placement_epoch.0,
-            revision: self.revision,
-            incarnations_minted: self.incarnations_minted,
-            voters_minted: self.voters_minted,
-            nodes: self.nodes.values().map(node_out).collect(),
-            placement: placement_out(&self.placement),
-            replicas: self.replicas_out(),
-            records: self.records_out(),
-            voters: self.voters().map(voter_out).collect(),
-            sessions: self.sessions.0.iter().map(session_out).collect(),
-            marks: self.marks_out(),
-        }
-    }
-
-    fn replicas_out(&self) -> Vec<wire::SetReplicas> {
-        let one = |(region, replicas): (&entente_proto::ids::Region, &u16)| wire::SetReplicas {
-            region: region.to_string(),
-            replicas: (*replicas).into(),
-        };
-        self.replicas.iter().map(one).collect()
-    }
-
-    fn records_out(&self) -> Vec<wire::Record> {
-        let one = |((kind, key), record): (&(RecordKind, String), &Record)| wire::Record {
-            kind: kind_out(*kind),
-            key: key.clone(),
-            value: record.value.clone(),
-            revision: record.revision,
-        };
-        self.records.iter().map(one).collect()
-    }
-
-    fn marks_out(&self) -> Vec<wire::HashMark> {
-        let one = |mark: super::Mark| wire::HashMark {
-            index: mark.index,
-            sha256: Bytes::copy_from_slice(&mark.sha256),
-        };
-        self.marks().map(one).collect()
-    }
-
-    /// Reads a state that [`State::encode`] wrote.
-    pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let message: wire::MembershipState = decode("a state", bytes, STATE_LEN_MAX)?;
-        let mut state = Self {
-            applied_index: message.applied_index,
-            clock_ms: message.clock_ms,
-            membership_epoch: MembershipEpoch(message.membership_epoch),
-            placement_epoch: PlacementEpoch(message.placement_epoch),
-            revision: message.revision,
-            incarnations_minted: message.incarnations_minted,
-            voters_minted: message.voters_minted,
-            placement: placement_in(message.placement)?.into(),
-            ..Self::default()
-        };
-        for node in message.nodes {
-            state.nodes.insert(NodeId(node.id), node_in(node)?);
-        }
-        for wanted in message.replicas {
-            let replicas = u16_of("the number of replicas", wanted.replicas)?;
-            state.replicas.insert(wanted.region.parse()?, replicas);
-        }
-        for record in message.records {
-            let kept = Record { value: record.value, revision: record.revision };
-            state.records.insert((kind_in(record.kind)?, record.key), kept);
-        }
-        for voter in message.voters {
-            let kept = Voter { node: NodeId(voter.node), retired: voter.retired };
-            state.voters.insert(VoterId(voter.voter), kept);
-        }
-        for mark in message.marks {
-            let sha256 = mark.sha256.as_ref().try_into();
-            state.marks.insert(mark.index, sha256.map_err(|_| Malformed::Unknown("a mark"))?);
-        }
-        state.sessions = sessions_in(message.sessions)?;
-        if state.encode() == bytes { Ok(state) } else { Err(Malformed::NotCanonical) }
-    }
-
-    /// The state with its digest beside it: what a snapshot consists of.
-    pub fn seal(&self) -> Bytes {
-        self.sealed().encode_to_vec().into()
-    }
-
-    /// The same as a message.
-    pub fn sealed(&self) -> wire::SealedState {
-        let state = self.encode();
-        let sha256 = Bytes::copy_from_slice(&sha256(&state));
-        wire::SealedState { sha256, state: state.into() }
-    }
-
-    /// Reads a snapshot; nothing of it is believed before its digest is.
-    pub fn unseal(bytes: &[u8]) -> Result<Self, Malformed> {
-        Self::open(decode("a snapshot", bytes, STATE_LEN_MAX + 64)?)
-    }
-
-    /// Reads what [`State::sealed`] gave.
-    pub fn open(sealed: wire::SealedState) -> Result<Self, Malformed> {
-        if sealed.sha256 != sha256(&sealed.state)[..] {
-            return Err(Malformed::Digest);
-        }
-        Self::decode(&sealed.state)
-    }
-}
-
 pub(crate) fn node_out(node: &Node) -> wire::MemberNode {
     wire::MemberNode {
         id: node.id.0,
@@ -482,7 +353,7 @@ pub(crate) fn node_out(node: &Node) -> wire::MemberNode {
     }
 }
 
-fn node_in(node: wire::MemberNode) -> Result<Node, Malformed> {
+pub(super) fn node_in(node: wire::MemberNode) -> Result<Node, Malformed> {
     Ok(Node {
         id: NodeId(node.id),
         spec: spec_in(node.spec.ok_or(Malformed::Unknown("the description of a node"))?)?,
@@ -491,30 +362,4 @@ fn node_in(node: wire::MemberNode) -> Result<Node, Malformed> {
         incarnation: node.incarnation.map(Incarnation),
         changed_at_ms: node.changed_at_ms,
     })
-}
-
-fn voter_out((id, voter): (VoterId, Voter)) -> wire::VoterRecord {
-    wire::VoterRecord { voter: id.0, node: voter.node.0, retired: voter.retired }
-}
-
-fn session_out((id, session): (&SessionId, &Session)) -> wire::Session {
-    wire::Session {
-        id: id.0,
-        sequence: session.sequence,
-        outcome: session.outcome.as_ref().map(outcome_out),
-        used_at_index: session.used_at_index,
-    }
-}
-
-fn sessions_in(sessions: Vec<wire::Session>) -> Result<Sessions, Malformed> {
-    let mut table = Sessions::default();
-    for session in sessions {
-        let kept = Session {
-            sequence: session.sequence,
-            outcome: session.outcome.map(outcome_in).transpose()?,
-            used_at_index: session.used_at_index,
-        };
-        table.0.insert(SessionId(session.id), kept);
-    }
-    Ok(table)
 }

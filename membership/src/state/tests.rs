@@ -319,7 +319,8 @@ fn a_snapshot_with_any_byte_changed_is_refused() {
 #[test]
 fn a_state_in_another_encoding_is_refused() {
     let mut bytes = full().encode();
-    // The first field again, with the value that it has: the same message, other bytes.
-    bytes.extend_from_slice(&[0x08, 0x80, 0x08]);
+    // The first element again, with the values that it has: the same state, other bytes.
+    let first_len = 1 + usize::from(bytes[0]);
+    bytes.extend_from_within(..first_len);
     assert_eq!(State::decode(&bytes), Err(codec::Malformed::NotCanonical));
 }

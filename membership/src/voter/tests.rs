@@ -46,6 +46,8 @@ fn append(voter: &Voter, index: u64) -> wire::RaftEnvelope {
         data: Bytes::new(),
         context: Bytes::new(),
     };
+    let mut entries = Vec::new();
+    entente_proto::list::push(&mut entries, &entry);
     let message = wire::RaftMessage {
         msg_type: 3,
         to: 1,
@@ -53,7 +55,7 @@ fn append(voter: &Voter, index: u64) -> wire::RaftEnvelope {
         term: 2,
         log_term: 1,
         index: 1,
-        entries: vec![entry],
+        entries: entries.into(),
         ..wire::RaftMessage::default()
     };
     let cluster_id = Bytes::copy_from_slice(&voter.settings.cluster.0);

@@ -4,7 +4,8 @@
 
 use entente_membership::log::Durable;
 use entente_membership::state::codec::sha256;
-use entente_proto::wire;
+use entente_proto::list;
+use entente_proto::wire::{self, state_item::Item};
 use prost::Message;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,15 +83,20 @@ pub fn damaged(bug: Option<Bug>, snapshot: &mut wire::RaftSnapshot) {
     snapshot.data = data.into();
 }
 
-/// Changes a sealed state and seals it again.
-fn tamper(data: &mut bytes::Bytes, change: impl FnOnce(&mut wire::MembershipState)) {
+/// Changes the head of a sealed state and seals it again.
+fn tamper(data: &mut bytes::Bytes, change: impl FnOnce(&mut wire::StateHead)) {
     if data.is_empty() {
         return;
     }
     let Ok(mut sealed) = wire::SealedState::decode(&data[..]) else { return };
-    let Ok(mut state) = wire::MembershipState::decode(&sealed.state[..]) else { return };
-    change(&mut state);
-    sealed.state = state.encode_to_vec().into();
+    let mut rest = &sealed.state[..];
+    let first = wire::StateItem::decode_length_delimited(&mut rest);
+    let Ok(Some(Item::Head(mut head))) = first.map(|first| first.item) else { return };
+    change(&mut head);
+    let mut state = Vec::new();
+    list::push(&mut state, &wire::StateItem { item: Some(Item::Head(head)) });
+    state.extend_from_slice(rest);
+    sealed.state = state.into();
     sealed.sha256 = sha256(&sealed.state).to_vec().into();
     *data = sealed.encode_to_vec().into();
 }
