@@ -1,5 +1,6 @@
 //! Checkpoints (c2sp.org/tlog-checkpoint): what a log says, under its signature, that it holds.
 
+use crate::cosign::{self, CosignerKey};
 use crate::merkle::{self, Hash, Tree};
 use crate::note::{self, Signer, Verifier};
 use crate::{Error, base64};
@@ -40,6 +41,28 @@ impl Checkpoint {
             return Err(Error::note(WHAT, reason));
         }
         Ok(Self { origin, tree, note: note.to_owned() })
+    }
+
+    /// What is signed of it.
+    ///
+    /// # Errors
+    /// None for one that was made or opened here.
+    pub fn text(&self) -> Result<&str, Error> {
+        note::split(&self.note).map(|(text, _)| text)
+    }
+
+    /// The same checkpoint with a line by which `key` cosigns it, instead of an earlier one of that
+    /// key.
+    ///
+    /// # Errors
+    /// The line is not that.
+    pub fn with_cosignature(&self, line: &str, key: &CosignerKey) -> Result<Self, Error> {
+        let (text, signatures) = note::split(&self.note)?;
+        let others = signatures.split('\n').filter(|line| !key.has_signed(line));
+        let others: String = others.map(|line| format!("{line}\n")).collect();
+        let cosigned = Self { note: format!("{text}\n{others}{line}"), ..self.clone() };
+        cosign::time_s(&cosigned.note, key)?;
+        Ok(cosigned)
     }
 }
 

@@ -5,11 +5,11 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::files::read;
 use crate::merkle::Hash;
 use crate::tile::{self, Kind, Tile, Tiles, WIDTH};
 use crate::{Error, at};
@@ -18,24 +18,12 @@ use crate::{Error, at};
 pub const CHECKPOINT: &str = "checkpoint";
 /// All checkpoints that were signed, each as a JSON string on a line.
 pub const CHECKPOINTS: &str = "checkpoints";
+/// The latest checkpoint that somebody has cosigned.
+pub const COSIGNED: &str = "cosigned";
 /// The bundle at the end of the log, which grows.
 pub const OPEN: &str = "open";
 /// Tiles that are kept in memory.
 const CACHE_LEN_MAX: usize = 64;
-
-/// Reads a file that has `len_max` bytes at most; nothing if it is not there.
-pub(crate) fn read(path: &Path, len_max: u64) -> Result<Option<Vec<u8>>, Error> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => at(path, other)?,
-    };
-    let mut bytes = Vec::new();
-    at(path, file.take(len_max + 1).read_to_end(&mut bytes))?;
-    if bytes.len() as u64 > len_max {
-        return Err(Error::file(path, format!("it has more than {len_max} bytes")));
-    }
-    Ok(Some(bytes))
-}
 
 /// Tiles that were read, by level and number.
 type Cache = BTreeMap<(u32, u64), Arc<Vec<Hash>>>;
@@ -62,6 +50,17 @@ impl Folder {
         let bytes = read(&path, crate::note::NOTE_LEN_MAX as u64)?
             .ok_or_else(|| Error::file(&path, "it is missing: nothing was signed here"))?;
         String::from_utf8(bytes).map_err(|_| Error::file(&path, "it is not text"))
+    }
+
+    /// The note of the log's latest checkpoint that somebody has cosigned, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn cosigned_note(root: &Path) -> Result<Option<String>, Error> {
+        let path = root.join(COSIGNED);
+        let bytes = read(&path, crate::note::NOTE_LEN_MAX as u64)?;
+        let text = bytes.map(String::from_utf8).transpose();
+        text.map_err(|_| Error::file(&path, "it is not text"))
     }
 
     /// Records that this view has.

@@ -11,6 +11,8 @@
 //! - [`merkle`]: the tree, inclusion and consistency; [`tile`]: how it is cut into files.
 //! - [`log`]: the one writer of a folder; [`folder`]: everybody else's view of it.
 //! - [`note`], [`checkpoint`], [`proof`]: what is signed, and the files handed to others.
+//! - [`cosign`], [`witness`]: that somebody else has seen a log grow, and who says so.
+//! - [`files`], [`keyfile`]: how something is put on a disk for good, and where keys are.
 //! - [`export`], [`verify`], [`report`]: one file for an auditor, its check, and the table they ask for.
 //!
 //! Invariants:
@@ -23,8 +25,11 @@
 //! insides (whoever verifies statements brings an [`verify::Notary`]).
 
 pub mod checkpoint;
+pub mod cosign;
 pub mod export;
+pub mod files;
 pub mod folder;
+pub mod keyfile;
 pub mod log;
 pub mod merkle;
 pub mod note;
@@ -33,6 +38,7 @@ pub mod record;
 pub mod report;
 pub mod tile;
 pub mod verify;
+pub mod witness;
 
 use std::path::PathBuf;
 

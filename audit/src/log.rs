@@ -9,13 +9,14 @@
 //! and is cut off; what a checkpoint covers is never cut off, and a folder that does not lead to its
 //! checkpoint's root is not written to any more.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::checkpoint::Checkpoint;
-use crate::folder::{CHECKPOINT, CHECKPOINTS, Folder, OPEN, read};
+use crate::files::{SHARED, lock, read, replace, sync_folder};
+use crate::folder::{CHECKPOINT, CHECKPOINTS, COSIGNED, Folder, OPEN};
 use crate::merkle::{self, Hash, Tree};
 use crate::note::Verifier;
 use crate::record::Record;
@@ -179,6 +180,28 @@ impl Log {
         at(&path, file.write_all(line.as_bytes()))
     }
 
+    /// Shows a checkpoint of this log that somebody has cosigned, which may be an earlier one.
+    ///
+    /// # Errors
+    /// It is of another tree than this log's, or the disk refused.
+    pub fn show_cosigned(&mut self, checkpoint: &Checkpoint) -> Result<(), Error> {
+        if !self.begins_with(&checkpoint.tree) {
+            return Err(Error::note("checkpoint", "it is not of this log"));
+        }
+        let note = checkpoint.note.as_bytes();
+        self.write_durably(COSIGNED, note)?;
+        if checkpoint.tree.size == self.published {
+            self.write_durably(CHECKPOINT, note)?;
+        }
+        Ok(())
+    }
+
+    /// Whether this tree is the beginning of the log.
+    pub fn begins_with(&self, tree: &Tree) -> bool {
+        let is_there = tree.size <= self.edges.tree_size();
+        is_there && merkle::root(self, tree.size).is_ok_and(|root| root == tree.root)
+    }
+
     /// The record at `index`.
     ///
     /// # Errors
@@ -244,11 +267,7 @@ impl Log {
     fn write_durably(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = self.root.join(name);
         self.make_folder(&path)?;
-        let part = path.with_extension("part");
-        let mut file = at(&part, File::create(&part))?;
-        at(&part, file.write_all(bytes).and_then(|()| file.sync_all()))?;
-        at(&path, fs::rename(&part, &path))?;
-        sync_folder(path.parent().unwrap_or(&self.root))
+        replace(&path, bytes, SHARED)
     }
 
     /// Makes the folder of a file, durably.
@@ -272,20 +291,6 @@ impl Tiles for Log {
         }
         self.full.hashes(level, index)
     }
-}
-
-fn lock(root: &Path) -> Result<File, Error> {
-    let path = root.join("lock");
-    let file = at(&path, File::create(&path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::file(root, "another process writes this log")),
-        Err(TryLockError::Error(error)) => at(&path, Err(error)),
-    }
-}
-
-fn sync_folder(folder: &Path) -> Result<(), Error> {
-    at(folder, File::open(folder).and_then(|folder| folder.sync_all()))
 }
 
 /// How many full bundles there are: they are written one after the other, so that a few looks tell.

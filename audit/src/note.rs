@@ -1,6 +1,8 @@
 //! Signed notes (c2sp.org/signed-note) with Ed25519: a text, and lines that say who vouches for it.
 //!
 //! Keys are written as `golang.org/x/mod/sumdb/note` writes them, so that other programs read them.
+//! A key has a type, which says what it signs: the text itself, or a cosignature of it
+//! ([`crate::cosign`]). The type is part of the key here too, so that none stands for another.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,7 +11,7 @@ use aws_lc_rs::rand;
 use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, base64};
+use crate::{Error, base64, cosign};
 
 /// Longest note that is read, in bytes.
 pub const NOTE_LEN_MAX: usize = 64 << 10;
@@ -17,11 +19,15 @@ pub const NOTE_LEN_MAX: usize = 64 << 10;
 pub const SIGNATURES_MAX: usize = 64;
 /// Longest name of a key in bytes.
 const NAME_LEN_MAX: usize = 255;
-/// The type byte of a plain Ed25519 key.
-const ED25519_TYPE: u8 = 0x01;
+/// The type byte of an Ed25519 key that signs a note's text.
+pub const TEXT_TYPE: u8 = 0x01;
+/// The type byte of an Ed25519 key that cosigns checkpoints (c2sp.org/tlog-cosignature).
+pub const COSIGNATURE_TYPE: u8 = 0x04;
 const KEY: &str = "key";
 const NOTE: &str = "signed note";
 const PRIVATE: &str = "PRIVATE+KEY+";
+/// What a line of signatures begins with.
+const MARK: &str = "— ";
 
 /// `SHA-256(name || 0x0A || type || key)[:4]`.
 fn key_id(name: &str, typed_key: &[u8]) -> [u8; 4] {
@@ -39,18 +45,21 @@ fn check_name(name: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Whoever may vouch for a note, as others know them: `<name>+<id>+<base64 key>`.
+/// Whoever may vouch for a note, as others know them: `<name>+<id>+<base64 of type and key>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verifier {
+pub struct PublicKey<const TYPE: u8> {
     name: String,
     id: [u8; 4],
     key: [u8; 32],
 }
 
-impl Verifier {
+/// Whoever vouches for the text of a note: for a checkpoint, its log.
+pub type Verifier = PublicKey<TEXT_TYPE>;
+
+impl<const TYPE: u8> PublicKey<TYPE> {
     fn new(name: &str, key: [u8; 32]) -> Result<Self, Error> {
         check_name(name)?;
-        let id = key_id(name, &[&[ED25519_TYPE], &key[..]].concat());
+        let id = key_id(name, &[&[TYPE], &key[..]].concat());
         Ok(Self { name: name.to_owned(), id, key })
     }
 
@@ -65,51 +74,65 @@ impl Verifier {
     }
 
     fn verifies(&self, text: &str, signature: &[u8]) -> bool {
-        UnparsedPublicKey::new(&ED25519, self.key).verify(text.as_bytes(), signature).is_ok()
+        let key = UnparsedPublicKey::new(&ED25519, self.key);
+        if TYPE != COSIGNATURE_TYPE {
+            return key.verify(text.as_bytes(), signature).is_ok();
+        }
+        let said = cosign::parts(signature);
+        said.is_some_and(|(time_s, bare)| key.verify(&cosign::message(time_s, text), bare).is_ok())
+    }
+
+    /// Whether a line of signatures is this key's.
+    pub(crate) fn has_signed(&self, line: &str) -> bool {
+        signature_in(line).is_some_and(|(name, blob)| name == self.name && blob[..4] == self.id)
     }
 }
 
-impl fmt::Display for Verifier {
+impl<const TYPE: u8> fmt::Display for PublicKey<TYPE> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let key = base64::encode(&[&[ED25519_TYPE], &self.key[..]].concat());
+        let key = base64::encode(&[&[TYPE], &self.key[..]].concat());
         write!(f, "{}+{}+{key}", self.name, self.id())
     }
 }
 
-impl FromStr for Verifier {
+impl<const TYPE: u8> FromStr for PublicKey<TYPE> {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let (name, id, key) = parts(text).ok_or_else(malformed)?;
+        let (name, id, key) = parts(text, TYPE).ok_or_else(|| malformed(TYPE))?;
         let verifier = Self::new(name, key)?;
         // The id repeats what follows from the rest; one that does not is a slip of the hand.
-        if verifier.id() == id { Ok(verifier) } else { Err(malformed()) }
+        if verifier.id() == id { Ok(verifier) } else { Err(malformed(TYPE)) }
     }
 }
 
-fn malformed() -> Error {
-    Error::note(KEY, "it is not written as NAME+ID+KEY with an Ed25519 key")
+fn malformed(key_type: u8) -> Error {
+    let rule = "it is not written as NAME+ID+KEY with an Ed25519 key of type";
+    Error::note(KEY, format!("{rule} {key_type}"))
 }
 
-/// Name, id and the 32 bytes of a written key. Base 64 may hold a `+` too.
-fn parts(text: &str) -> Option<(&str, &str, [u8; 32])> {
+/// Name, id and the 32 bytes of a written key of this type. Base 64 may hold a `+` too.
+fn parts(text: &str, key_type: u8) -> Option<(&str, &str, [u8; 32])> {
     let mut parts = text.trim().splitn(3, '+');
     let (name, id) = (parts.next()?, parts.next()?);
     let bytes = base64::decode(parts.next()?)?;
     match bytes.split_first() {
-        Some((&ED25519_TYPE, key)) => Some((name, id, key.try_into().ok()?)),
+        Some((found, key)) if *found == key_type => Some((name, id, key.try_into().ok()?)),
         _ => None,
     }
 }
 
 /// Whoever vouches for notes.
-pub struct Signer {
-    verifier: Verifier,
+pub struct SigningKey<const TYPE: u8> {
+    verifier: PublicKey<TYPE>,
     seed: [u8; 32],
     pair: Ed25519KeyPair,
 }
 
-impl Signer {
+/// Whoever writes notes: for checkpoints, the log.
+pub type Signer = SigningKey<TEXT_TYPE>;
+
+impl<const TYPE: u8> SigningKey<TYPE> {
     /// Draws a key.
     ///
     /// # Errors
@@ -127,18 +150,18 @@ impl Signer {
     pub fn from_seed(name: &str, seed: [u8; 32]) -> Result<Self, Error> {
         let pair = Ed25519KeyPair::from_seed_unchecked(&seed)
             .map_err(|_| Error::note(KEY, "the seed is of no use"))?;
-        let public = pair.public_key().as_ref().try_into().map_err(|_| malformed())?;
-        Ok(Self { verifier: Verifier::new(name, public)?, seed, pair })
+        let public = pair.public_key().as_ref().try_into().map_err(|_| malformed(TYPE))?;
+        Ok(Self { verifier: PublicKey::new(name, public)?, seed, pair })
     }
 
     /// The public half.
-    pub fn verifier(&self) -> &Verifier {
+    pub fn verifier(&self) -> &PublicKey<TYPE> {
         &self.verifier
     }
 
     /// The private half as text, for a file that nobody else reads.
     pub fn secret(&self) -> String {
-        let key = base64::encode(&[&[ED25519_TYPE], &self.seed[..]].concat());
+        let key = base64::encode(&[&[TYPE], &self.seed[..]].concat());
         format!("{PRIVATE}{}+{}+{key}", self.verifier.name, self.verifier.id())
     }
 
@@ -147,12 +170,25 @@ impl Signer {
     /// # Errors
     /// It is something else. The text does not quote it.
     pub fn from_secret(text: &str) -> Result<Self, Error> {
-        let text = text.trim().strip_prefix(PRIVATE).ok_or_else(malformed)?;
-        let (name, id, seed) = parts(text).ok_or_else(malformed)?;
+        let text = text.trim().strip_prefix(PRIVATE);
+        let parts = text.and_then(|text| parts(text, TYPE));
+        let (name, id, seed) = parts.ok_or_else(|| malformed(TYPE))?;
         let signer = Self::from_seed(name, seed)?;
-        if signer.verifier.id() == id { Ok(signer) } else { Err(malformed()) }
+        if signer.verifier.id() == id { Ok(signer) } else { Err(malformed(TYPE)) }
     }
 
+    pub(crate) fn sign_bytes(&self, bytes: &[u8]) -> Vec<u8> {
+        self.pair.sign(bytes).as_ref().to_vec()
+    }
+
+    /// The line of a note, with its end, that says this signature.
+    pub(crate) fn line(&self, signature: &[u8]) -> String {
+        let blob = base64::encode(&[&self.verifier.id[..], signature].concat());
+        format!("{MARK}{} {blob}\n", self.verifier.name)
+    }
+}
+
+impl Signer {
     /// The note with this key's signature.
     ///
     /// # Errors
@@ -164,9 +200,7 @@ impl Signer {
                 "a text ends in a newline and has no control characters",
             ));
         }
-        let signature = self.pair.sign(text.as_bytes());
-        let blob = base64::encode(&[&self.verifier.id[..], signature.as_ref()].concat());
-        Ok(format!("{text}\n— {} {blob}\n", self.verifier.name))
+        Ok(format!("{text}\n{}", self.line(&self.sign_bytes(text.as_bytes()))))
     }
 }
 
@@ -178,33 +212,58 @@ fn has_control(text: &str) -> bool {
 ///
 /// # Errors
 /// The note is malformed, or that key has not signed it.
-pub fn open<'a>(note: &'a str, verifier: &Verifier) -> Result<&'a str, Error> {
+pub fn open<'a, const TYPE: u8>(
+    note: &'a str,
+    verifier: &PublicKey<TYPE>,
+) -> Result<&'a str, Error> {
+    signature(note, verifier).map(|(text, _)| text)
+}
+
+/// The text of a note, and what `verifier` has put beneath it.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn signature<'a, const TYPE: u8>(
+    note: &'a str,
+    verifier: &PublicKey<TYPE>,
+) -> Result<(&'a str, Vec<u8>), Error> {
+    let (text, signatures) = split(note)?;
+    let mut found = None;
+    for (count, line) in signatures.split('\n').enumerate() {
+        let (name, mut blob) = signature_in(line)
+            .ok_or_else(|| Error::note(NOTE, "a line of its signatures is malformed"))?;
+        if count >= SIGNATURES_MAX {
+            return Err(Error::note(NOTE, "it has too many signatures"));
+        }
+        if name == verifier.name && blob[..4] == verifier.id {
+            let signature = blob.split_off(4);
+            if !verifier.verifies(text, &signature) {
+                return Err(Error::note(NOTE, format!("the signature of {name} is wrong")));
+            }
+            found = Some(signature);
+        }
+    }
+    let unsigned = || Error::note(NOTE, format!("{verifier} has not signed it"));
+    Ok((text, found.ok_or_else(unsigned)?))
+}
+
+/// A note's text with its last newline, and the lines of its signatures without theirs.
+pub(crate) fn split(note: &str) -> Result<(&str, &str), Error> {
     if note.len() > NOTE_LEN_MAX || has_control(note) {
         return Err(Error::note(NOTE, "it is too long or has control characters"));
     }
     let (text, signatures) = note.rsplit_once("\n\n").ok_or_else(|| {
         Error::note(NOTE, "no empty line stands between its text and its signatures")
     })?;
-    let text = &note[..text.len() + 1];
-    let signatures =
-        signatures.strip_suffix('\n').ok_or_else(|| Error::note(NOTE, "it is cut off"))?;
-    let mut signed = false;
-    for (count, line) in signatures.split('\n').enumerate() {
-        let malformed = || Error::note(NOTE, "a line of its signatures is malformed");
-        let (name, blob) =
-            line.strip_prefix("— ").and_then(|line| line.split_once(' ')).ok_or_else(malformed)?;
-        let blob = base64::decode(blob).filter(|blob| blob.len() > 4).ok_or_else(malformed)?;
-        if count >= SIGNATURES_MAX {
-            return Err(Error::note(NOTE, "it has too many signatures"));
-        }
-        if name == verifier.name && blob[..4] == verifier.id {
-            if !verifier.verifies(text, &blob[4..]) {
-                return Err(Error::note(NOTE, format!("the signature of {name} is wrong")));
-            }
-            signed = true;
-        }
-    }
-    if signed { Ok(text) } else { Err(Error::note(NOTE, format!("{verifier} has not signed it"))) }
+    let cut_off = || Error::note(NOTE, "it is cut off");
+    Ok((&note[..text.len() + 1], signatures.strip_suffix('\n').ok_or_else(cut_off)?))
+}
+
+/// Whose a line of signatures is, and its key's id with the signature; none if it is malformed.
+fn signature_in(line: &str) -> Option<(&str, Vec<u8>)> {
+    let (name, blob) = line.strip_prefix(MARK)?.split_once(' ')?;
+    let blob = base64::decode(blob).filter(|blob| blob.len() > 4)?;
+    Some((name, blob))
 }
 
 #[cfg(test)]

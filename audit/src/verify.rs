@@ -16,8 +16,10 @@ use std::path::Path;
 use entente_proto::ids::{NodeName, Region, RequestId};
 
 use crate::checkpoint::Checkpoint;
+use crate::cosign::{self, CosignerKey};
 use crate::export::Reader;
-use crate::folder::{CHECKPOINTS, Folder, read};
+use crate::files::read;
+use crate::folder::{CHECKPOINTS, COSIGNED, Folder};
 use crate::merkle::{self, Tree};
 use crate::note::Verifier;
 use crate::proof::{self, Proof};
@@ -83,6 +85,46 @@ pub fn path(
         return one(path, verifier, notary);
     }
     export(BufReader::new(at(path, File::open(path))?), verifier, notary, selection)
+}
+
+/// Who else has seen a log grow, and how far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cosigned {
+    /// The name of the key.
+    pub name: String,
+    /// Records under the checkpoint that it cosigned; of a folder these may be fewer than all.
+    pub size: u64,
+    /// When it did, seconds since 1970 by its own clock.
+    pub time_s: u64,
+}
+
+/// Checks that `key` has cosigned what was verified of `path`: its checkpoint, or, for a folder whose
+/// latest checkpoint is too young for that, the latest one that anybody has cosigned.
+///
+/// # Errors
+/// It has not, or it has cosigned another history.
+pub fn cosigned(
+    path: &Path,
+    verified: &Verified,
+    verifier: &Verifier,
+    key: &CosignerKey,
+) -> Result<Cosigned, Error> {
+    let tree = &verified.checkpoint.tree;
+    let by = |size, time_s| Cosigned { name: key.name().to_owned(), size, time_s };
+    let error = match cosign::time_s(&verified.checkpoint.note, key) {
+        Ok(time_s) => return Ok(by(tree.size, time_s)),
+        Err(error) => error,
+    };
+    let note = if path.is_dir() { Folder::cosigned_note(path)? } else { None };
+    let Some(note) = note else { return Err(error) };
+    let earlier = Checkpoint::open(&note, verifier)?;
+    let time_s = cosign::time_s(&earlier.note, key)?;
+    let size = earlier.tree.size;
+    if size > tree.size || merkle::root(&Folder::new(path, tree.size), size)? != earlier.tree.root {
+        let reason = "it is of another history than the log: forked or rolled back";
+        return Err(Error::file(path.join(COSIGNED), reason));
+    }
+    Ok(by(size, time_s))
 }
 
 /// Checks a proof that has its record beside it.

@@ -6,11 +6,14 @@
 
 use std::path::{Path, PathBuf};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use entente_audit::checkpoint::Checkpoint;
 use entente_audit::log::Log;
 use entente_audit::merkle;
 use entente_audit::note::Signer;
 use entente_audit::record::{Admin, Record};
+use entente_audit::witness::{Answer, Witness};
 use signed_note::{Note, StandardSigner, StandardVerifier, VerifierList};
 use tlog_tiles::{
     Checkpoint as TheirCheckpoint, Hash, HashReader, Tile, TileHashReader, TileReader, tlog,
@@ -104,6 +107,74 @@ fn another_implementation_is_shown_that_a_later_checkpoint_goes_on_from_an_earli
             tlog::check_tree(&path, new.size(), *new.hash(), old.size(), *old.hash()).unwrap();
         }
     }
+}
+
+/// Checks cosignatures with nothing of this crate, as the text of c2sp.org/tlog-cosignature says:
+/// `signed_note` knows notes and names of keys, but not this kind of signature.
+struct TheirCosigner {
+    name: String,
+    id: u32,
+    key: ed25519_dalek::VerifyingKey,
+}
+
+impl TheirCosigner {
+    fn new(vkey: &str) -> Self {
+        let mut parts = vkey.splitn(3, '+');
+        let (name, id) = (parts.next().unwrap(), parts.next().unwrap());
+        let typed = STANDARD.decode(parts.next().unwrap()).unwrap();
+        let key_id = signed_note::key_id(name, &typed);
+        assert_eq!((typed[0], format!("{key_id:08x}").as_str()), (0x04, id));
+        let key = ed25519_dalek::VerifyingKey::from_bytes(typed[1..].try_into().unwrap());
+        Self { name: name.to_owned(), id: key_id, key: key.unwrap() }
+    }
+}
+
+impl signed_note::Verifier for TheirCosigner {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn key_id(&self) -> u32 {
+        self.id
+    }
+
+    fn verify(&self, msg: &[u8], sig: &[u8]) -> bool {
+        assert_eq!(sig.len(), 8 + 64);
+        let time = u64::from_be_bytes(sig[..8].try_into().unwrap());
+        let mut signed = format!("cosignature/v1\ntime {time}\n").into_bytes();
+        signed.extend_from_slice(msg);
+        let signature = ed25519_dalek::Signature::from_slice(&sig[8..]).unwrap();
+        self.key.verify_strict(&signed, &signature).is_ok()
+    }
+}
+
+#[test]
+fn a_cosigned_checkpoint_on_disk_is_what_another_implementation_takes_for_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let signer = Signer::generate(ORIGIN).unwrap();
+    let (mut log, checkpoints) = log(&dir.path().join("log"), &signer, &[2, 300]);
+    let mut witness = Witness::open(&dir.path().join("witness"), "local/witness/witness").unwrap();
+    let key = witness.verifier().clone();
+    let mut old = 0;
+    for checkpoint in &checkpoints {
+        let path = merkle::consistency(&log, old, checkpoint.tree.size).unwrap();
+        let answer = witness.cosign(checkpoint, old, &path, 1_679_315_147).unwrap();
+        let Answer::Cosigned(line) = answer else { panic!("{answer:?}") };
+        log.show_cosigned(&checkpoint.with_cosignature(&line, &key).unwrap()).unwrap();
+        old = checkpoint.tree.size;
+    }
+    let note = std::fs::read(dir.path().join("log/checkpoint")).unwrap();
+    let log_key = StandardVerifier::new(&signer.verifier().to_string()).unwrap();
+    let cosigner = TheirCosigner::new(&key.to_string());
+    let all = VerifierList::new(vec![Box::new(log_key), Box::new(cosigner)]);
+    let parsed = Note::from_bytes(&note).unwrap();
+    let (verified, others) = parsed.verify(&all).unwrap();
+    assert_eq!((verified.len(), others.len()), (2, 0));
+    assert_eq!(TheirCheckpoint::from_bytes(parsed.text()).unwrap().size(), 300);
+    // It is not a signature of the text alone.
+    let bare = ed25519_dalek::Signature::from_slice(&verified[1].signature()[8..]).unwrap();
+    let cosigner = TheirCosigner::new(&key.to_string());
+    assert!(cosigner.key.verify_strict(parsed.text(), &bare).is_err());
 }
 
 #[test]

@@ -12,6 +12,7 @@ use crate::merkle::Hash;
 use crate::note::Signer;
 use crate::record::tests::request;
 use crate::record::{Blob, Node, Policy};
+use crate::witness::{Answer, Witness};
 
 fn signer() -> Signer {
     Signer::from_seed("local/audit/fr-coordinator", [7; 32]).unwrap()
@@ -329,4 +330,64 @@ fn records_that_contradict_the_policy_or_the_certificates_are_named() {
     let Record::Certificate(mut other) = certificate(a) else { unreachable!() };
     other.sha256 = Digest(Hash::default());
     assert!(checked(&[Record::Certificate(other)]).is_err());
+}
+
+/// Cosigns the tree of the log's first `size` records, and shows it in its folder.
+fn cosign(root: &Path, witness: &mut Witness, old: u64, size: u64) {
+    let mut log = Log::open(root, signer().verifier()).unwrap().0;
+    let tree = Tree { size, root: merkle::root(&log, size).unwrap() };
+    let checkpoint = Checkpoint::sign(&signer(), tree).unwrap();
+    let path = merkle::consistency(&log, old, size).unwrap();
+    let answer = witness.cosign(&checkpoint, old, &path, 1).unwrap();
+    let Answer::Cosigned(line) = answer else { panic!("{answer:?}") };
+    let key = witness.verifier().clone();
+    log.show_cosigned(&checkpoint.with_cosignature(&line, &key).unwrap()).unwrap();
+}
+
+#[test]
+fn a_witness_vouches_for_what_it_has_seen_and_for_no_other_history() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, log_key) = (dir.path().join("log"), signer().verifier().clone());
+    let mut witness = Witness::open(&dir.path().join("w"), "local/witness/w").unwrap();
+    let stranger = Witness::open(&dir.path().join("v"), "local/witness/w").unwrap();
+    log_of(&root, &requests(5), &[2, 5]);
+    let check = |path: &Path, key: &CosignerKey| {
+        let verified = super::path(path, &log_key, &Words, false).unwrap();
+        cosigned(path, &verified, &log_key, key).map(|cosigned| (cosigned.size, cosigned.time_s))
+    };
+    let key = witness.verifier().clone();
+    let none = check(&root, &key).unwrap_err().to_string();
+    assert!(none.contains("local/witness/w+") && none.contains("has not signed it"), "{none}");
+    // An earlier checkpoint than the latest, as under load; then the latest.
+    cosign(&root, &mut witness, 0, 2);
+    assert_eq!(check(&root, &key).unwrap(), (2, 1));
+    cosign(&root, &mut witness, 2, 5);
+    assert_eq!(check(&root, &key).unwrap(), (5, 1));
+    assert!(check(&root, stranger.verifier()).is_err());
+
+    let note = Folder::note(&root).unwrap();
+    let checkpoint = Checkpoint::open(&note, &log_key).unwrap();
+    let file = dir.path().join("export");
+    let mut bytes = Vec::new();
+    let view = Folder::new(&root, 5);
+    crate::export::write(&view, &checkpoint, |_, _| true, &mut bytes).unwrap();
+    fs::write(&file, &bytes).unwrap();
+    assert_eq!(check(&file, &key).unwrap(), (5, 1));
+    assert!(check(&file, stranger.verifier()).is_err());
+    let without = note.lines().filter(|line| !line.contains("/witness/"));
+    let without = without.map(|line| format!("{line}\n")).collect::<String>();
+    let bare = Checkpoint::open(&without, &log_key).unwrap();
+    let mut bytes = Vec::new();
+    crate::export::write(&view, &bare, |_, _| true, &mut bytes).unwrap();
+    fs::write(&file, &bytes).unwrap();
+    assert!(check(&file, &key).unwrap_err().to_string().contains("has not signed it"));
+
+    // The log's owner has written another history since, with its key, and hidden the first.
+    let fork = dir.path().join("fork");
+    let mut others = requests(5);
+    others.swap(0, 1);
+    log_of(&fork, &others, &[5]);
+    fs::copy(root.join(COSIGNED), fork.join(COSIGNED)).unwrap();
+    let error = check(&fork, &key).unwrap_err().to_string();
+    assert!(error.contains("another history"), "{error}");
 }
