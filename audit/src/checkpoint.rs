@@ -1,11 +1,20 @@
 //! Checkpoints (c2sp.org/tlog-checkpoint): what a log says, under its signature, that it holds.
 
+use std::fmt::Display;
+
+use entente_proto::ids::NodeName;
+
 use crate::cosign::{self, CosignerKey};
 use crate::merkle::{self, Hash, Tree};
 use crate::note::{self, Signer, Verifier};
 use crate::{Error, base64};
 
 const WHAT: &str = "checkpoint";
+
+/// The origin of a coordinator's log, which is also its key's name.
+pub fn origin(cluster: impl Display, coordinator: &NodeName) -> String {
+    format!("{cluster}/audit/{coordinator}")
+}
 
 /// A checkpoint whose signature was made or checked.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,9 +14,11 @@
 //! What it does not know: clocks, networks, who asks, and whether the log's own signature counts.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+
+use entente_proto::ids::NodeName;
 
 use crate::checkpoint::Checkpoint;
 use crate::cosign::{Cosigner, CosignerKey};
@@ -30,6 +32,11 @@ pub const LOGS: &str = "logs";
 pub const LOGS_MAX: usize = 4_096;
 /// Longest file of them in bytes.
 const LOGS_LEN_MAX: u64 = 2 << 20;
+
+/// What the key of a cluster's witness is called.
+pub fn key_name(cluster: impl Display, witness: &NodeName) -> String {
+    format!("{cluster}/witness/{witness}")
+}
 
 /// What a witness says to a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]

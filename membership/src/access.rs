@@ -51,6 +51,8 @@ pub const RULES: &[Rule] = &[
     rule("/entente.v1.Enrolment/Join", &[], From::AnyRegion),
     rule("/entente.v1.Enrolment/Renew", &[Coordinator, Witness, Expert, Operator], From::AnyRegion),
     rule("/entente.v1.Enrolment/Enlist", &[Coordinator, Witness], From::AnyRegion),
+    // A coordinator has its own log cosigned; the handler compares the names.
+    rule("/entente.v1.Witness/Cosign", &[Coordinator], From::AnyRegion),
     rule("/entente.v1.Admin/Status", &[Operator], From::AnyRegion),
     rule("/entente.v1.Admin/ChangeGroup", &[Operator], From::AnyRegion),
     rule("/entente.v1.Admin/TransferLeader", &[Operator], From::AnyRegion),

@@ -38,12 +38,16 @@ impl Committed {
 
     /// The record's value.
     pub fn encode(&self) -> Bytes {
-        let message = wire::CommittedCheckpoint {
+        self.message().encode_to_vec().into()
+    }
+
+    /// As it is on the wire.
+    pub fn message(&self) -> wire::CommittedCheckpoint {
+        wire::CommittedCheckpoint {
             key: self.key.to_string(),
             note: self.checkpoint.note.clone(),
             path: self.path.concat().into(),
-        };
-        message.encode_to_vec().into()
+        }
     }
 
     /// Reads the record's value, and checks the signature.
@@ -51,10 +55,15 @@ impl Committed {
     /// # Errors
     /// What is wrong with it.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let what = "the checkpoint";
-        let malformed = |reason: String| Malformed::Prost { what, reason };
-        let message = wire::CommittedCheckpoint::decode(bytes)
-            .map_err(|error| malformed(error.to_string()))?;
+        let message = wire::CommittedCheckpoint::decode(bytes);
+        Self::read(&message.map_err(|error| malformed(error.to_string()))?)
+    }
+
+    /// Reads what came from the wire, and checks the signature.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn read(message: &wire::CommittedCheckpoint) -> Result<Self, Malformed> {
         let key: Verifier =
             message.key.parse().map_err(|error| malformed(format!("its {error}")))?;
         let checkpoint = Checkpoint::open(&message.note, &key)
@@ -71,6 +80,10 @@ impl Committed {
         let record = state.record(RecordKind::Checkpoint, record_key)?;
         Some(Self::decode(&record.value).map(|committed| (committed, record.revision)))
     }
+}
+
+fn malformed(reason: String) -> Malformed {
+    Malformed::Prost { what: "the checkpoint", reason }
 }
 
 /// Whether `value` may follow `before` as the record of this key.

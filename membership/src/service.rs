@@ -1,7 +1,7 @@
 //! The service around the pure [`crate::voter::Voter`]: a thread with a disk, and sockets.
 //!
 //! ```text
-//!   control port ──► guard (crate::access: who may call what) ──► raft | members | admin | enrolment
+//!   control port ──► guard (crate::access: who may call what) ──► raft | members | admin | enrolment | witness
 //!                                                    │  bounded commands
 //!                                                    ▼
 //!                        owner: ONE thread, Voter + Store ──► peers: a task for each voter
@@ -36,10 +36,12 @@ mod registration;
 mod server;
 mod shared;
 mod steward_shell;
+mod witness;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use entente_audit::witness::Witness;
 use entente_proto::ids::NodeName;
 use entente_tls::Credentials;
 use tokio::net::TcpListener;
@@ -63,6 +65,7 @@ use crate::voter::{Voter, VoterError};
 use authorities::Authorities;
 use enrolment::Enrolment;
 use shared::Shared;
+use witness::Cosigner;
 
 /// How long what is being answered may take when the service stops.
 const STOP_MAX: Duration = Duration::from_millis(500);
@@ -185,12 +188,14 @@ pub struct Process {
     pub listener: Option<std::net::TcpListener>,
     /// Who is told of refusals and of operators' orders.
     pub audit: Sink,
+    /// What cosigns checkpoints of audit logs, where this process does.
+    pub witness: Option<Witness>,
 }
 
 impl From<Credentials> for Process {
     /// Binds its port itself, and tells its log.
     fn from(credentials: Credentials) -> Self {
-        Self { credentials, listener: None, audit: Sink::default() }
+        Self { credentials, listener: None, audit: Sink::default(), witness: None }
     }
 }
 
@@ -205,7 +210,7 @@ pub async fn start(
     process: Process,
 ) -> Result<Service, ServiceError> {
     config.check()?;
-    let Process { credentials, listener, audit } = process;
+    let Process { credentials, listener, audit, witness } = process;
     let listener = server::listen(&config, listener).await?;
     let listens = listener.local_addr().map_err(|error| server::cannot(&config, &error))?;
     let address = config.address(roster, name);
@@ -236,6 +241,7 @@ pub async fn start(
         name: name.clone(),
         address,
         client: client(&known)?,
+        cosigner: witness.map(Cosigner::new),
         steward,
         stopping,
     })?;

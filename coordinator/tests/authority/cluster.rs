@@ -110,7 +110,7 @@ impl Cluster {
         runtime.spawn(serve(node, exchange, Some(secured), std::future::pending()));
         let file = service::Config::new(address.clone(), dir.path().to_owned());
         let credentials = own(Role::Coordinator);
-        let process = Process { credentials, listener: Some(control), audit };
+        let process = Process { listener: Some(control), audit, ..Process::from(credentials) };
         let name: NodeName = "fr-coordinator".parse().unwrap();
         let started = runtime.block_on(service::start(file, &roster, &name, process));
         let Service { handle: membership, .. } = started.unwrap();

@@ -45,6 +45,7 @@ impl admin_server::Admin for Admin {
             membership_epoch: state.membership_epoch().0,
             placement_epoch: state.placement_epoch().0,
             members: members(&state, &status),
+            cosign_refused: self.0.cosigner.as_ref().map(|cosigner| cosigner.refused()),
         }))
     }
 

@@ -16,6 +16,7 @@ use tokio::sync::{oneshot, watch};
 use super::peers::Peers;
 use super::shared::{Directory, Own, Shared};
 use super::steward_shell::StewardHandle;
+use super::witness::Cosigner;
 use super::{Config, ServiceError, config};
 use crate::client::Client;
 use crate::guard::Guard;
@@ -117,6 +118,7 @@ pub(super) struct Parts<'a> {
     pub(super) name: NodeName,
     pub(super) address: String,
     pub(super) client: Client,
+    pub(super) cosigner: Option<Cosigner>,
     pub(super) steward: StewardHandle,
     pub(super) stopping: watch::Receiver<bool>,
 }
@@ -153,6 +155,7 @@ pub(super) fn prepare(parts: Parts<'_>) -> Result<(Thread, Shared), ServiceError
         state: states,
         status: statuses,
         client: parts.client,
+        cosigner: parts.cosigner.map(Arc::new),
         steward: parts.steward,
         directory,
         guard: parts.guard,

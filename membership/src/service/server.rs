@@ -3,10 +3,12 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use entente_audit::note::NOTE_LEN_MAX;
 use entente_proto::wire::admin_server::AdminServer;
 use entente_proto::wire::enrolment_server::EnrolmentServer;
 use entente_proto::wire::membership_server::MembershipServer;
 use entente_proto::wire::raft_server::RaftServer;
+use entente_proto::wire::witness_server::WitnessServer;
 use entente_tls::Credentials;
 use tokio::net::TcpListener;
 use tonic::Status;
@@ -19,6 +21,7 @@ use super::enrolment::Enrolment;
 use super::members::Members;
 use super::raft_rpc::Raft;
 use super::shared::Shared;
+use super::witness::Witness;
 use super::{Config, ServiceError};
 use crate::guard::Guard;
 use crate::net::{Accepted, Peer, accept, bounded_server};
@@ -32,6 +35,8 @@ const STREAMS_MAX: u32 = 64;
 /// HTTP/2 window of a stream and of a connection: a snapshot must not wait for our permission.
 const WINDOW_BYTES: u32 = 8 << 20;
 
+/// Longest request of the service Witness: two notes' worth, as a note is the longest part of it.
+const COSIGN_LEN_MAX: usize = 2 * NOTE_LEN_MAX;
 /// Longest request of the service Enrolment: a CSR has some hundred bytes.
 const JOIN_LEN_MAX: usize = 16 << 10;
 /// How long a process that joins may be worked for.
@@ -72,7 +77,9 @@ pub(super) fn serve(
         .max_decoding_message_size(2 * REQUEST_LEN_MAX)
         .max_encoding_message_size(STATE_LEN_MAX + (1 << 16));
     let admin = AdminServer::new(Admin(shared.clone()));
-    let mut control = Control { guard, raft, members, admin, enrolment };
+    let witness = WitnessServer::new(Witness(shared.clone()));
+    let witness = witness.max_decoding_message_size(COSIGN_LEN_MAX);
+    let mut control = Control { guard, raft, members, admin, enrolment, witness };
     let control = service_fn(move |request| control.call(request));
     let server = bounded_server()
         .http2_keepalive_interval(Some(KEEPALIVE))
@@ -123,6 +130,7 @@ struct Control {
     members: MembershipServer<Members>,
     admin: AdminServer<Admin>,
     enrolment: EnrolmentServer<Enrolment>,
+    witness: WitnessServer<Witness>,
 }
 
 impl Control {
@@ -136,6 +144,7 @@ impl Control {
             Some("entente.v1.Membership") => self.members.call(request),
             Some("entente.v1.Enrolment") => self.enrolment.call(request),
             Some("entente.v1.Admin") => self.admin.call(request),
+            Some("entente.v1.Witness") => self.witness.call(request),
             // The table lists the calls of expert nodes too, which are not served here.
             _ => refuse(Status::unimplemented("it is served elsewhere")),
         }

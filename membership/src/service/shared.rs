@@ -10,6 +10,7 @@ use tonic::Status as GrpcStatus;
 
 use super::owner::Owner;
 use super::steward_shell::StewardHandle;
+use super::witness::Cosigner;
 use crate::client::Client;
 use crate::guard::Guard;
 use crate::net::Reason;
@@ -24,6 +25,8 @@ pub(super) struct Shared {
     pub(super) state: watch::Receiver<Arc<State>>,
     pub(super) status: watch::Receiver<Status>,
     pub(super) client: Client,
+    /// Where this process cosigns.
+    pub(super) cosigner: Option<Arc<Cosigner>>,
     pub(super) steward: StewardHandle,
     pub(super) directory: Directory,
     pub(super) own: Arc<Own>,

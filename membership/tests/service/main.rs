@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod authority;
+mod cosigning;
 mod enrolment;
 mod faults;
 mod group;

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use entente_audit::witness::Witness;
 use entente_membership::client::Client;
 use entente_membership::net::Dialler;
 use entente_membership::roster::{Roster, RosterVoter, VoterRole};
-use entente_membership::service::{Config, Membership, Service, ServiceError, start};
+use entente_membership::service::{Config, Membership, Process, Service, ServiceError, start};
 use entente_membership::state::{Command, RecordKind, State};
 use entente_proto::identity::{Identity, Role};
 use entente_proto::ids::NodeName;
@@ -152,11 +153,22 @@ impl World {
         self.running[i] = Some(running.unwrap());
     }
 
+    /// Starts a voter that cosigns; its memory is in `folder`.
+    pub fn start_cosigning(&mut self, i: usize, folder: &std::path::Path) {
+        let voter = &self.roster.voters()[i];
+        let node = voter.name.as_str();
+        let config = self.config(&self.listens[i], node);
+        let witness = Witness::open(folder, &format!("demo/witness/{node}")).unwrap();
+        let credentials = self.credentials(Role::Witness, node);
+        let process = Process { witness: Some(witness), ..credentials.into() };
+        self.running[i] = Some(self.run(config, node, process).unwrap());
+    }
+
     /// Starts one that is no founder.
     pub fn start_joiner(&mut self, node: &str) -> usize {
         let config = Config { join: true, ..self.config(&free_address(), node) };
         let credentials = self.credentials(Role::Witness, node);
-        let running = self.run(config, node, credentials).unwrap();
+        let running = self.run(config, node, credentials.into()).unwrap();
         self.running.push(Some(running));
         self.running.len() - 1
     }
@@ -167,22 +179,17 @@ impl World {
             VoterRole::Coordinator => Role::Coordinator,
             VoterRole::Witness => Role::Witness,
         };
-        self.run(config, voter.name.as_str(), self.credentials(role, voter.name.as_str()))
+        let credentials = self.credentials(role, voter.name.as_str());
+        self.run(config, voter.name.as_str(), credentials.into())
     }
 
     pub fn run_voter(&self, i: usize, config: Config) -> Option<ServiceError> {
         self.start_with(i, config).err()
     }
 
-    fn run(
-        &self,
-        config: Config,
-        node: &str,
-        credentials: Credentials,
-    ) -> Result<Running, ServiceError> {
+    fn run(&self, config: Config, node: &str, process: Process) -> Result<Running, ServiceError> {
         let runtime = runtime(1);
-        let service =
-            runtime.block_on(start(config, &self.roster, &name(node), credentials.into()));
+        let service = runtime.block_on(start(config, &self.roster, &name(node), process));
         let Service { handle, ended } = service?;
         Ok(Running { runtime, handle, ended })
     }
