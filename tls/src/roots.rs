@@ -131,6 +131,16 @@ impl Roots {
         )?;
         Ok(certificate::leaf(certificate)?.0)
     }
+
+    /// Who the holder of a certificate was when it began to be valid, if a CA of its region issued
+    /// it: for whoever reads what was signed long ago, when certificate and CA may have ended.
+    ///
+    /// # Errors
+    /// As [`Self::identify`].
+    pub fn identify_issued(&self, certificate: &CertificateDer<'_>) -> Result<Identity, Error> {
+        let (_, validity) = certificate::leaf(certificate)?;
+        self.identify(certificate, &[], validity.start)
+    }
 }
 
 /// All certificates in a PEM text.
