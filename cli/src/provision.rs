@@ -7,6 +7,7 @@
 //!   DIR/tls/ca/          CAs whose keys are here: <region>.pem and <region>.key
 //!   DIR/raft/            the log of a voter
 //!   DIR/audit/           the audit log of a coordinator
+//!   DIR/cosign/          the key of a witness, and what it cosigned
 //!   DIR/cluster.json     on the founder: how an operator's verbs find the cluster (--data-dir)
 //! ```
 //!
@@ -115,6 +116,8 @@ struct RoleFile<'a> {
     tls: Files,
     #[serde(skip_serializing_if = "Option::is_none")]
     audit: Option<Dir>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cosign: Option<Dir>,
     membership: Membership<'a>,
     cluster: &'a Roster,
 }
@@ -240,6 +243,7 @@ impl Folder {
             weights: model.map(|_| machine.weights.into()),
             tls: self.files(&process.name),
             audit: is_coordinator.then(|| Dir { dir: self.0.join("audit") }),
+            cosign: (role == Role::Witness).then(|| Dir { dir: self.0.join("cosign") }),
             membership: Membership {
                 listen: listen.filter(|_| votes),
                 advertise: advertise.filter(|_| votes),
@@ -335,5 +339,6 @@ mod tests {
         let witness: witness::Config = toml::from_str(&text(Role::Witness)).unwrap();
         assert_eq!(witness.membership.data_dir, folder.root().join("raft"));
         assert_eq!(witness.tls.key, witness.tls.certificate);
+        assert_eq!(witness.cosign.unwrap().dir, folder.root().join("cosign"));
     }
 }

@@ -4,7 +4,8 @@
 //!   api ── attempts ──┐ bounded
 //!   engine ── ends ───┼──► owner: ONE thread, requests + log ──► folder (entente-audit)
 //!   nodes' statements ┘                     │
-//!                                           └──► the latest checkpoint, for raft
+//!                                           ├──► the latest checkpoint, for raft and witnesses
+//!   witnesses' cosignatures ────────────────┘
 //! ```
 //!
 //! Records are committed in groups: whatever has come while the disk was busy is written with one
@@ -23,6 +24,7 @@
 mod attempt;
 mod books;
 pub(crate) mod commit;
+pub(crate) mod cosign;
 pub mod keys;
 pub mod notary;
 mod owner;
@@ -34,6 +36,7 @@ use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender};
 use entente_audit::checkpoint::Checkpoint;
+use entente_audit::cosign::CosignerKey;
 use entente_audit::merkle::Hash;
 use entente_audit::record::{Admin, Refused};
 use entente_membership::audit::{Event, Sink};
@@ -68,24 +71,6 @@ pub enum LedgerError {
     /// The log.
     #[error(transparent)]
     Log(#[from] entente_audit::Error),
-    /// The file system refused.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// Where.
-        path: PathBuf,
-        /// What it said.
-        source: std::io::Error,
-    },
-    /// The folder is of another coordinator or cluster.
-    #[error("{}: it is the key of the log {name}, this is {origin}", path.display())]
-    OtherLog {
-        /// The key.
-        path: PathBuf,
-        /// Whose it is.
-        name: String,
-        /// Whose it should be.
-        origin: String,
-    },
     /// A file with a salt holds something else.
     #[error("{}: it is not a salt", path.display())]
     Salt {
@@ -126,7 +111,15 @@ enum More {
     Admin(Admin),
     Find { id: RequestId, tenant: TenantName, reply: oneshot::Sender<Option<Receipt>> },
     Consistency { old: u64, new: u64, reply: oneshot::Sender<Option<Vec<Hash>>> },
+    Cosigned(Box<Cosigned>),
     Stop { reply: oneshot::Sender<()> },
+}
+
+/// What a witness has said of a checkpoint of this log.
+struct Cosigned {
+    checkpoint: Checkpoint,
+    key: CosignerKey,
+    line: String,
 }
 
 /// The way to the ledger. Cheap to clone.
@@ -248,6 +241,13 @@ impl Ledger {
         let (reply, answer) = oneshot::channel();
         self.more.try_send(More::Consistency { old, new, reply }).ok()?;
         answer.await.ok()?
+    }
+
+    /// Shows a witness's cosignature of a checkpoint of this log, once it was found to be one. False:
+    /// it had to be dropped, as more waits than may.
+    pub fn cosigned(&self, checkpoint: Checkpoint, key: CosignerKey, line: String) -> bool {
+        let cosigned = Box::new(Cosigned { checkpoint, key, line });
+        self.more.try_send(More::Cosigned(cosigned)).is_ok()
     }
 
     /// Writes what is still open as it is, signs a last checkpoint, and ends the owner.

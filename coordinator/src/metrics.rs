@@ -70,12 +70,15 @@ pub struct ClusterMetrics {
     pub raft_term: IntGauge,
     /// Records under the checkpoint of this coordinator's audit log that the cluster has committed.
     pub audit_committed: IntGauge,
-    /// Checkpoints of this coordinator's audit log that contradicted what is committed.
+    /// Records under the latest checkpoint of it that each witness has cosigned.
+    pub audit_cosigned: IntGaugeVec,
+    /// Checkpoints of this coordinator's audit log that contradicted what is committed or cosigned.
     pub audit_alarms: IntCounter,
 }
 
 impl ClusterMetrics {
     fn new(
+        registry: &Registry,
         gauge: &impl Fn(&str, &str) -> IntGauge,
         counter: &impl Fn(&str, &str) -> IntCounter,
     ) -> Self {
@@ -88,12 +91,19 @@ impl ClusterMetrics {
                 "audit_committed_records",
                 "Records of the audit log that the cluster has committed a checkpoint of.",
             ),
+            audit_cosigned: register(registry, cosigned()),
             audit_alarms: counter(
                 "audit_alarms_total",
-                "Checkpoints of the audit log that contradicted what the cluster has committed.",
+                "Checkpoints of the audit log that contradicted what is committed or cosigned.",
             ),
         }
     }
+}
+
+fn cosigned() -> Result<IntGaugeVec, prometheus::Error> {
+    let help = "Records of the audit log that a witness has cosigned a checkpoint of.";
+    let name = "audit_cosigned_records";
+    IntGaugeVec::new(Opts::new(format!("entente_{name}"), help), &["witness"])
 }
 
 /// From a small model's step on one machine to a large prefill over a network.
@@ -162,7 +172,7 @@ impl Metrics {
             link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
             hedged_rows: counter("hedged_rows_total", "Rows asked of a second, faster replica."),
             retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),
-            cluster: ClusterMetrics::new(&gauge, &counter),
+            cluster: ClusterMetrics::new(&registry, &gauge, &counter),
             step_waiting: gauge("step_waiting", "1 while a step waits for missing experts."),
             steps_held: counter(
                 "steps_held_total",

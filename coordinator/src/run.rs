@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
+use entente_audit::checkpoint;
 use entente_membership::net::http;
 use hyper::body::Incoming;
 use tower::ServiceExt;
 
 use crate::api::{self, Api};
 use crate::engine::{EngineHandle, Readiness};
-use crate::ledger::{self, Ledger, commit};
+use crate::ledger::{self, Ledger, commit, cosign};
 use crate::{Config, Error, Started, Wiring, host, start_wired};
 
 /// How long running requests may take to finish once the coordinator is told to stop.
@@ -64,7 +65,7 @@ pub async fn run(
 
 /// Opens the audit log, if one is configured.
 fn keep(config: &Config) -> Result<Option<ledger::Started>, Error> {
-    let origin = format!("{}/audit/{}", config.cluster.name(), config.name);
+    let origin = checkpoint::origin(config.cluster.name(), &config.name);
     Ok(config.audit.as_ref().map(|audit| ledger::start(audit, &origin)).transpose()?)
 }
 
@@ -112,6 +113,14 @@ where
         tokio::spawn(host::show(membership.status(), started.api.metrics.clone()));
         if let Some(ledger) = ledger {
             let (name, metrics) = (config.name.clone(), started.api.metrics.clone());
+            let asker = cosign::Asker {
+                ledger: ledger.clone(),
+                membership: membership.clone(),
+                credentials: host.credentials.clone(),
+                via: config.membership.as_ref().map(|m| m.via.clone()).unwrap_or_default(),
+                metrics: metrics.clone(),
+            };
+            tokio::spawn(cosign::run(asker));
             tokio::spawn(commit::run(ledger, membership.clone(), name, metrics));
         }
         let served = started.served.clone();

@@ -46,7 +46,8 @@ fn a_ready_cluster_shows_and_publishes_what_runs() {
     let cluster = Cluster::start(&[]);
     let file = cluster.file();
     let keys: BTreeSet<&str> = file.as_object().unwrap().keys().map(String::as_str).collect();
-    let known = ["http", "endpoints", "control", "api_key", "audit_keys", "processes"];
+    let known =
+        ["http", "endpoints", "control", "api_key", "audit_keys", "processes", "witness_keys"];
     assert_eq!(keys, BTreeSet::from(known));
     assert_eq!(file["http"], file["endpoints"]["fr"]);
     let processes = file["processes"].as_array().unwrap();

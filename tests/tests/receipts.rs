@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use entente_audit::report::Month;
+use entente_audit::witness::Witness;
 use entente_tests::cluster::run;
-use entente_tests::process::wait_for;
+use entente_tests::process::{Signal, wait_for};
 use entente_tests::{Cluster, Golden, http};
 use serde_json::{Value, json};
 
@@ -131,4 +132,75 @@ fn what_is_refused_is_recorded_and_an_export_cannot_be_changed() {
     std::fs::write(&file, without.join("\n") + "\n").unwrap();
     let (code, said) = verify(&file, &key);
     assert!(code == Some(1) && said.contains("it is missing"), "{said}");
+}
+
+#[test]
+fn a_witness_cosigns_what_the_cluster_has_agreed_on_and_verify_wants_its_line() {
+    let golden = Golden::load("mixtral");
+    let cluster = Cluster::start(&["--model", golden.path(), "--regions", "fr=1,se=1"]);
+    let (url, dir) = (cluster.http().to_owned(), cluster.data_dir().to_owned());
+    let key_in = |keys: &str, name: &str| cluster.file()[keys][name].as_str().unwrap().to_owned();
+    let key = key_in("audit_keys", "fr-coordinator");
+    let witness = key_in("witness_keys", "witness");
+    let body = json!({"prompt": "a", "max_tokens": 2});
+    let answer = http::post(&format!("{url}/v1/completions"), &body);
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let id = answer.json()["id"].as_str().unwrap().replace("cmpl-", "");
+    // Before somebody asks for a receipt nothing may be signed yet.
+    receipt(&url, &id);
+
+    let file = Path::new(&dir).join("export.jsonl");
+    let verify = |path: &Path, witness: &str| {
+        let path = path.to_str().unwrap();
+        let end = run(&["audit", "verify", path, "--key", &key, "--witness-key", witness]);
+        (end.code(), end.stdout + &end.stderr)
+    };
+    let exported = || {
+        let to = file.to_str().unwrap();
+        let log = ["audit", "export", "--data-dir", &dir, "--node", "fr-coordinator"];
+        assert_eq!(run(&[&log[..], &["--file", to]].concat()).code(), Some(0));
+        let (code, said) = verify(&file, &witness);
+        assert!(code == Some(0) || said.contains("has not signed it"), "{said}");
+        let has_it = std::fs::read_to_string(&file).unwrap().contains(&id);
+        (code == Some(0) && has_it).then_some(said)
+    };
+    let said = wait_for(SOON, exported).expect("the export is cosigned soon");
+    assert!(said.contains("local/witness/witness cosigned its first"), "{said}");
+    let folder = Path::new(&dir).join("audit/fr-coordinator");
+    assert_eq!(verify(&folder, &witness).0, Some(0));
+    let ca = format!("{dir}/tls/ca.pem");
+    let by_ca = ["audit", "verify", file.to_str().unwrap(), "--key", &key, "--ca", &ca];
+    assert_eq!(run(&by_ca).code(), Some(0), "its certificates are of the cluster's CAs");
+    let proof = receipt(&url, &id)["proof"].as_str().unwrap().to_owned();
+    let proof_file = Path::new(&dir).join("it.tlog-proof");
+    std::fs::write(&proof_file, &proof).unwrap();
+    assert_eq!(verify(&proof_file, &witness).0, Some(0));
+
+    // A witness that is silent holds up neither requests nor checkpoints, and catches up later.
+    let silent = cluster.process("witness");
+    silent.signal(Signal::STOP);
+    let metric = |name: &str| http::metric(&url, name);
+    let before = metric("entente_audit_committed_records");
+    assert_eq!(http::post(&format!("{url}/v1/completions"), &body).status, 200);
+    let committed = || Some(metric("entente_audit_committed_records")).filter(|now| *now > before);
+    let committed = wait_for(SOON, committed).expect("it is committed without the witness");
+    silent.signal(Signal::CONT);
+    let cosigned = || metric("entente_audit_cosigned_records") >= committed;
+    assert!(wait_for(SOON, || cosigned().then_some(())).is_some(), "it does not catch up");
+
+    // A key that is not the witness's, and a proof without its line.
+    let (code, said) = verify(&proof_file, &other_key(&witness));
+    assert!(code == Some(1) && said.contains("local/witness/witness+"), "{said}");
+    let lines = proof.lines().filter(|line| !line.contains("— local/witness/"));
+    let without: String = lines.map(|line| format!("{line}\n")).collect();
+    std::fs::write(&proof_file, without).unwrap();
+    let (code, said) = verify(&proof_file, &witness);
+    assert!(code == Some(1) && said.contains("has not signed it"), "{said}");
+}
+
+/// A key of the same name whose private half nobody here has.
+fn other_key(key: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let name = key.split('+').next().unwrap();
+    Witness::open(dir.path(), name).unwrap().verifier().to_string()
 }

@@ -44,6 +44,9 @@ pub struct ClusterFile {
     pub audit_keys: BTreeMap<NodeName, String>,
     /// Every child process.
     pub processes: Vec<ProcessEntry>,
+    /// The public key with which each witness cosigns audit logs, by name.
+    #[serde(default)]
+    pub witness_keys: BTreeMap<NodeName, String>,
 }
 
 /// One child process in `cluster.json`.
@@ -142,6 +145,11 @@ impl DataDir {
         audit_in(&self.root)
     }
 
+    /// Where witnesses keep what they cosigned, each in a folder of its name.
+    pub fn cosign(&self) -> PathBuf {
+        self.root.join("cosign")
+    }
+
     /// Where voters keep their logs, each in a folder of its name: empty at first. A cluster on one
     /// machine has new certificates and new addresses at each start, so what an earlier one agreed
     /// on is about members that are no more.
@@ -226,8 +234,9 @@ mod tests {
         let api_key: Option<ApiKey> = Some("mk_0_secret".parse().unwrap());
         let (http, endpoints) = ("http://a".to_owned(), BTreeMap::new());
         let (control, processes) = (BTreeMap::new(), Vec::new());
-        let audit_keys = BTreeMap::new();
-        let file = ClusterFile { http, endpoints, control, api_key, audit_keys, processes };
+        let (audit_keys, witness_keys) = (BTreeMap::new(), BTreeMap::new());
+        let file =
+            ClusterFile { http, endpoints, control, api_key, audit_keys, processes, witness_keys };
         // Twice, as it is when a process was restarted.
         data.publish(&file).unwrap();
         data.publish(&file).unwrap();

@@ -13,7 +13,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use entente_coordinator::ledger::keys::PUBLIC_KEY;
+use entente_audit::keyfile::PUBLIC_KEY;
 use entente_membership::service::CaConfig;
 use entente_proto::ids::NodeName;
 
@@ -289,20 +289,22 @@ impl Cluster {
             endpoints: coordinators.map(|p| (p.member.region, url(p.addresses.main))).collect(),
             control: self.processes.iter().filter_map(control).collect(),
             api_key: self.api_key.clone(),
-            audit_keys: self.audit_keys(),
+            audit_keys: self.keys_of(Role::Coordinator, &self.data.audit()),
+            witness_keys: self.keys_of(Role::Witness, &self.data.cosign()),
             processes: self.processes.iter().zip(self.supervisor.pids()).map(entry).collect(),
         }
     }
 
-    /// The public keys of the audit logs, which coordinators write before they are ready.
-    fn audit_keys(&self) -> BTreeMap<NodeName, String> {
+    /// The public keys of the audit logs or of those who cosign them, which processes of this role
+    /// write before they are ready, each in a folder of its name.
+    fn keys_of(&self, role: Role, folder: &std::path::Path) -> BTreeMap<NodeName, String> {
         let key = |process: &Process| {
             let name = &process.member.name;
-            let path = self.data.audit().join(name.as_str()).join(PUBLIC_KEY);
+            let path = folder.join(name.as_str()).join(PUBLIC_KEY);
             Some((name.clone(), std::fs::read_to_string(path).ok()?.trim().to_owned()))
         };
-        let is_coordinator = |p: &&Process| p.member.role == Role::Coordinator;
-        self.processes.iter().filter(is_coordinator).filter_map(key).collect()
+        let of_role = self.processes.iter().filter(|process| process.member.role == role);
+        of_role.filter_map(key).collect()
     }
 
     /// The table of processes.
@@ -394,6 +396,7 @@ fn common(
         raft: data.empty_raft()?,
         // What was recorded stays, whatever the cluster was.
         audit: tls_is_wanted.then(|| data.audit()),
+        cosign: data.cosign(),
         endpoints,
         roster,
         open: wanted.open,

@@ -245,6 +245,8 @@ pub struct Common {
     pub endpoints: Endpoints,
     /// The folder in which each coordinator keeps its audit log in a folder of its own, where it does.
     pub audit: Option<PathBuf>,
+    /// The folder in which each witness keeps what it cosigned in a folder of its own.
+    pub cosign: PathBuf,
     /// The expert nodes and where they listen.
     pub roster: Roster,
     /// Whether the public API asks for no key.
@@ -324,6 +326,7 @@ pub fn configuration(
             tls: common.tls_files(member).context("a witness needs a certificate")?,
             membership: membership.context("a witness needs a control plane")?,
             cluster: common.roster.clone(),
+            cosign: Some(witness::CosignConfig { dir: common.cosign.join(member.name.as_str()) }),
         }),
     };
     text.with_context(|| format!("the configuration of {} cannot be written", member.name))
@@ -452,6 +455,7 @@ mod tests {
             ca: None,
             raft: "raft".into(),
             audit: None,
+            cosign: "cosign".into(),
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(2, nodes).unwrap(),
             open: false,
@@ -495,6 +499,7 @@ mod tests {
             ca: Some(CaConfig::new("cas".into())),
             raft: "raft".into(),
             audit: None,
+            cosign: "cosign".into(),
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(1, [(members[1].clone(), Some(at(3)))].into_iter())
                 .and_then(|roster| Ok(roster.with_voters(voters)?))
@@ -516,6 +521,7 @@ mod tests {
         assert_eq!(membership.via, via);
         assert_eq!(membership.data_dir, PathBuf::from("raft/fr-coordinator"));
         assert_eq!(witness.membership.listen, "127.0.0.1:4");
+        assert_eq!(witness.cosign.unwrap().dir, PathBuf::from("cosign/witness"));
         assert_eq!((membership.ca, witness.membership.ca), (common.ca, None));
     }
 }

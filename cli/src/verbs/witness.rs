@@ -1,12 +1,15 @@
 //! `entente witness`: a voter without a model, so that the raft group can lose somebody.
 //!
 //! It keeps the log, votes, and leads when it is elected; it can do all that a leader does, since
-//! planning needs no model. It serves nobody and holds no experts.
+//! planning needs no model. It serves nobody and holds no experts. Where it has a folder for that,
+//! it cosigns the checkpoints of coordinators' audit logs.
 
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 
 use anyhow::Context;
+use entente_audit::witness::{Witness, key_name};
 use entente_membership::enrolment::keep_fresh;
 use entente_membership::roster::Roster;
 use entente_membership::service::{self, Process, Service};
@@ -31,6 +34,17 @@ pub struct Config {
     pub membership: service::Config,
     /// The voters that founded the cluster.
     pub cluster: Roster,
+    /// Where it keeps what it cosigned; without it, it cosigns nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cosign: Option<CosignConfig>,
+}
+
+/// How checkpoints of audit logs are cosigned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CosignConfig {
+    /// The folder of the key and of what was cosigned last; this process's alone.
+    pub dir: PathBuf,
 }
 
 impl Config {
@@ -41,6 +55,13 @@ impl Config {
         let member = Some((self.region, self.name.clone()));
         credentials.belong_to(&self.cluster.expect(Role::Witness, member))?;
         Ok(credentials)
+    }
+
+    /// # Errors
+    /// The folder is not this witness's, or does not say what was cosigned.
+    fn witness(&self) -> Result<Option<Witness>, entente_audit::Error> {
+        let name = key_name(self.cluster.name(), &self.name);
+        self.cosign.as_ref().map(|cosign| Witness::open(&cosign.dir, &name)).transpose()
     }
 }
 
@@ -58,6 +79,7 @@ async fn witness(
     mut shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let credentials = config.credentials()?;
+    let witness = config.witness().context("cosign.dir")?;
     let listener = match listener {
         Some(listener) => listener,
         None => std::net::TcpListener::bind(&config.membership.listen)
@@ -65,7 +87,7 @@ async fn witness(
     };
     let address = listener.local_addr()?;
     let Config { name, tls, membership, cluster, .. } = config;
-    let process = Process { listener: Some(listener), ..credentials.clone().into() };
+    let process = Process { listener: Some(listener), witness, ..credentials.clone().into() };
     let service = service::start(membership, &cluster, &name, process).await?;
     let Service { handle, mut ended } = service;
     let mut fresh = pin!(keep_fresh(handle.client().clone(), credentials, tls));

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::select;
 use entente_audit::checkpoint::Checkpoint;
 use entente_audit::folder::Folder;
+use entente_audit::keyfile;
 use entente_audit::log::Log;
 use entente_audit::merkle;
 use entente_audit::note::Signer;
@@ -19,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use super::keys::{self, Salts};
 use super::notary::ByCertificate;
 use super::requests::{Complete, Requests};
-use super::{Config, Inputs, LedgerError, Message, More, Receipt, now_ms};
+use super::{Config, Cosigned, Inputs, LedgerError, Message, More, Receipt, now_ms};
 use crate::engine::tally::Closed;
 use crate::statements::Stated;
 
@@ -61,6 +62,8 @@ pub(super) struct Owner {
     /// When the next checkpoint is to be signed, if there is anything to sign.
     due: Option<Instant>,
     tell: watch::Sender<Option<Arc<Checkpoint>>>,
+    /// The latest checkpoint that a witness has cosigned, with all cosignatures of it.
+    cosigned: Option<Arc<Checkpoint>>,
     stopping: Option<oneshot::Sender<()>>,
 }
 
@@ -72,16 +75,18 @@ impl Owner {
         inputs: Inputs,
         tell: watch::Sender<Option<Arc<Checkpoint>>>,
     ) -> Result<(Self, String), LedgerError> {
-        let signer = keys::signer(&config.dir, origin)?;
+        let signer: Signer = keyfile::open(&config.dir, origin)?;
         let (log, torn) = Log::open(&config.dir, signer.verifier())?;
         if torn > 0 {
             tracing::warn!(torn, "bytes that were never acknowledged are cut off the audit log");
         }
         let key = signer.verifier().to_string();
+        let cosigned = Folder::cosigned_note(&config.dir)?;
+        let cosigned =
+            cosigned.and_then(|note| Checkpoint::open(&note, signer.verifier()).ok()).map(Arc::new);
         let mut owner = Self {
             inputs,
             salts: Salts::open(&config.dir)?,
-            log,
             signer,
             requests: Requests::default(),
             index: BTreeMap::new(),
@@ -93,6 +98,8 @@ impl Owner {
             asked: Vec::new(),
             due: None,
             tell,
+            cosigned: cosigned.filter(|cosigned| log.begins_with(&cosigned.tree)),
+            log,
             stopping: None,
         };
         owner.read_index()?;
@@ -153,7 +160,7 @@ impl Owner {
                 Err(_) => return Ok(false),
             },
             recv(others) -> other => match other {
-                Ok(other) => self.take_other(other),
+                Ok(other) => self.take_other(other)?,
                 Err(_) => return Ok(false),
             },
             recv(stated) -> stated => match stated {
@@ -176,7 +183,7 @@ impl Owner {
         while self.batch.len() < BATCH_MAX
             && let Ok(other) = others.try_recv()
         {
-            self.take_other(other);
+            self.take_other(other)?;
         }
         Ok(true)
     }
@@ -207,7 +214,7 @@ impl Owner {
     }
 
     /// Does what a message says that is of no request that is open.
-    fn take_other(&mut self, other: More) {
+    fn take_other(&mut self, other: More) -> Result<(), LedgerError> {
         match other {
             More::Certificate(der) => self.certify(der),
             More::Admin(admin) => self.write(&Record::Admin(admin)),
@@ -218,8 +225,29 @@ impl Owner {
                 // Who does not wait any more gets nothing.
                 let _ = reply.send(path.flatten());
             }
+            More::Cosigned(cosigned) => self.show(*cosigned)?,
             More::Stop { reply } => self.stopping = Some(reply),
         }
+        Ok(())
+    }
+
+    /// Puts a cosignature beneath its checkpoint, beside what other witnesses have said of it.
+    fn show(&mut self, new: Cosigned) -> Result<(), LedgerError> {
+        let tree = new.checkpoint.tree;
+        let before = self.cosigned.as_deref().filter(|before| before.tree.size >= tree.size);
+        let checkpoint = before.unwrap_or(&new.checkpoint);
+        if checkpoint.tree != tree || !self.log.begins_with(&tree) {
+            tracing::debug!(size = tree.size, "a cosignature comes too late");
+            return Ok(());
+        }
+        match checkpoint.with_cosignature(&new.line, &new.key) {
+            Ok(cosigned) => {
+                self.log.show_cosigned(&cosigned)?;
+                self.cosigned = Some(Arc::new(cosigned));
+            }
+            Err(error) => tracing::error!(target: "audit", %error, "a cosignature is void"),
+        }
+        Ok(())
     }
 
     fn closed(&mut self, closed: Closed) -> Result<(), LedgerError> {
@@ -349,7 +377,11 @@ impl Owner {
         if index >= self.log.published() {
             self.publish()?;
         }
-        let Some(checkpoint) = self.tell.borrow().clone() else { return Ok(None) };
+        // One that a witness vouches for says more than a later one.
+        let cosigned = self.cosigned.clone().filter(|cosigned| index < cosigned.tree.size);
+        let Some(checkpoint) = cosigned.or_else(|| self.tell.borrow().clone()) else {
+            return Ok(None);
+        };
         let path = merkle::inclusion(&self.log, index, checkpoint.tree.size)?;
         let (extra, note) = (Some(bytes.clone()), checkpoint.note.clone());
         let proof = Proof { extra, index, path, note };

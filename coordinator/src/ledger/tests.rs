@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use entente_audit::checkpoint::Checkpoint;
+use entente_audit::cosign;
 use entente_audit::folder::Folder;
 use entente_audit::merkle;
 use entente_audit::note::Verifier;
 use entente_audit::proof::Proof;
 use entente_audit::record::{Coordinator, Digest, Record};
 use entente_audit::verify;
+use entente_audit::witness::{Answer, Witness};
 use entente_proto::ids::Incarnation;
 use entente_proto::statement::STATEMENT_CONTEXT;
 use entente_proto::wire;
@@ -55,7 +57,7 @@ fn serve(ledger: &Ledger, origin: &Arc<Origin>) {
 
 fn records(dir: &Path) -> Vec<Record> {
     let note = Folder::note(dir).unwrap();
-    let key = std::fs::read_to_string(dir.join(keys::PUBLIC_KEY)).unwrap();
+    let key = std::fs::read_to_string(dir.join(entente_audit::keyfile::PUBLIC_KEY)).unwrap();
     let key: Verifier = key.trim().parse().unwrap();
     let size = Checkpoint::open(&note, &key).unwrap().tree.size;
     let view = Folder::new(dir, size);
@@ -270,4 +272,41 @@ async fn requests_are_refused_rather_than_begun_without_a_record() {
     ledger.stop(STOP_MAX).await;
     ended.await.unwrap().unwrap();
     assert_eq!(records(dir.path()).len(), OPEN_MAX);
+}
+
+#[tokio::test]
+async fn a_cosignature_stays_beneath_its_checkpoint_and_in_receipts_and_a_void_one_is_not_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("log");
+    let mut witness = Witness::open(&dir.path().join("witness"), "local/witness/w").unwrap();
+    let key = witness.verifier().clone();
+    let cosigned_at = |note: &str| cosign::time_s(note, &key).ok();
+    let (first, second) = (origin("one"), origin("one"));
+    let time_in = async |ledger: &Ledger, of: &Arc<Origin>| {
+        let receipt = found(ledger, of.id, &of.tenant).await.unwrap();
+        cosigned_at(&Proof::parse(&receipt.proof).unwrap().note)
+    };
+    let Started { ledger, ended } = started(&folder);
+    serve(&ledger, &first);
+    assert_eq!(time_in(&ledger, &first).await, None);
+    let checkpoint = Checkpoint::clone(ledger.checkpoint().borrow().as_ref().unwrap());
+    let Answer::Cosigned(line) = witness.cosign(&checkpoint, 0, &[], 7).unwrap() else {
+        panic!("the first checkpoint of a log contradicts nothing")
+    };
+    let void = line.replace("local/witness/w ", "local/witness/v ");
+    assert!(ledger.cosigned(checkpoint.clone(), key.clone(), void));
+    assert_eq!(time_in(&ledger, &first).await, None);
+    assert!(ledger.cosigned(checkpoint, key.clone(), line));
+    assert_eq!(time_in(&ledger, &first).await, Some(7));
+    assert_eq!(cosigned_at(&Folder::note(&folder).unwrap()), Some(7));
+    // A later checkpoint takes nothing from it, nor does a restart.
+    serve(&ledger, &second);
+    assert_eq!(time_in(&ledger, &second).await, None);
+    assert_eq!(cosigned_at(&Folder::note(&folder).unwrap()), None);
+    assert_eq!(cosigned_at(&Folder::cosigned_note(&folder).unwrap().unwrap()), Some(7));
+    ledger.stop(STOP_MAX).await;
+    ended.await.unwrap().unwrap();
+    let Started { ledger, .. } = started(&folder);
+    assert_eq!(time_in(&ledger, &first).await, Some(7));
+    ledger.stop(STOP_MAX).await;
 }

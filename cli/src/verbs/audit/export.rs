@@ -22,6 +22,10 @@ pub struct ExportArgs {
     #[arg(long, env = "ENTENTE_TENANT", value_name = "NAME")]
     tenant: Option<TenantName>,
 
+    /// Only as far as a witness has cosigned the log.
+    #[arg(long, env = "ENTENTE_AUDIT_COSIGNED")]
+    cosigned: bool,
+
     /// The file to write; standard output when absent.
     #[arg(long, env = "ENTENTE_AUDIT_FILE", value_name = "FILE")]
     file: Option<PathBuf>,
@@ -30,6 +34,7 @@ pub struct ExportArgs {
 /// Writes it.
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
     let source = args.logs.one()?;
+    let source = if args.cosigned { source.cosigned()? } else { source };
     let wanted = |_: u64, record: &Record| match (&args.tenant, record) {
         (None, _) | (Some(_), Record::Certificate(_) | Record::Statement(_)) => true,
         (Some(_), Record::Admin(_)) => false,

@@ -23,6 +23,10 @@ pub struct ProveArgs {
     /// The request, as the header `x-entente-receipt` named it.
     request: RequestId,
 
+    /// Under the latest checkpoint that a witness has cosigned.
+    #[arg(long, env = "ENTENTE_AUDIT_COSIGNED")]
+    cosigned: bool,
+
     /// The file to write; standard output when absent.
     #[arg(long, env = "ENTENTE_AUDIT_FILE", value_name = "FILE")]
     file: Option<PathBuf>,
@@ -31,6 +35,7 @@ pub struct ProveArgs {
 /// Writes it.
 pub fn run(args: ProveArgs) -> anyhow::Result<()> {
     for source in args.logs.all()? {
+        let source = if args.cosigned { source.cosigned()? } else { source };
         let Some(proof) = find(&source, args.request)? else { continue };
         return match &args.file {
             None => Ok(io::stdout().lock().write_all(proof.to_text().as_bytes())?),

@@ -7,8 +7,8 @@ use anyhow::Context;
 use clap::Args;
 use entente_audit::checkpoint::Checkpoint;
 use entente_audit::folder::Folder;
-use entente_audit::note::Verifier;
-use entente_coordinator::ledger::keys::PUBLIC_KEY;
+use entente_audit::keyfile::PUBLIC_KEY;
+use entente_audit::note::{PublicKey, Verifier};
 use entente_proto::ids::NodeName;
 
 use crate::cluster::data_dir::audit_in;
@@ -54,6 +54,14 @@ impl Source {
         let checkpoint = Checkpoint::open(&Folder::note(&root)?, &verifier)
             .with_context(|| format!("the log in {}", root.display()))?;
         Ok(Self { root, verifier, checkpoint })
+    }
+
+    /// The same log as far as somebody has cosigned it, which while it grows is a little less far.
+    pub fn cosigned(self) -> anyhow::Result<Self> {
+        let note = Folder::cosigned_note(&self.root)?;
+        let none = || Misuse(format!("no witness has cosigned the log in {}", self.root.display()));
+        let checkpoint = Checkpoint::open(&note.ok_or_else(none)?, &self.verifier)?;
+        Ok(Self { checkpoint, ..self })
     }
 
     /// Its records.
@@ -117,11 +125,12 @@ fn folders(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 /// A key, from itself or from a file.
-pub fn read_key(text: &str) -> anyhow::Result<Verifier> {
+pub fn read_key<const TYPE: u8>(text: &str) -> anyhow::Result<PublicKey<TYPE>> {
     if let Ok(key) = text.parse() {
         return Ok(key);
     }
-    let unreadable = || Misuse(format!("{text:?} is neither a log's public key nor a file of one"));
+    let unreadable =
+        || Misuse(format!("{text:?} is neither a public key of this kind nor a file of one"));
     let file = fs::read_to_string(text).map_err(|_| unreadable())?;
     file.parse().map_err(|_| unreadable().into())
 }

@@ -79,6 +79,7 @@ impl Nodes {
             tls,
             raft: PathBuf::new(),
             audit: None,
+            cosign: "cosign".into(),
             ca: None,
             endpoints: Default::default(),
             roster,

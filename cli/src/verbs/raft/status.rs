@@ -52,6 +52,9 @@ struct VoterRow {
     matched_index: Option<u64>,
     membership_epoch: Option<u64>,
     placement_epoch: Option<u64>,
+    /// Checkpoints of audit logs that it did not cosign, as they contradicted others; null where it
+    /// cosigns none.
+    cosign_refused: Option<u64>,
     /// Why it does not answer.
     error: Option<String>,
 }
@@ -102,6 +105,7 @@ fn rows(answers: Vec<(GroupMember, Result<StatusReply, String>)>) -> Vec<VoterRo
             snapshot_index: said(|status| status.snapshot_index),
             membership_epoch: said(|status| status.membership_epoch),
             placement_epoch: said(|status| status.placement_epoch),
+            cosign_refused: answer.as_ref().ok().and_then(|status| status.cosign_refused),
             error: answer.err(),
             matched_index,
             name: member.name,
