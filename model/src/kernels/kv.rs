@@ -11,8 +11,7 @@
 //! is given to another sequence keeps its old contents until they are overwritten; attention adds
 //! nothing from a slot that its row may not see.
 
-use half::bf16;
-
+use super::cpu::tile::round_to_bf16;
 use super::memory::{LINE_WORDS, Line, Lines};
 use super::pool::Scatter;
 use super::{AttentionShape, BLOCK_LEN, WeightFormat};
@@ -170,6 +169,7 @@ impl Writer<'_> {
     ///
     /// # Safety
     /// No other call may write the same head meanwhile.
+    #[inline(always)]
     pub unsafe fn write(&self, head: usize, slots: &[usize], keys: &[f32], values: &[f32]) {
         let row_len = self.kv_heads * self.head_dim;
         assert_eq!((keys.len(), values.len()), (slots.len() * row_len, keys.len()), "rows");
@@ -183,6 +183,7 @@ impl Writer<'_> {
 
     /// # Safety
     /// As for [`Self::write`].
+    #[inline(always)]
     unsafe fn write_slot(&self, head: usize, slot: usize, key: &[f32], value: &[f32]) {
         let (block, offset) = (slot / BLOCK_LEN, slot % BLOCK_LEN);
         assert!(block < self.blocks, "block {block} of a cache of {}", self.blocks);
@@ -200,6 +201,7 @@ impl Writer<'_> {
     }
 }
 
+#[inline(always)]
 fn write_f32(keys: &mut [Line], values: &mut [Line], offset: usize, key: &[f32], value: &[f32]) {
     for (line, x) in keys.iter_mut().zip(key) {
         line.0[offset] = x.to_bits();
@@ -211,19 +213,26 @@ fn write_f32(keys: &mut [Line], values: &mut [Line], offset: usize, key: &[f32],
     }
 }
 
+#[inline(always)]
 fn write_bf16(keys: &mut [Line], values: &mut [Line], offset: usize, key: &[f32], value: &[f32]) {
-    let pair = |first: f32, second: f32| {
-        let [first, second] = [first, second].map(|x| u32::from(bf16::from_f32(x).to_bits()));
-        first | second << 16
-    };
-    for (line, [first, second]) in keys.iter_mut().zip(key.as_chunks::<2>().0) {
-        line.0[offset] = pair(*first, *second);
+    let word =
+        |first: f32, second: f32| round_to_bf16(first) >> 16 | round_to_bf16(second) & 0xffff_0000;
+    for (lines, key) in keys.chunks_mut(LINE_WORDS).zip(key.chunks(2 * LINE_WORDS)) {
+        // Side by side first, by vector instructions; each then goes to a line of its own.
+        let mut words = [0; LINE_WORDS];
+        for (to, [first, second]) in words.iter_mut().zip(key.as_chunks().0) {
+            *to = word(*first, *second);
+        }
+        for (line, word) in lines.iter_mut().zip(words) {
+            line.0[offset] = word;
+        }
     }
-    for (line, chunk) in values.iter_mut().zip(value.chunks(2 * LINE_WORDS)) {
-        let (first, second) = chunk.split_at(chunk.len().min(LINE_WORDS));
-        for (i, word) in line.0.iter_mut().enumerate() {
-            let value = |half: &[f32]| half.get(i).copied().unwrap_or(0.0);
-            *word = pair(value(first), value(second));
+    for (line, value) in values.iter_mut().zip(value.chunks(2 * LINE_WORDS)) {
+        let mut whole = [0.0; 2 * LINE_WORDS];
+        whole[..value.len()].copy_from_slice(value);
+        let (first, second) = whole.split_at(LINE_WORDS);
+        for ((to, first), second) in line.0.iter_mut().zip(first).zip(second) {
+            *to = word(*first, *second);
         }
     }
 }

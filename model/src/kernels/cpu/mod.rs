@@ -13,7 +13,7 @@ mod matmul;
 pub(super) mod portable;
 mod rows;
 mod scratch;
-mod tile;
+pub(super) mod tile;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -230,8 +230,11 @@ impl<I: Isa> Kernels for Cpu<I> {
         assert_eq!((k.len(), v.len()), (slots.len() * len, k.len()), "keys and values");
         let cache = cache.writer();
         self.run(k.len() >= PARALLEL_MIN, cache.heads(), |head| {
-            // SAFETY: each head is given to one task.
-            unsafe { cache.write(head, slots, k, v) };
+            self.isa.enter(
+                #[inline(always)]
+                // SAFETY: each head is given to one task.
+                || unsafe { cache.write(head, slots, k, v) },
+            );
         });
     }
 

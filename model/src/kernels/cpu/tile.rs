@@ -228,7 +228,7 @@ fn widened(values: &[[u8; 2]; GROUP]) -> [f32; GROUP] {
 /// Rounds to the nearest bf16, ties to even, in the upper half of the result. The same as
 /// `half::bf16::from_f32`, in a form without branches that is compiled to vector instructions.
 #[inline(always)]
-fn round_to_bf16(x: f32) -> u32 {
+pub fn round_to_bf16(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
     // Rounding could turn a NaN into an infinity; a quiet NaN stays one.
