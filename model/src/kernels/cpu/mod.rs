@@ -44,6 +44,8 @@ const TRAVEL_PARALLEL_MIN: usize = 1 << 18;
 
 /// Values of one task of [`Kernels::add`].
 const ADD_CHUNK_LEN: usize = PARALLEL_MIN / 2;
+/// Rows of one task where a row is little work.
+const TASK_ROWS: usize = 4;
 /// Values that are rounded as one task.
 const ENCODE_LEN: usize = 1 << 13;
 
@@ -123,6 +125,21 @@ impl<I: Isa> Cpu<I> {
             data.chunks_mut(chunk_len).enumerate().for_each(|(i, chunk)| task(i, chunk));
         }
     }
+
+    /// A parallel loop over rows, on this thread alone unless `parallel`. A few rows are one task: a
+    /// row alone is done in little more time than it takes to get the next.
+    fn for_rows(
+        &self,
+        parallel: bool,
+        data: &mut [f32],
+        row_len: usize,
+        task: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        self.for_chunks(parallel, data, TASK_ROWS * row_len, |i, rows| {
+            let rows = rows.chunks_mut(row_len).enumerate();
+            rows.for_each(|(r, row)| task(i * TASK_ROWS + r, row));
+        });
+    }
 }
 
 impl<I: Isa> Kernels for Cpu<I> {
@@ -190,7 +207,7 @@ impl<I: Isa> Kernels for Cpu<I> {
         let rows = y.len() / len;
         assert_eq!((y.len(), parts.len() % rows), (rows * len, 0), "parts of {rows} rows");
         let parts_of_row = parts.len() / rows;
-        self.for_chunks(parts.len() * len >= TRAVEL_PARALLEL_MIN, y, len, |r, y| {
+        self.for_rows(parts.len() * len >= TRAVEL_PARALLEL_MIN, y, len, |r, y| {
             let parts = &parts[r * parts_of_row..][..parts_of_row];
             rows::add_weighted(self.isa, dtype, parts, y);
         });
@@ -206,7 +223,7 @@ impl<I: Isa> Kernels for Cpu<I> {
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
         let len = weight.len();
         assert_eq!((x.len() % len, y.len()), (0, x.len()), "rows of {len} values");
-        self.for_chunks(x.len() >= PARALLEL_MIN, y, len, |r, y| {
+        self.for_rows(x.len() >= PARALLEL_MIN, y, len, |r, y| {
             elementwise::rms_norm_row(self.isa, &x[r * len..][..len], weight, eps, y);
         });
     }
@@ -216,7 +233,7 @@ impl<I: Isa> Kernels for Cpu<I> {
         let rows = x.len() / row_len;
         assert_eq!((x.len() % row_len, head_dim % 2), (0, 0), "rows of heads of pairs");
         assert_eq!((cos.len(), sin.len()), (rows * half, rows * half), "angles of {rows} rows");
-        self.for_chunks(x.len() >= PARALLEL_MIN, x, row_len, |r, row| {
+        self.for_rows(x.len() >= PARALLEL_MIN, x, row_len, |r, row| {
             let (cos, sin) = (&cos[r * half..][..half], &sin[r * half..][..half]);
             elementwise::rope_row(self.isa, row, head_dim, cos, sin);
         });
