@@ -177,6 +177,11 @@ impl Forward {
         Ok(self.logits(step.logit_rows))
     }
 
+    /// The threads that computed the logits, for what is done with them.
+    pub fn kernels(&self) -> &dyn Kernels {
+        self.kernels.as_ref()
+    }
+
     /// Takes logits back once they are no longer needed, so that the next step's use their memory.
     pub fn reuse(&mut self, logits: Vec<f32>) {
         self.buffers.logits = logits;

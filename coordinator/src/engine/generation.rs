@@ -1,11 +1,14 @@
 //! One request as the engine knows it beyond its rows: what it wants of them, and what it was told.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use std::time::Instant;
 
+use entente_model::kernels::Kernels;
 use entente_router::exchange::Owners;
 use tokio::sync::mpsc;
 
+use super::forward::StepRows;
 use super::output::TextStream;
 use super::sampler::{self, ScoredToken};
 use super::scheduler::{Chunk, SequenceId};
@@ -32,6 +35,14 @@ pub(super) struct Generation {
     pub(super) tally: Tally,
 }
 
+/// What a row of logits says.
+pub(super) struct Reading {
+    /// How likely the prompt's next token was, if that is asked for and not known yet.
+    prompt_score: Option<ScoredToken>,
+    /// The token that follows, with its score if that is asked for, unless the next is known.
+    pub(super) drawn: Option<(u32, Option<ScoredToken>)>,
+}
+
 impl Generation {
     /// Whether the row at `position` predicts something that is asked for; every guess's does.
     pub(super) fn wants_logits(&self, chunk: &Chunk, position: usize) -> bool {
@@ -49,21 +60,33 @@ impl Generation {
             && self.prompt_scores.as_ref().is_some_and(|scores| scores.len() <= predicted)
     }
 
-    /// Draws the token that follows the known ones, with its score if that is asked for.
-    pub(super) fn draw(&self, logits: &[f32]) -> (u32, Option<ScoredToken>) {
+    /// Reads the logits of row `at` of a chunk. If the row's token is a guess, what it says counts
+    /// only if that and all guesses before it are right.
+    pub(super) fn read(&self, chunk: &Chunk, at: usize, logits: &[f32]) -> Reading {
+        let draft_at = (at + 1).checked_sub(chunk.known_len()).filter(|_| chunk.reaches_end);
+        Reading {
+            prompt_score: self.prompt_score(chunk.start + at, logits),
+            drawn: draft_at.map(|draft_at| self.draw(self.position + draft_at, logits)),
+        }
+    }
+
+    /// Draws the token at `position`, with its score if that is asked for.
+    fn draw(&self, position: usize, logits: &[f32]) -> (u32, Option<ScoredToken>) {
         let Request { sampling, logprobs, .. } = &self.request;
-        let token = sampler::sample(logits, sampling, self.position);
+        let token = sampler::sample(logits, sampling, position);
         (token, logprobs.map(|top_len| sampler::score(logits, token, top_len)))
     }
 
-    pub(super) fn score_prompt(&mut self, position: usize, logits: &[f32]) {
-        if !self.wants_prompt_score(position) {
-            return;
-        }
-        let top_len = self.request.prompt_logprobs.unwrap_or(0);
-        let token = self.request.prompt[position + 1];
-        let score = sampler::score(logits, token, top_len);
-        if let Some(scores) = &mut self.prompt_scores {
+    fn prompt_score(&self, position: usize, logits: &[f32]) -> Option<ScoredToken> {
+        let top_len = self.request.prompt_logprobs?;
+        let token = || self.request.prompt[position + 1];
+        self.wants_prompt_score(position).then(|| sampler::score(logits, token(), top_len))
+    }
+
+    /// Keeps the score of the prompt's next token, if there is one: rows come in their order.
+    pub(super) fn keep_prompt_score(&mut self, reading: &mut Reading) {
+        if let (Some(scores), Some(score)) = (&mut self.prompt_scores, reading.prompt_score.take())
+        {
             scores.push(Some(score));
         }
     }
@@ -92,4 +115,26 @@ pub(super) fn owners(
         owner_of_row.extend(std::iter::repeat_n(number as u16, chunk.tokens.len()));
     }
     (owners, owner_of_row)
+}
+
+/// What each of the rows whose logits were wanted says. With a large vocabulary that is as much work
+/// as a kernel's, so it is spread over the same threads; who reads a row does not matter.
+pub(super) fn read(
+    kernels: &dyn Kernels,
+    generations: &BTreeMap<SequenceId, Generation>,
+    step: &StepRows<'_>,
+    logits: &[&[f32]],
+) -> Vec<Reading> {
+    let mut places: Vec<(&Chunk, usize)> = Vec::new();
+    for chunk in step.chunks {
+        places.extend((0..chunk.tokens.len()).map(|at| (chunk, at)));
+    }
+    let readings: Vec<OnceLock<Reading>> =
+        step.logit_rows.iter().map(|_| OnceLock::new()).collect();
+    kernels.for_each(step.logit_rows.len(), &|i| {
+        let (chunk, at) = places[step.logit_rows[i]];
+        readings[i].get_or_init(|| generations[&chunk.id].read(chunk, at, logits[i]));
+    });
+    let readings = readings.into_iter().map(OnceLock::into_inner);
+    readings.map(|reading| reading.expect("every task has run")).collect()
 }

@@ -39,7 +39,7 @@ use tokio::sync::{mpsc, watch};
 pub use self::cluster::Readiness;
 use self::exchanger::Exchanger;
 use self::forward::{Forward, StepRows};
-use self::generation::Generation;
+use self::generation::{Generation, Reading};
 use self::hold::Hold;
 use self::origin::Origin;
 use self::output::{Finish, StopConditions, TextStream};
@@ -406,7 +406,10 @@ impl Engine {
         let step = StepRows { chunks: &chunks, logit_rows: &logit_rows };
         match self.compute(&step) {
             Ok(logits) => {
-                self.deliver(&chunks, &logit_rows, &logits);
+                let kernels = self.forward.kernels();
+                let logits_of_row = logits.chunks_exact(self.vocab).collect::<Vec<_>>();
+                let readings = generation::read(kernels, &self.generations, &step, &logits_of_row);
+                self.deliver(&chunks, &logit_rows, readings);
                 self.forward.reuse(logits);
             }
             Err(failure) => return self.hold(failure, &chunks, (began, changes)),
@@ -490,32 +493,30 @@ impl Engine {
         rows
     }
 
-    /// Hands each row of logits to the generation that wanted it.
-    fn deliver(&mut self, chunks: &[Chunk], logit_rows: &[usize], logits: &[f32]) {
-        let mut wanted = logit_rows.iter().zip(logits.chunks_exact(self.vocab)).peekable();
+    /// Hands what each row of logits says to the generation that wanted it.
+    fn deliver(&mut self, chunks: &[Chunk], logit_rows: &[usize], readings: Vec<Reading>) {
+        let mut wanted = logit_rows.iter().zip(readings).peekable();
         let mut first_row = 0;
         for chunk in chunks {
             self.scheduler.computed(chunk.id, chunk.known_len());
             let end_row = first_row + chunk.tokens.len();
             let mut is_known = true;
-            while let Some((row, logits)) = wanted.next_if(|(row, _)| **row < end_row) {
+            while let Some((row, reading)) = wanted.next_if(|(row, _)| **row < end_row) {
                 // Behind a wrong guess no row means anything.
-                is_known = is_known && self.deliver_row(chunk, row - first_row, logits);
+                is_known = is_known && self.deliver_row(chunk, row - first_row, reading);
             }
             first_row = end_row;
             self.finish_prompt(chunk);
         }
     }
 
-    /// Uses row `at` of a chunk, whose token is known. Returns whether that of the next row is.
-    fn deliver_row(&mut self, chunk: &Chunk, at: usize, logits: &[f32]) -> bool {
+    /// Uses what row `at` of a chunk says, whose token is known. Returns whether that of the next
+    /// row is.
+    fn deliver_row(&mut self, chunk: &Chunk, at: usize, mut reading: Reading) -> bool {
         let Some(generation) = self.generations.get_mut(&chunk.id) else { return false };
-        generation.score_prompt(chunk.start + at, logits);
-        if !chunk.reaches_end || at + 1 < chunk.known_len() {
-            return true;
-        }
+        generation.keep_prompt_score(&mut reading);
+        let Some((token, score)) = reading.drawn else { return true };
         let draft_at = at + 1 - chunk.known_len();
-        let (token, score) = generation.draw(logits);
         let hit = generation.guesses.get(draft_at).map(|guess| *guess == token);
         if let Some(hit) = hit {
             self.speculator.observe_token(&mut generation.hit_rate, hit);

@@ -11,6 +11,7 @@ mod residency;
 mod setup;
 mod statements;
 mod tally;
+mod threads;
 
 /// Each check runs once over each transport that has a network in it.
 macro_rules! over_networks {

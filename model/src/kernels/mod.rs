@@ -167,6 +167,12 @@ pub trait Kernels: Send + Sync {
         }
     }
 
+    /// Calls `task` once for every number in `0..tasks`, on all threads, and returns when all calls
+    /// have returned: for work beside the kernels that is one task for each row.
+    fn for_each(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
+
     /// Gated feed-forward, `down(activation(gate(x), up(x)))`, of several experts in one call; a
     /// dense layer is one group with all rows. `x` is `[rows, hidden]`, `y` is
     /// `[assignments, hidden]`; each destination row may be named once, others keep their values.

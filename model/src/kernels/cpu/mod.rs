@@ -177,6 +177,10 @@ impl<I: Isa> Kernels for Cpu<I> {
         matmul::matmul(self, x, products);
     }
 
+    fn for_each(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.pool.run(tasks, task);
+    }
+
     fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
         let y = ffn::Output::Values(Scatter::new(y));
         ffn::gated_ffn(self, ffn::Input::Values(x), groups, &y);
