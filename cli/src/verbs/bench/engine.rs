@@ -41,6 +41,8 @@ use crate::stats::median;
 
 /// Pages of the cache that nobody touches cost nothing, so there is room for any size.
 const KV_CACHE_MIB: usize = 4_096;
+/// Steps that may be over before this thread has heard of the first.
+const LATE_STEPS_MAX: usize = 16;
 /// How long links to the nodes may take to come up.
 const LINKS_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -289,8 +291,8 @@ impl Session<'_> {
         self.settle()?;
         let tokens = usize::from(self.args.generate);
         // Others may be ahead by as many steps as all take together; they must still be there when
-        // the youngest is done.
-        let tokens_max = 1 + (tokens + sequences) * self.step_tokens_max;
+        // the youngest is done. So may all be when this thread is woken late.
+        let tokens_max = 1 + (tokens + sequences + LATE_STEPS_MAX) * self.step_tokens_max;
         let mut all = Vec::new();
         for _ in 0..sequences {
             let prompt = self.random.tokens(self.args.prompt.into(), self.vocab);
