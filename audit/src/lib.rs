@@ -104,14 +104,13 @@ pub(crate) fn at<T>(path: &std::path::Path, result: std::io::Result<T>) -> Resul
 
 /// Base 64 as C2SP's formats have it: RFC 4648 section 4, padded, and nothing else accepted.
 pub(crate) mod base64 {
-    use base64::Engine;
-    use base64::engine::general_purpose::STANDARD;
+    use data_encoding::BASE64;
 
     pub fn encode(bytes: &[u8]) -> String {
-        STANDARD.encode(bytes)
+        BASE64.encode(bytes)
     }
 
     pub fn decode(text: &str) -> Option<Vec<u8>> {
-        STANDARD.decode(text).ok()
+        BASE64.decode(text.as_bytes()).ok()
     }
 }

@@ -9,8 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
+use data_encoding::{BASE64_NOPAD, BASE64URL_NOPAD};
 use entente_tests::process::{Signal, wait_for};
 use entente_tests::{Cluster, http};
 use serde_json::{Value, json};
@@ -38,7 +37,7 @@ fn forms(text: &str) -> Vec<String> {
     // what is beside them.
     let base64 = (0..3).flat_map(|before| {
         let bytes = [&b"\0\0\0"[..before], text.as_bytes()].concat();
-        [STANDARD_NO_PAD.encode(&bytes), URL_SAFE_NO_PAD.encode(&bytes)]
+        [BASE64_NOPAD.encode(&bytes), BASE64URL_NOPAD.encode(&bytes)]
             .map(|encoded| encoded[4..encoded.len() - 2].to_owned())
     });
     let mut forms = vec![text.to_owned(), hex.to_uppercase(), hex];

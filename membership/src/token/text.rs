@@ -3,9 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
+use data_encoding::BASE64URL_NOPAD;
 use entente_proto::ids::{NodeName, Region};
 use entente_proto::wire;
 use prost::Message;
@@ -92,7 +91,7 @@ impl fmt::Display for Text {
                 .map(|digest| Bytes::copy_from_slice(digest))
                 .collect(),
         };
-        write!(f, "{PREFIX}{}", URL_SAFE_NO_PAD.encode(message.encode_to_vec()))
+        write!(f, "{PREFIX}{}", BASE64URL_NOPAD.encode(&message.encode_to_vec()))
     }
 }
 
@@ -115,10 +114,9 @@ impl FromStr for Text {
         let encoded = text
             .strip_prefix(PREFIX)
             .ok_or_else(|| invalid(&format_args!("it does not begin with {PREFIX}")))?;
-        let bytes =
-            URL_SAFE_NO_PAD.decode(encoded).map_err(|_| invalid(&"it is cut or changed"))?;
-        let message = wire::TokenText::decode(&bytes[..]);
-        let message = message.map_err(|_| invalid(&"it is cut or changed"))?;
+        let changed = || invalid(&"it is cut or changed");
+        let bytes = BASE64URL_NOPAD.decode(encoded.as_bytes()).map_err(|_| changed())?;
+        let message = wire::TokenText::decode(&bytes[..]).map_err(|_| changed())?;
         Self::from_message(message).map_err(|error| invalid(&error))
     }
 }
