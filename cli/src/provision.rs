@@ -89,6 +89,8 @@ pub struct Process {
     pub contacts: Vec<String>,
     /// It is no founder.
     pub joins: bool,
+    /// How long the certificates live that it issues, if that was said.
+    pub leaf_life_s: Option<u64>,
 }
 
 /// A role's configuration as far as it is not the default. The three roles have these keys in
@@ -138,10 +140,12 @@ struct Membership<'a> {
     ca: Option<Dir>,
 }
 
-/// A section that is a folder.
+/// A section that is a folder, and of one with CAs what is done with them.
 #[derive(Debug, Serialize)]
 struct Dir {
     dir: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    leaf_life_s: Option<u64>,
 }
 
 /// The folder of one process.
@@ -242,15 +246,17 @@ impl Folder {
             model,
             weights: model.map(|_| machine.weights.into()),
             tls: self.files(&process.name),
-            audit: is_coordinator.then(|| Dir { dir: self.0.join("audit") }),
-            cosign: (role == Role::Witness).then(|| Dir { dir: self.0.join("cosign") }),
+            audit: is_coordinator.then(|| Dir { dir: self.0.join("audit"), leaf_life_s: None }),
+            cosign: (role == Role::Witness)
+                .then(|| Dir { dir: self.0.join("cosign"), leaf_life_s: None }),
             membership: Membership {
                 listen: listen.filter(|_| votes),
                 advertise: advertise.filter(|_| votes),
                 data_dir: votes.then(|| self.0.join("raft")),
                 join: votes && process.joins,
                 contacts: &process.contacts,
-                ca: is_coordinator.then(|| Dir { dir: self.ca_dir() }),
+                ca: is_coordinator
+                    .then(|| Dir { dir: self.ca_dir(), leaf_life_s: process.leaf_life_s }),
             },
             cluster: &process.roster,
         };
@@ -310,6 +316,7 @@ mod tests {
             roster: Roster::founded("production".to_owned(), 2, vec![founder]).unwrap(),
             contacts: vec!["10.3.0.1:7200".to_owned()],
             joins: true,
+            leaf_life_s: Some(7),
         }
     }
 
@@ -329,7 +336,8 @@ mod tests {
         let membership = coordinator.membership.unwrap();
         assert!(membership.join);
         assert_eq!(membership.advertise.as_deref(), Some("a.example:7200"));
-        assert_eq!(membership.ca.unwrap().dir, folder.ca_dir());
+        let ca = membership.ca.unwrap();
+        assert_eq!((ca.dir, ca.leaf_life_s), (folder.ca_dir(), 7));
         assert_eq!(coordinator.audit.unwrap().dir, folder.root().join("audit"));
         assert_eq!(membership.contacts, ["10.3.0.1:7200"]);
         let node: entente_expert_node::Config = toml::from_str(&text(Role::ExpertNode)).unwrap();

@@ -39,11 +39,11 @@ pub fn free_address(host: &str) -> String {
 
 impl Machines {
     /// Founds a cluster in these regions, the first coordinator on `host`, and starts that one.
-    /// `adapt` may change its configuration before.
+    /// `flags` are further ones of `entente init`.
     ///
     /// # Panics
     /// When it does not come about.
-    pub fn found(regions: &str, host: &str, model: &str, adapt: impl FnOnce(&Path)) -> Self {
+    pub fn found(regions: &str, host: &str, model: &str, flags: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("entente-test-").tempdir().unwrap();
         let name = format!("{}-coordinator", &regions[..2]);
         let founder = dir.path().join(&name);
@@ -52,9 +52,8 @@ impl Machines {
         let mut machines = Self { dir, founder: founder.clone(), model, running: Vec::new() };
         let machine = machines.machine(&founder, &listen, &http);
         let found = ["init", "--cluster", "production", "--regions", regions];
-        let end = run(&[&found[..], &borrowed(&machine)].concat());
+        let end = run(&[&found[..], flags, &borrowed(&machine)].concat());
         assert_eq!(end.code(), Some(0), "{end:#?}");
-        adapt(&founder.join("coordinator.toml"));
         machines.start(&name, "coordinator");
         machines.wait("the founder answers", || machines.attempt(&["raft", "status"]).ok());
         machines

@@ -18,17 +18,32 @@ use std::time::Duration;
 
 use anyhow::Context;
 use entente_membership::roster::Roster;
+use entente_membership::service::{LEAF_LIFE_S_MAX, LEAF_LIFE_S_MIN};
 use entente_proto::identity::{Identity, Role as IdentityRole};
 use entente_proto::ids::{NodeName, Region};
 use entente_tls::{Authority, Files};
 
 use super::plan::{Member, Role};
+use crate::exit::Misuse;
+use crate::operator::lifetime::Lifetime;
 
 /// Life of what nobody renews: an operator's certificate, and those of a cluster without voters.
 pub const UNRENEWED: Duration = Duration::from_secs(30 * 24 * 3_600);
 
 /// No process of one start lives for so long.
 const CA_VALID: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
+
+/// How long a process's certificate lives, as `--certificate-life` says it.
+///
+/// # Errors
+/// It is out of its bounds. A process would say which key of its configuration is wrong, and no flag.
+pub fn certificate_life(Lifetime(life): Lifetime) -> Result<Duration, Misuse> {
+    if (LEAF_LIFE_S_MIN..=LEAF_LIFE_S_MAX).contains(&life.as_secs()) {
+        return Ok(life);
+    }
+    let days = LEAF_LIFE_S_MAX / 86_400;
+    Err(Misuse(format!("--certificate-life must be {LEAF_LIFE_S_MIN}s to {days}d")))
+}
 
 /// Where the files of the process `name` are in `folder`.
 pub fn files(folder: &Path, name: &NodeName) -> Files {

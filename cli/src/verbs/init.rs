@@ -19,10 +19,10 @@ use serde_json::json;
 use super::ca;
 use crate::cluster::pki;
 use crate::exit::Misuse;
+use crate::operator::lifetime::Lifetime;
 use crate::provision::{Folder, MachineArgs, Process, expect_absent, private_dir};
 
-/// Life of the first coordinator's certificate, which it renews itself, and of the operator's.
-const LEAF_LIFE: Duration = Duration::from_secs(24 * 3_600);
+/// Life of the operator's certificate, which the verbs that use it renew.
 const OPERATOR_LIFE: Duration = Duration::from_secs(30 * 24 * 3_600);
 
 /// The flags of `entente init`.
@@ -46,6 +46,10 @@ pub struct InitArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     replicas: u16,
 
+    /// How long a process's certificate lives, such as 24h; it is renewed when half of that is over.
+    #[arg(long, env = "ENTENTE_CERTIFICATE_LIFE", value_name = "TIME", default_value = "24h")]
+    certificate_life: Lifetime,
+
     #[command(flatten)]
     machine: MachineArgs,
 }
@@ -57,6 +61,7 @@ pub fn run(args: InitArgs) -> anyhow::Result<()> {
         Some(name) => name.clone(),
         None => format!("{region}-coordinator").parse()?,
     };
+    let life = pki::certificate_life(args.certificate_life)?;
     let process = process(&args, name, region)?;
     let folder = Folder::open(&args.machine.dir)?;
     expect_absent(&folder.config(Role::Coordinator))?;
@@ -64,7 +69,7 @@ pub fn run(args: InitArgs) -> anyhow::Result<()> {
     let authorities = authorities(&args, &folder)?;
     let ca_pem: String = authorities.values().map(Authority::certificate_pem).collect();
     let own = identity(&args, region, identity::Role::Coordinator, process.name.clone());
-    let issued = authorities[&region].issue(&own, LEAF_LIFE)?;
+    let issued = authorities[&region].issue(&own, life)?;
     let pair = format!("{}{}", issued.certificate_pem, issued.key_pem);
     folder.settle(&process, &args.machine, &ca_pem, &pair)?;
     let operator = identity(&args, region, identity::Role::Operator, pki::operator());
@@ -93,6 +98,7 @@ fn process(args: &InitArgs, name: NodeName, region: Region) -> anyhow::Result<Pr
         roster,
         contacts: Vec::new(),
         joins: false,
+        leaf_life_s: Some(args.certificate_life.0.as_secs()),
     })
 }
 

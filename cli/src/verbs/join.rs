@@ -66,7 +66,15 @@ fn settle(
     let Joined { identity, chain_pem, key_pem, ca_pem, roster, contacts } = joined;
     let pair = format!("{chain_pem}{key_pem}");
     let region = identity.region;
-    let process = Process { name: identity.node, region, role, roster, contacts, joins: true };
+    let process = Process {
+        name: identity.node,
+        region,
+        role,
+        roster,
+        contacts,
+        joins: true,
+        leaf_life_s: None,
+    };
     folder.settle(&process, machine, &ca_pem, &pair)
 }
 

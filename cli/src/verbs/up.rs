@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use entente_membership::service::{LEAF_LIFE_S_MAX, LEAF_LIFE_S_MIN};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 
@@ -18,6 +17,7 @@ use crate::bundled;
 use crate::client::{Client, Sampling, Style};
 use crate::cluster::data_dir::{AUTHORIZATION_FILE, ClusterFile, DataDir};
 use crate::cluster::local::{Cluster, Wanted};
+use crate::cluster::pki;
 use crate::cluster::plan::{KvCache, Regions, Transport, Weights};
 use crate::cluster::relay::rule::Change;
 use crate::cluster::voters::Witness;
@@ -108,7 +108,7 @@ pub struct UpArgs {
 
 /// Starts the cluster and serves until it is told to stop.
 pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
-    check_certificate_life(args.certificate_life)?;
+    pki::certificate_life(args.certificate_life)?;
     args.regions.check_replicas(args.replicas)?;
     if args.transport == Transport::Inproc && !args.link.is_empty() {
         let text = "--link is about the network between processes; with --transport inproc there \
@@ -125,16 +125,6 @@ pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
     // A request that is still waiting for a cluster that is gone must not hold up the exit.
     runtime.shutdown_background();
     result
-}
-
-/// A process says which key of its configuration is wrong, and no flag.
-fn check_certificate_life(Lifetime(life): Lifetime) -> anyhow::Result<()> {
-    if (LEAF_LIFE_S_MIN..=LEAF_LIFE_S_MAX).contains(&life.as_secs()) {
-        return Ok(());
-    }
-    let days = LEAF_LIFE_S_MAX / 86_400;
-    let text = format!("--certificate-life must be {LEAF_LIFE_S_MIN}s to {days}d");
-    Err(Misuse(text).into())
 }
 
 async fn up(args: &UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
