@@ -14,11 +14,12 @@ pub mod wait;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use clap::Args;
 use entente_membership::client::Client;
+use entente_membership::enrolment::renew_on_use;
 use entente_membership::net::Dialler;
 use entente_membership::state::codec::STATE_LEN_MAX;
 use entente_membership::state::{Applied, Command, Expect, Node, State};
@@ -78,7 +79,13 @@ impl OperatorArgs {
         verb: impl AsyncFnOnce(Operator) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let result = runtime.block_on(async { verb(self.connect()?).await });
+        let result = runtime.block_on(async {
+            let (operator, own) = self.connect()?;
+            let client = operator.client.clone();
+            let answer = verb(operator).await?;
+            own.keep_fresh(&client).await;
+            Ok(answer)
+        });
         runtime.shutdown_background();
         result
     }
@@ -91,17 +98,18 @@ impl OperatorArgs {
         Ok(BTreeMap::new())
     }
 
-    fn connect(&self) -> anyhow::Result<Operator> {
+    fn connect(&self) -> anyhow::Result<(Operator, Own)> {
         let (addresses, files) = self.find()?;
         let credentials = Credentials::load(&files)?;
         let client = Client::new(&credentials, addresses)?;
-        Ok(Operator {
+        let operator = Operator {
             client,
-            ca: files.ca,
+            ca: files.ca.clone(),
             dialler: Dialler::new(&credentials, None)?,
             call_max: Duration::from_secs(self.call_timeout_s),
             output: self.output,
-        })
+        };
+        Ok((operator, Own { credentials, files }))
     }
 
     /// Where voters are, and who we are to them.
@@ -123,6 +131,29 @@ impl OperatorArgs {
         }
         let addresses = control.into_values().collect();
         Ok((addresses, pki::files(&tls_in(&self.data_dir), &pki::operator())))
+    }
+}
+
+/// Who the operator is.
+struct Own {
+    credentials: Credentials,
+    files: Files,
+}
+
+impl Own {
+    /// Renews the certificate if half of its life is over: no process of an operator's runs for so
+    /// long, so its verbs do it by the way. What cannot be done is only told, as the verb is done.
+    async fn keep_fresh(&self, client: &Client) {
+        let Self { credentials, files } = self;
+        match renew_on_use(client, credentials, files).await {
+            Ok(false) => {}
+            Ok(true) => tracing::info!("the operator's certificate was renewed"),
+            Err(error) => {
+                let left = credentials.expires().duration_since(SystemTime::now());
+                let left_h = left.unwrap_or_default().as_secs() / 3_600;
+                tracing::warn!(%error, left_h, "the operator's certificate was not renewed");
+            }
+        }
     }
 }
 

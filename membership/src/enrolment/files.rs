@@ -1,6 +1,6 @@
 //! Files that nobody else may read, replaced at one stroke.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,21 @@ pub fn write_private(path: &Path, text: &str) -> io::Result<()> {
     fs::rename(&part, path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+/// Takes the turn to replace files in the folder of `path`, until the result is dropped; none if
+/// another process has it.
+///
+/// # Errors
+/// What the system says.
+pub(super) fn take_turn(path: &Path) -> io::Result<Option<File>> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = File::open(folder.unwrap_or(Path::new(".")))?;
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
 }
 
 fn beside(path: &Path) -> PathBuf {

@@ -10,12 +10,14 @@ use entente_tls::{Credentials, Files, SigningRequest};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use super::files::write_pair;
+use super::files::{take_turn, write_pair};
 use crate::client::{Client, ClientError};
 use crate::state::codec::sha256;
 
 /// How long one attempt may take; it asks several voters.
 const ATTEMPT_MAX: Duration = Duration::from_secs(5);
+/// The same where somebody waits for something else, and the next use is another attempt.
+const ON_USE_MAX: Duration = Duration::from_secs(2);
 /// How often the files are looked at: somebody else may renew, or have put another CA in.
 const LOOK: Duration = Duration::from_secs(30);
 /// Shortest and longest pause after an attempt that failed. In between it is a tenth of the time that
@@ -84,13 +86,47 @@ pub async fn renew(
     credentials: &Credentials,
     files: &Files,
 ) -> Result<(), RenewError> {
+    renew_within(ATTEMPT_MAX, client, credentials, files).await
+}
+
+/// Renews the certificate of somebody who is there now and then, such as an operator's verb, if half
+/// of its life is over. Of several that use it at once one renews it. Whether this one did.
+///
+/// # Errors
+/// See [`RenewError`]; the old certificate is used on, and the next use tries again.
+pub async fn renew_on_use(
+    client: &Client,
+    credentials: &Credentials,
+    files: &Files,
+) -> Result<bool, RenewError> {
+    if !until(credentials.half_life()).is_zero() {
+        return Ok(false);
+    }
+    let turn = take_turn(&files.key);
+    let turn = turn.map_err(|reason| RenewError::Files { files: files.clone(), reason })?;
+    let Some(_turn) = turn else { return Ok(false) };
+    // Whoever had the turn before may have put another one there.
+    let there = Credentials::load(files)?;
+    if there.certificate_sha256() != credentials.certificate_sha256() {
+        return Ok(false);
+    }
+    renew_within(ON_USE_MAX, client, credentials, files).await?;
+    Ok(true)
+}
+
+async fn renew_within(
+    max: Duration,
+    client: &Client,
+    credentials: &Credentials,
+    files: &Files,
+) -> Result<(), RenewError> {
     let own = SigningRequest::new()?;
     let csr = bytes::Bytes::from(own.csr_der);
     let call = |channel| {
         let request = wire::RenewRequest { csr: csr.clone() };
         async move { EnrolmentClient::new(channel).renew(request).await }
     };
-    let chain_pem = client.any(ATTEMPT_MAX, call).await?.into_inner().chain_pem;
+    let chain_pem = client.any(max, call).await?.into_inner().chain_pem;
     // What is no good is found before it is written.
     credentials.replace(&chain_pem, &own.key_pem)?;
     let to = files.clone();

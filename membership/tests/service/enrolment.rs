@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use entente_membership::client::Client;
-use entente_membership::enrolment::{JoinError, Joined, join, renew, write_private};
+use entente_membership::enrolment::{JoinError, Joined, join, renew, renew_on_use, write_private};
 use entente_membership::net::dial_to_join;
 use entente_membership::service::{CaConfig, Config};
 use entente_membership::state::codec::sha256;
 use entente_membership::state::{self, Expect};
 use entente_membership::token::{SECRET_LEN, Text, Token, put};
-use entente_proto::identity::Role;
+use entente_proto::identity::{Identity, Role};
 use entente_proto::wire;
 use entente_proto::wire::admin_client::AdminClient;
 use entente_proto::wire::enrolment_client::EnrolmentClient;
@@ -179,6 +179,35 @@ fn a_member_gets_another_certificate_from_whoever_has_its_ca() {
         async { AdminClient::new(channel).status(wire::StatusRequest {}).await };
     let refused = world.runtime.block_on(expert_is_no_operator).unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[test]
+fn an_operators_certificate_is_renewed_by_the_first_of_several_uses_after_its_half() {
+    let world = world();
+    let identity = Identity {
+        node: name("alice"),
+        ..world.credentials(Role::Operator, "operator").identity().clone()
+    };
+    // Long enough for a busy machine, as what has expired renews nothing.
+    let issued = world.authority.issue(&identity, Duration::from_secs(20)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |file| dir.path().join(file);
+    let files = Files { ca: path("ca.pem"), certificate: path("a.pem"), key: path("a.key") };
+    write_private(&files.ca, world.authority.certificate_pem()).unwrap();
+    write_private(&files.certificate, &issued.certificate_pem).unwrap();
+    write_private(&files.key, &issued.key_pem).unwrap();
+    let used = [(); 3].map(|()| Credentials::load(&files).unwrap());
+    let client = Client::new(&used[0], vec![world.address(0), world.address(1)]).unwrap();
+    let use_it =
+        |own: &Credentials| world.runtime.block_on(renew_on_use(&client, own, &files)).unwrap();
+    assert!(!use_it(&used[0]), "there is no need yet");
+    let half = used[0].half_life().duration_since(SystemTime::now()).unwrap_or_default();
+    std::thread::sleep(half);
+    assert_eq!(used.each_ref().map(use_it), [true, false, false]);
+    let read = Credentials::load(&files).unwrap();
+    assert_eq!(*read.identity(), identity);
+    // The CA of this test does not last for an operator's 30 days.
+    assert!(read.half_life() > used[1].expires());
 }
 
 #[test]
