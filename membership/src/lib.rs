@@ -16,7 +16,7 @@
 //!
 //!   service         a thread and sockets around voter, store and steward: the control plane
 //!   access, guard   who may call what: one table, and the door that asks it
-//!   audit           what was refused, and what operators ordered
+//!   audit           what was refused, and what operators ordered; allowance bounds what strangers add
 //!   client          how everybody else speaks to it, over net
 //!   enrolment       how a process gets its first certificate, and keeps one
 //! ```
@@ -34,6 +34,7 @@
 //! no part knows: what a model is, and how a placement is computed (the router plans it).
 
 pub mod access;
+pub mod allowance;
 pub mod audit;
 pub mod checkpoint;
 pub mod client;
