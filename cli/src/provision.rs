@@ -52,8 +52,8 @@ pub struct MachineArgs {
     #[arg(long, env = "ENTENTE_HTTP", value_name = "HOST:PORT", default_value = "127.0.0.1:8080")]
     pub http: String,
 
-    /// Where an expert node shows /metrics, /livez and /readyz; nowhere if absent. A coordinator does
-    /// so at --http.
+    /// Where an expert node or a witness shows /metrics and /livez; nowhere if absent. A coordinator
+    /// does so at --http.
     #[arg(long, env = "ENTENTE_METRICS", value_name = "HOST:PORT")]
     pub metrics: Option<String>,
 
@@ -240,7 +240,7 @@ impl Folder {
             http: is_coordinator.then_some(&machine.http),
             listen: listen.filter(|_| !votes),
             advertise: advertise.filter(|_| !votes),
-            metrics_listen: machine.metrics.as_deref().filter(|_| is_expert_node),
+            metrics_listen: machine.metrics.as_deref().filter(|_| !is_coordinator),
             site: machine.site.as_deref().filter(|_| is_expert_node),
             memory_bytes: machine.memory_bytes.filter(|_| is_expert_node),
             model,

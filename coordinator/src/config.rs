@@ -2,13 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use entente_membership::net::http;
 use entente_membership::roster::Roster;
 use entente_model::kernels::{KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
 use crate::residency::Endpoints;
+
+/// How long a body may take unless the configuration says otherwise.
+const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// A coordinator, as TOML.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -53,7 +58,7 @@ pub struct Config {
 }
 
 /// The public API.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ApiConfig {
     /// Where the coordinators of all regions are asked, by region: a client whose request may not
@@ -63,6 +68,59 @@ pub struct ApiConfig {
     /// Whether nobody has to show a key. Only on loopback: whoever reaches this address then may ask
     /// for anything, as nobody. Without effect where the cluster has no voters, and so no keys.
     pub open: bool,
+    /// Connections at once; further ones are answered with 503.
+    pub connections_max: usize,
+    /// Those of one host among them. A proxy is one host.
+    pub connections_of_host_max: usize,
+    /// How long the head of a request may take, and how long a connection may wait for the next one.
+    pub head_wait_max_ms: u64,
+    /// How long a body may take from the first look at its request to its last byte.
+    pub body_wait_max_ms: u64,
+}
+
+impl Default for ApiConfig {
+    fn default() -> Self {
+        Self {
+            endpoints: Endpoints::new(),
+            open: false,
+            connections_max: http::CONNECTIONS_MAX,
+            connections_of_host_max: http::CONNECTIONS_OF_HOST_MAX,
+            head_wait_max_ms: http::HEAD_WAIT_MAX.as_millis() as u64,
+            body_wait_max_ms: BODY_WAIT_MAX.as_millis() as u64,
+        }
+    }
+}
+
+impl ApiConfig {
+    /// Names the first value that is out of bounds.
+    pub fn check(&self) -> Result<(), String> {
+        let bounds = [
+            ("connections_max", self.connections_max as u64, 1, 1 << 20),
+            ("connections_of_host_max", self.connections_of_host_max as u64, 1, 1 << 20),
+            ("head_wait_max_ms", self.head_wait_max_ms, 1, 600_000),
+            ("body_wait_max_ms", self.body_wait_max_ms, 1, 600_000),
+        ];
+        check("api", bounds)
+    }
+
+    /// What clients may take of the listener.
+    pub(crate) fn bounds(&self) -> http::Bounds {
+        http::Bounds {
+            connections_max: self.connections_max,
+            connections_of_host_max: self.connections_of_host_max,
+            head_wait_max: Duration::from_millis(self.head_wait_max_ms),
+        }
+    }
+}
+
+/// Names the first key of a section whose value is out of its bounds.
+fn check<const N: usize>(section: &str, bounds: [(&str, u64, u64, u64); N]) -> Result<(), String> {
+    match bounds.into_iter().find(|(_, value, min, max)| !(*min..=*max).contains(value)) {
+        None => Ok(()),
+        Some((key, value, min, max)) => {
+            Err(format!("{section}.{key} is {value}, allowed is {min} to {max}"))
+        }
+    }
 }
 
 /// How expert nodes are reached.
@@ -145,28 +203,37 @@ impl Default for EngineConfig {
 impl EngineConfig {
     /// Names the first value that is out of bounds.
     pub fn check(&self) -> Result<(), String> {
+        let rows_max = entente_proto::frame::ROWS_MAX as u64;
+        let beside_decode_max = self.prefill_rows_beside_decode_max as u64;
         let bounds = [
-            ("step_rows_max", self.step_rows_max, 1, entente_proto::frame::ROWS_MAX),
-            (
-                "prefill_rows_beside_decode_max",
-                self.prefill_rows_beside_decode_max,
-                1,
-                entente_proto::frame::ROWS_MAX,
-            ),
-            ("micro_batch_rows_min", self.micro_batch_rows_min, 1, 65_536),
-            ("running_max", self.running_max, 1, 4_096),
-            ("waiting_max", self.waiting_max, 1, 65_536),
-            ("tenant_waiting_max", self.tenant_waiting_max, 1, 65_536),
-            ("kv_cache_mib", self.kv_cache_mib, 1, 1 << 20),
-            ("exchange_deadline_ms", self.exchange_deadline_ms as usize, 1, 600_000),
-            ("request_wait_max_ms", self.request_wait_max_ms as usize, 0, 600_000),
-            ("draft_tokens_max", self.draft_tokens_max, 1, 64),
+            ("step_rows_max", self.step_rows_max as u64, 1, rows_max),
+            ("prefill_rows_beside_decode_max", beside_decode_max, 1, rows_max),
+            ("micro_batch_rows_min", self.micro_batch_rows_min as u64, 1, 65_536),
+            ("running_max", self.running_max as u64, 1, 4_096),
+            ("waiting_max", self.waiting_max as u64, 1, 65_536),
+            ("tenant_waiting_max", self.tenant_waiting_max as u64, 1, 65_536),
+            ("kv_cache_mib", self.kv_cache_mib as u64, 1, 1 << 20),
+            ("exchange_deadline_ms", self.exchange_deadline_ms, 1, 600_000),
+            ("request_wait_max_ms", self.request_wait_max_ms, 0, 600_000),
+            ("draft_tokens_max", self.draft_tokens_max as u64, 1, 64),
         ];
-        match bounds.into_iter().find(|(_, value, min, max)| !(*min..=*max).contains(value)) {
-            None => Ok(()),
-            Some((key, value, min, max)) => {
-                Err(format!("engine.{key} is {value}, allowed is {min} to {max}"))
-            }
-        }
+        check("engine", bounds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_of_connections_are_the_usual_ones_unless_told_and_never_none() {
+        let read = |text: &str| toml::from_str::<ApiConfig>(text).unwrap();
+        assert_eq!(read("").bounds(), http::Bounds::default());
+        let told = read("connections_max = 9\nhead_wait_max_ms = 5");
+        assert_eq!(told.check(), Ok(()));
+        assert_eq!(told.bounds().connections_max, 9);
+        assert_eq!(told.bounds().head_wait_max, Duration::from_millis(5));
+        let none = read("connections_of_host_max = 0").check().unwrap_err();
+        assert_eq!(none, "api.connections_of_host_max is 0, allowed is 1 to 1048576");
     }
 }

@@ -147,6 +147,7 @@ pub(crate) async fn show(mut status: watch::Receiver<raft::Status>, metrics: Arc
         {
             let now = status.borrow_and_update();
             metrics.cluster.raft_leader.set(now.is_leader.into());
+            metrics.cluster.raft_has_leader.set(now.leader.is_some().into());
             metrics.cluster.raft_term.set(i64::try_from(now.term).unwrap_or(i64::MAX));
         }
         if status.changed().await.is_err() {

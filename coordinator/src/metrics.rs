@@ -34,6 +34,8 @@ pub struct Metrics {
     pub accepted_tokens: IntCounter,
     /// Finished requests by reason.
     pub finished: IntCounterVec,
+    /// Requests that were answered with an error, by its code.
+    pub refused_requests: IntCounterVec,
     /// Frames sent to expert nodes, repeated ones included.
     pub frames_sent: IntCounter,
     /// (row, expert) pairs sent to expert nodes, repeated ones included, by the node's region.
@@ -66,6 +68,8 @@ pub struct ClusterMetrics {
     pub placement_epoch: IntGauge,
     /// Whether this process leads the raft group.
     pub raft_leader: IntGauge,
+    /// Whether this process knows who leads the raft group.
+    pub raft_has_leader: IntGauge,
     /// The raft term that this process is in.
     pub raft_term: IntGauge,
     /// Records under the checkpoint of this coordinator's audit log that the cluster has committed.
@@ -86,6 +90,10 @@ impl ClusterMetrics {
             membership_epoch: gauge("membership_epoch", "Committed membership in use."),
             placement_epoch: gauge("placement_epoch", "Committed placement in use."),
             raft_leader: gauge("raft_leader", "1 while this process leads the raft group."),
+            raft_has_leader: gauge(
+                "raft_has_leader",
+                "1 while this process knows who leads the raft group, itself or another.",
+            ),
             raft_term: gauge("raft_term", "Raft term that this process is in."),
             audit_committed: gauge(
                 "audit_committed_records",
@@ -118,6 +126,15 @@ fn cache_config(registry: &Registry) -> IntGaugeVec {
             &["cache_dtype", "block_size"],
         ),
     )
+}
+
+/// The commonest reason is there before it happens, so that whoever looks for changes sees the first.
+fn refused_requests(registry: &Registry) -> IntCounterVec {
+    let help = "Requests that were answered with an error, by its code.";
+    let opts = Opts::new("entente_refused_requests_total", help);
+    let counters = register(registry, IntCounterVec::new(opts, &["reason"]));
+    counters.with_label_values(&["invalid_api_key"]);
+    counters
 }
 
 impl Metrics {
@@ -163,6 +180,7 @@ impl Metrics {
                 "Requests by how they ended.",
                 &["reason"],
             ),
+            refused_requests: refused_requests(&registry),
             frames_sent: counter("exchange_frames_total", "Frames sent to expert nodes."),
             expert_rows: counters(
                 "expert_rows_total",

@@ -163,9 +163,10 @@ where
         let unusable = |source| listen_error(&config.http, source);
         let address = listener.local_addr().map_err(unusable)?;
         let Started { api, experts, weights_bytes, .. } = started;
+        let bounds = config.api.bounds();
         let ready = Ready { address, experts, weights_bytes };
         tokio::spawn(announce(api.engine.clone(), on_ready, ready));
-        serve(api, listener, shutdown).await;
+        serve(api, listener, bounds, shutdown).await;
         Ok(())
     }
 }
@@ -212,6 +213,7 @@ async fn announce(engine: EngineHandle, on_ready: impl FnOnce(Ready), ready: Rea
 async fn serve(
     api: Arc<Api>,
     listener: tokio::net::TcpListener,
+    bounds: http::Bounds,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) {
     let (stop, stopped) = tokio::sync::oneshot::channel();
@@ -219,8 +221,9 @@ async fn serve(
         shutdown.await;
         let _ = stop.send(());
     };
+    let refusals = api.refused_connections.clone();
     let service = api::router(api).map_request(|request: Request<Incoming>| request.map(Body::new));
-    let server = http::serve(listener, service, until_told);
+    let server = http::serve(listener, service, bounds, refusals, until_told);
     let deadline = async move {
         // A dropped sender means that the server ended by itself; then there is nothing to cut off.
         if stopped.await.is_ok() {

@@ -1,7 +1,7 @@
 //! Puts a coordinator together: model, links, engine.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
@@ -170,6 +170,7 @@ pub async fn start_wired(
         check_followable(config)?;
     }
     config.engine.check().map_err(Error::Config)?;
+    config.api.check().map_err(Error::Config)?;
     let credentials = match fresh {
         Some(credentials) => Some(credentials),
         None => credentials(config)?,
@@ -186,7 +187,7 @@ pub async fn start_wired(
     let served = loaded.served.clone();
     let metrics = Arc::new(Metrics::new());
     let books = ledger.map(|ledger| books(config, ledger, credentials.clone(), &loaded));
-    let opener = opener(config, credentials, &loaded);
+    let opener = opener(config, credentials.clone(), &loaded);
     let closings = match statements {
         Some(to) if opener.can_hear_statements() => {
             let asking = (opener.clone(), loaded.states.clone());
@@ -197,8 +198,8 @@ pub async fn start_wired(
     let exchanger = connect(config, opener, &loaded, &metrics)?;
     let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
-    let api =
-        start_engine(config, loaded, kv_dtype, (exchanger, closings), (access, books), metrics)?;
+    let door = (access, books, credentials);
+    let api = start_engine(config, loaded, kv_dtype, (exchanger, closings), door, metrics)?;
     Ok(Started {
         api: Arc::new(api),
         served,
@@ -352,7 +353,7 @@ fn start_engine(
     loaded: Loaded,
     kv_dtype: KvDtype,
     (exchanger, closings): (Exchanger, Option<Sender<Closed>>),
-    (access, books): (Access, Option<Books>),
+    (access, books, credentials): (Access, Option<Books>, Option<Credentials>),
     metrics: Arc<Metrics>,
 ) -> Result<Api, Error> {
     let architecture = loaded.checkpoint.architecture().clone();
@@ -407,6 +408,10 @@ fn start_engine(
         access,
         books,
         metrics,
+        credentials,
+        refused_connections: Arc::default(),
+        strangers: Mutex::default(),
+        body_wait_max: Duration::from_millis(config.api.body_wait_max_ms),
     })
 }
 

@@ -51,9 +51,12 @@ impl Account {
         self.rows.load(Ordering::Relaxed)
     }
 
-    /// Frames refused since the process started, by reason.
+    /// Frames refused since the process started, by reason; all reasons, so that whoever looks for
+    /// changes sees the first one too.
     pub(crate) fn refusals(&self) -> BTreeMap<&'static str, u64> {
-        lock(&self.refused).clone()
+        let mut all = BTreeMap::from(REASONS.map(|reason| (reason, 0)));
+        all.extend(lock(&self.refused).iter());
+        all
     }
 
     /// Rows computed for each of these requests so far; 0 for those that are not known.
@@ -67,6 +70,10 @@ impl Account {
         lock(&self.requests).forgotten
     }
 }
+
+/// All that [`reason`] says.
+const REASONS: [&str; 7] =
+    ["busy", "draining", "expired", "invalid", "not_held", "region_refused", "stale_fence"];
 
 /// The word for a refusal in metrics.
 fn reason(refusal: &Refusal) -> &'static str {

@@ -4,7 +4,6 @@
 //! It answers from the moment that the process starts, so that a long load is not taken for a
 //! process that hangs. It says nothing of requests, tenants or single experts, and takes no orders.
 
-use std::fmt::Write;
 use std::sync::Arc;
 
 use axum::Router;
@@ -13,7 +12,9 @@ use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use entente_membership::net::http;
+use entente_membership::metrics::{certificates, family, refused_connections};
+use entente_membership::net::http::{self, Bounds, Refusals};
+use entente_tls::Credentials;
 use hyper::body::Incoming;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -43,27 +44,40 @@ impl Stage {
     }
 }
 
-type Stages = Arc<watch::Receiver<Stage>>;
+/// What is told from.
+struct Told {
+    stages: watch::Receiver<Stage>,
+    credentials: Option<Credentials>,
+    refusals: Arc<Refusals>,
+}
 
 /// Answers on `listener` for as long as it is polled.
-pub(crate) async fn serve(listener: TcpListener, stages: watch::Receiver<Stage>) {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    stages: watch::Receiver<Stage>,
+    credentials: Option<Credentials>,
+) {
+    let refusals = Arc::new(Refusals::default());
+    let told = Told { stages, credentials, refusals: refusals.clone() };
     let router = Router::new()
         .route("/livez", get(async || "ok\n"))
         .route("/health", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
-        .with_state(Arc::new(stages));
+        .with_state(Arc::new(told));
     http::serve(
         listener,
         router.map_request(|request: Request<Incoming>| request.map(Body::new)),
+        Bounds::default(),
+        refusals,
         std::future::pending(),
     )
     .await;
 }
 
-async fn ready(State(stages): State<Stages>) -> Response {
+async fn ready(State(told): State<Arc<Told>>) -> Response {
     let not = |why| (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
-    match &*stages.borrow() {
+    match &*told.stages.borrow() {
         Stage::Opening => not("the model is being opened\n"),
         Stage::Loading(_) => not("experts are being loaded\n"),
         Stage::Ready(node) if node.is_draining() => not("the node is leaving\n"),
@@ -71,9 +85,11 @@ async fn ready(State(stages): State<Stages>) -> Response {
     }
 }
 
-async fn metrics(State(stages): State<Stages>) -> Response {
+async fn metrics(State(told): State<Arc<Told>>) -> Response {
     let kind = "text/plain; version=0.0.4; charset=utf-8";
-    let text = stages.borrow().node().map(text).unwrap_or_default();
+    let mut text = told.stages.borrow().node().map(text).unwrap_or_default();
+    told.credentials.iter().for_each(|own| certificates(&mut text, own));
+    refused_connections(&mut text, &told.refusals);
     ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 
@@ -81,11 +97,7 @@ async fn metrics(State(stages): State<Stages>) -> Response {
 fn text(node: &NodeHandle) -> String {
     let (info, account, mut text) = (node.info(), node.account(), String::new());
     let mut metric = |name: &str, kind: &str, help: &str, samples: &[(String, u64)]| {
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "# HELP entente_{name} {help}\n# TYPE entente_{name} {kind}");
-        for (labels, value) in samples {
-            let _ = writeln!(text, "entente_{name}{labels} {value}");
-        }
+        family(&mut text, name, kind, help, samples);
     };
     let plain = |value| [(String::new(), value)];
     metric(

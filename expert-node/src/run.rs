@@ -61,15 +61,16 @@ pub async fn run(
 ) -> Result<(), Error> {
     config.check()?;
     let (listener, address) = bind(listeners.exchange, &config.listen)?;
+    let credentials = config.credentials()?;
     let stages = watch::Sender::new(Stage::default());
     let _http = match &config.metrics_listen {
         Some(at) => {
             let (metrics, _) = bind(listeners.metrics, at)?;
-            Some(AbortOnDrop(tokio::spawn(http::serve(metrics, stages.subscribe()))))
+            let http = http::serve(metrics, stages.subscribe(), credentials.clone());
+            Some(AbortOnDrop(tokio::spawn(http)))
         }
         None => None,
     };
-    let credentials = config.credentials()?;
     if credentials.is_none() && !address.ip().is_loopback() {
         return Err(Error::PlainText(address));
     }

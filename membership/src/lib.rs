@@ -41,6 +41,7 @@ pub mod client;
 pub mod enrolment;
 pub mod guard;
 pub mod log;
+pub mod metrics;
 #[cfg(feature = "etcd")]
 pub mod mirror;
 pub mod net;

@@ -10,7 +10,8 @@
 //! - there is no plain control port, not even on loopback: what is said here changes the cluster;
 //! - who it is follows from the certificate alone; what it may do is decided elsewhere, by a table;
 //! - whoever has no certificate gets to one call, on one of a few connections;
-//! - a handshake ends after [`HANDSHAKE_MAX`], and at most [`HANDSHAKES_MAX`] are under way.
+//! - a handshake ends after [`HANDSHAKE_MAX`], and at most [`HANDSHAKES_MAX`] are under way
+//!   unless the configuration says otherwise.
 //!
 //! What it does not know: which calls there are, where voters are.
 
@@ -38,7 +39,7 @@ use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint, Server};
 
 pub use accept::{
-    Accepted, ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, Stranger, accept, anyone,
+    Accepted, Bounds, ControlIo, HANDSHAKE_MAX, HANDSHAKES_MAX, Peer, Stranger, accept, anyone,
 };
 pub use reason::{LEADER_KEY, REASON_KEY, Reason};
 pub use via::Via;

@@ -55,7 +55,7 @@ pub use heartbeat::{pack_experts, unpack_experts};
 use crate::audit::Sink;
 use crate::client::{Client, ClientError};
 use crate::guard::Guard;
-use crate::net::Dialler;
+use crate::net::{Bounds, Dialler};
 use crate::raft::Status;
 use crate::roster::Roster;
 use crate::state::{Applied, Command, Expect, Refused, State};
@@ -261,6 +261,7 @@ pub async fn start(
         settings: config.steward(),
         enrolment,
         joins: config.join,
+        bounds: config.bounds(),
     };
     let ended = tokio::spawn(parts.run(listener, credentials));
     Ok(Service { handle, ended })
@@ -275,6 +276,7 @@ struct Running {
     settings: steward::Settings,
     enrolment: Enrolment,
     joins: bool,
+    bounds: Bounds,
 }
 
 impl Running {
@@ -284,9 +286,9 @@ impl Running {
         listener: TcpListener,
         credentials: Credentials,
     ) -> Result<(), ServiceError> {
-        let Self { thread, shared, stop, asks, settings, enrolment, joins } = self;
-        let mut server =
-            tokio::spawn(server::serve(shared.clone(), enrolment, listener, &credentials)?);
+        let Self { thread, shared, stop, asks, settings, enrolment, joins, bounds } = self;
+        let server = server::serve(shared.clone(), enrolment, listener, &credentials, bounds)?;
+        let mut server = tokio::spawn(server);
         let mut owner = thread.start()?;
         let mut steward = tokio::spawn(steward_shell::run(shared.clone(), settings, asks));
         let mut registration = tokio::spawn(registration::run(shared.clone()));

@@ -83,8 +83,9 @@ impl Machines {
     fn machine(&self, folder: &Path, listen: &str, http: &str) -> Vec<String> {
         let folder = folder.to_str().unwrap();
         let flags = ["--dir", folder, "--listen", listen, "--http", http, "--model", &self.model];
-        let flags = flags.iter().map(|flag| (*flag).to_owned());
-        flags.chain(["--weights".to_owned(), "f32".to_owned()]).collect()
+        let host = listen.rsplit_once(':').map_or(listen, |(host, _)| host);
+        let more = ["--weights", "f32", "--metrics", &free_address(host)];
+        flags.iter().chain(&more).map(|flag| (*flag).to_owned()).collect()
     }
 
     /// Starts the process of a machine.
@@ -136,8 +137,18 @@ impl Machines {
 
     /// The public API of a coordinator.
     pub fn http(&self, name: &str) -> String {
-        let config = fs::read_to_string(self.file(name, "coordinator.toml")).unwrap();
-        let line = config.lines().find_map(|line| line.strip_prefix("http = "));
+        self.listens(name, "coordinator", "http")
+    }
+
+    /// Where a process shows its metrics.
+    pub fn metrics(&self, name: &str, role: &str) -> String {
+        let key = if role == "coordinator" { "http" } else { "metrics_listen" };
+        format!("{}/metrics", self.listens(name, role, key))
+    }
+
+    fn listens(&self, name: &str, role: &str, key: &str) -> String {
+        let config = fs::read_to_string(self.file(name, &format!("{role}.toml"))).unwrap();
+        let line = config.lines().find_map(|line| line.strip_prefix(&format!("{key} = ")));
         format!("http://{}", line.unwrap().trim_matches('"'))
     }
 

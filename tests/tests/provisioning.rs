@@ -98,6 +98,14 @@ fn renewal_test() -> Duration {
     Duration::from_secs(seconds.map_or(25, |seconds| seconds.parse().unwrap()))
 }
 
+/// When a process's own certificate ends, as it shows it.
+fn leaf_ends(url: &str) -> u64 {
+    let text = http::get(url).text;
+    let series = "entente_certificate_not_after_timestamp_seconds{kind=\"leaf\",region=\"fr\"} ";
+    let value = text.lines().find_map(|line| line.strip_prefix(series));
+    value.unwrap_or_else(|| panic!("{url}: {text}")).parse().unwrap()
+}
+
 #[test]
 fn certificates_are_renewed_every_five_seconds_under_load_and_no_request_fails() {
     let golden = Golden::load("mixtral");
@@ -113,6 +121,9 @@ fn certificates_are_renewed_every_five_seconds_under_load_and_no_request_fails()
     let expected = completion(&url).choices();
     let before = node(&machines, "fr-expert-1").unwrap();
     let names = ["fr-coordinator", "witness", "fr-expert-1", "fr-expert-2"];
+    let roles = ["coordinator", "witness", "expert-node", "expert-node"];
+    let shown = [0, 1, 2, 3].map(|at| machines.metrics(names[at], roles[at]));
+    let ends = shown.each_ref().map(|url| leaf_ends(url));
     let (stop, began) = (AtomicBool::new(false), Instant::now());
     let mut seen: BTreeSet<(usize, String)> = BTreeSet::new();
     let asked: u64 = thread::scope(|scope| {
@@ -143,6 +154,11 @@ fn certificates_are_renewed_every_five_seconds_under_load_and_no_request_fails()
         assert!(certificates >= expected, "{name}: {certificates}, expected {expected}");
     }
     println!("{asked} requests, none of which failed");
+    for (url, before) in shown.iter().zip(ends) {
+        assert!(leaf_ends(url) > before, "{url} shows when the first certificate ended");
+    }
+    let voters = shown[..2].iter().map(|url| http::get(url).text);
+    assert!(voters.into_iter().all(|text| text.contains("\nentente_raft_has_leader 1\n")));
     // Nobody had to register again or was given up.
     let after = node(&machines, "fr-expert-1").unwrap();
     assert_eq!(after["incarnation"], before["incarnation"]);

@@ -97,6 +97,42 @@ fn a_request_leaves_a_receipt_that_verifies_offline_and_that_its_nodes_vouch_for
     assert!(!is_in(&data_dir.join("raft"), CANARY.as_bytes()));
 }
 
+/// Records under the latest checkpoint of a coordinator's log.
+fn tree_size(folder: &Path) -> u64 {
+    let checkpoint = std::fs::read_to_string(folder.join("checkpoint")).unwrap_or_default();
+    checkpoint.lines().nth(1).map_or(0, |size| size.parse().unwrap())
+}
+
+#[test]
+fn requests_without_a_key_are_counted_and_do_not_fill_the_log() {
+    // As many as `membership::allowance` has written down at once, and some time for more of them.
+    const WRITTEN_MAX: u64 = 1_024 + 60;
+    const FLOOD: u64 = 2_000;
+    let golden = Golden::load("mixtral");
+    let cluster = Cluster::start(&["--model", golden.path(), "--regions", "fr=1"]);
+    let url = cluster.http().to_owned();
+    let mine = cluster.api_key().unwrap().to_owned();
+    let folder = Path::new(cluster.data_dir()).join("audit/fr-coordinator");
+    let refused = || {
+        let text = http::get(&format!("{url}/metrics")).text;
+        let series = "entente_refused_requests_total{reason=\"invalid_api_key\"} ";
+        text.lines().find_map(|line| line.strip_prefix(series)).unwrap().parse::<u64>().unwrap()
+    };
+    assert_eq!(refused(), 0);
+    http::show_key(&url, "mk_0_none");
+    let ask = || http::post(&format!("{url}/v1/completions"), &json!({"prompt": "a"}));
+    assert!((0..FLOOD).all(|_| ask().status == 401));
+    assert_eq!(refused(), FLOOD);
+    // What somebody with a key does is recorded as ever, behind all that came before it.
+    http::show_key(&url, &mine);
+    let body = json!({"prompt": "a", "max_tokens": 2});
+    let served = http::post(&format!("{url}/v1/completions"), &body);
+    assert_eq!(served.status, 200, "{}", served.text);
+    receipt(&url, &served.json()["id"].as_str().unwrap().replace("cmpl-", ""));
+    let size = tree_size(&folder);
+    assert!((1_000..=WRITTEN_MAX).contains(&size), "{size} records");
+}
+
 #[test]
 fn what_is_refused_is_recorded_and_an_export_cannot_be_changed() {
     let golden = Golden::load("mixtral");

@@ -87,6 +87,12 @@ impl Roots {
         self.regions.keys().copied()
     }
 
+    /// When the CAs of each region end: the first of them to do so.
+    pub fn ends(&self) -> impl Iterator<Item = (Region, SystemTime)> + '_ {
+        let first = |cas: &Vec<Authority>| cas.iter().map(|ca| ca.validity.end).min();
+        self.regions.iter().filter_map(move |(region, cas)| Some((*region, first(cas)?)))
+    }
+
     /// All CA certificates, by region.
     pub fn certificates(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
         self.regions.values().flatten().map(|ca| &ca.certificate)

@@ -321,6 +321,7 @@ pub fn configuration(
         }),
         Role::ExpertNode => toml::to_string(&expert_node(common, member, addresses, via)),
         Role::Witness => toml::to_string(&witness::Config {
+            metrics_listen: None,
             name: member.name.clone(),
             region: member.region,
             tls: common.tls_files(member).context("a witness needs a certificate")?,
@@ -370,7 +371,11 @@ pub fn coordinator(
         threads: common.threads.map(usize::from),
         transport: common.transport.into(),
         served_model_name: None,
-        api: ApiConfig { endpoints: common.endpoints.clone(), open: common.open },
+        api: ApiConfig {
+            endpoints: common.endpoints.clone(),
+            open: common.open,
+            ..ApiConfig::default()
+        },
         engine: EngineConfig {
             kv_dtype: common.kv_dtype.map(KvDtype::from),
             ..EngineConfig::default()

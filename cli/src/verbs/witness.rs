@@ -4,6 +4,7 @@
 //! planning needs no model. It serves nobody and holds no experts. Where it has a folder for that,
 //! it cosigns the checkpoints of coordinators' audit logs.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
@@ -11,12 +12,16 @@ use std::sync::Arc;
 use anyhow::Context;
 use entente_audit::witness::{Witness, key_name};
 use entente_membership::enrolment::keep_fresh;
+use entente_membership::metrics;
+use entente_membership::raft;
 use entente_membership::roster::Roster;
 use entente_membership::service::{self, Process, Service};
 use entente_proto::identity::Role;
 use entente_proto::ids::{NodeName, Region};
 use entente_tls::Credentials;
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::role::{self, Reporter, RoleArgs, Shutdown};
 
@@ -28,6 +33,9 @@ pub struct Config {
     pub name: NodeName,
     /// The country that it stands in; that in its certificate.
     pub region: Region,
+    /// Where `/metrics` and `/livez` are answered, `host:port`; nowhere when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<String>,
     /// Certificate, key and CAs.
     pub tls: entente_tls::Files,
     /// Its part in the raft group.
@@ -86,10 +94,12 @@ async fn witness(
             .with_context(|| format!("cannot listen at {}", config.membership.listen))?,
     };
     let address = listener.local_addr()?;
-    let Config { name, tls, membership, cluster, .. } = config;
+    let Config { name, tls, membership, cluster, metrics_listen, .. } = config;
+    let metrics = bind(metrics_listen.as_deref()).await?;
     let process = Process { listener: Some(listener), witness, ..credentials.clone().into() };
     let service = service::start(membership, &cluster, &name, process).await?;
     let Service { handle, mut ended } = service;
+    let mut shown = pin!(show(metrics, handle.status(), credentials.clone()));
     let mut fresh = pin!(keep_fresh(handle.client().clone(), credentials, tls));
     let mut status = handle.status();
     let mut is_ready = false;
@@ -105,11 +115,30 @@ async fn witness(
             }
             result = &mut ended => return Ok(result??),
             never = &mut fresh => match never {},
+            never = &mut shown => match never {},
             () = &mut shutdown => break,
         }
     }
     handle.shutdown().await;
     Ok(ended.await??)
+}
+
+async fn bind(at: Option<&str>) -> anyhow::Result<Option<TcpListener>> {
+    let Some(at) = at else { return Ok(None) };
+    let bound = TcpListener::bind(at).await;
+    Ok(Some(bound.with_context(|| format!("cannot listen at {at}"))?))
+}
+
+/// Shows metrics, if it was said where.
+async fn show(
+    listener: Option<TcpListener>,
+    status: watch::Receiver<raft::Status>,
+    credentials: Credentials,
+) -> Infallible {
+    if let Some(listener) = listener {
+        metrics::serve(listener, status, credentials).await;
+    }
+    std::future::pending().await
 }
 
 #[cfg(test)]

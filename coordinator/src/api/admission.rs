@@ -13,6 +13,7 @@ use entente_proto::frame::REGIONS_MAX;
 use entente_proto::ids::RegionSet;
 use futures::StreamExt;
 
+use super::receipts;
 use super::request::Common;
 use super::{Api, ApiError, BODY_LEN_MAX, Caller};
 use crate::engine::origin::Origin;
@@ -38,7 +39,7 @@ pub(super) async fn authenticate(
         }
         Err(error) => {
             discard(request.into_body()).await;
-            error.into_response()
+            receipts::of_stranger(&api, error.into_response())
         }
     }
 }

@@ -2,11 +2,16 @@
 //!
 //! The text is for the client: it names the field and the cause, and nothing of the inside.
 
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use entente_proto::ids::Region;
 use serde::Serialize;
 
+use super::Api;
 use super::receipts::Refusal;
 use crate::engine::EngineError;
 
@@ -121,6 +126,15 @@ impl IntoResponse for ApiError {
         response.headers_mut().extend(self.headers);
         response
     }
+}
+
+/// Counts an answer that refuses, by the word that says why.
+pub(super) async fn count(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    if response.status().is_client_error() || response.status().is_server_error() {
+        api.metrics.refused_requests.with_label_values(&[Refusal::of(&response)]).inc();
+    }
+    response
 }
 
 impl From<EngineError> for ApiError {

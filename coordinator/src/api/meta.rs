@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use entente_membership::metrics::{certificates, refused_connections};
 use serde_json::{Value, json};
 
 use super::{Api, ApiError};
@@ -44,7 +45,10 @@ pub async fn ready(State(api): State<Arc<Api>>) -> Response {
 /// `GET /metrics`, Prometheus text format.
 pub async fn metrics(State(api): State<Arc<Api>>) -> Response {
     let kind = "text/plain; version=0.0.4; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], api.metrics.render()).into_response()
+    let mut text = api.metrics.render();
+    api.credentials.iter().for_each(|own| certificates(&mut text, own));
+    refused_connections(&mut text, &api.refused_connections);
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 
 /// `GET /version`.

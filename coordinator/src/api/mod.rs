@@ -1,9 +1,11 @@
 //! The public HTTP API in OpenAI's shape. A thin shell: it checks and translates requests, hands
 //! them to the engine, and writes what the engine says.
 //!
-//! Every limit on what a client may send is a constant of `request`, `slow` or of this file; those of
-//! connections and heads are the listener's ([`entente_membership::net::http`]). What this module does
-//! not know: scheduling, nodes, weights.
+//! Every limit on what a client may send is a constant of `request` or of this file, or a key of the
+//! configuration; those of connections and heads are the listener's
+//! ([`entente_membership::net::http`]). Answers that refuse are counted here, whoever gives them.
+//!
+//! What this module does not know: scheduling, nodes, weights.
 
 mod access;
 mod admission;
@@ -20,15 +22,19 @@ pub mod request;
 mod slow;
 mod stream;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::middleware;
 use axum::routing::{get, post};
+use entente_membership::allowance::Allowance;
+use entente_membership::net::http::Refusals;
 use entente_model::{ChatTemplate, GenerationConfig, Tokenizer, TokenizerError};
 use entente_proto::ids::Region;
+use entente_tls::Credentials;
 
 pub use self::access::{Access, Caller};
 pub use self::error::ApiError;
@@ -68,24 +74,31 @@ pub struct Api {
     pub books: Option<Books>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
+    /// What this process shows to others, if it has anything to show.
+    pub credentials: Option<Credentials>,
+    /// Connections that the listener has refused.
+    pub refused_connections: Arc<Refusals>,
+    /// Records of those whom nobody knows.
+    pub strangers: Mutex<Allowance>,
+    /// How long a body may take.
+    pub body_wait_max: Duration,
 }
 
 /// The routes.
 pub fn router(api: Arc<Api>) -> Router {
     let known = middleware::from_fn_with_state(api.clone(), admission::authenticate);
     let kept = middleware::from_fn_with_state(api.clone(), receipts::keep);
-    // Of requests for tokens a record is kept, also of those that nobody may make.
+    let counted = middleware::from_fn_with_state(api.clone(), error::count);
+    let unhurried = middleware::map_request_with_state(api.clone(), slow::bound);
+    // Of each request of somebody for tokens a record is kept, also of one that it may not make.
     let work = Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
-        .route_layer(known.clone())
         .route_layer(kept);
-    let own = Router::new()
-        .route("/v1/receipts/{id}", get(receipts::find))
+    // For these routes one must be somebody; those below are for anybody.
+    work.route("/v1/receipts/{id}", get(receipts::find))
         .route("/v1/models", get(meta::models))
-        .route_layer(known);
-    // For the routes above one must be somebody; those below are for anybody.
-    work.merge(own)
+        .route_layer(known)
         .route("/health", get(meta::live))
         .route("/livez", get(meta::live))
         .route("/readyz", get(meta::ready))
@@ -94,7 +107,8 @@ pub fn router(api: Arc<Api>) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .fallback(unknown_path)
         .layer(DefaultBodyLimit::max(BODY_LEN_MAX))
-        .layer(middleware::map_request(slow::bound))
+        .layer(unhurried)
+        .layer(counted)
         .with_state(api)
 }
 

@@ -1,7 +1,8 @@
 //! Receipts: every answer says what its record is called, and whoever asked can have it.
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
@@ -25,6 +26,13 @@ pub const RECEIPT_HEADER: HeaderName = HeaderName::from_static("x-entente-receip
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Refusal(pub &'static str);
 
+impl Refusal {
+    /// The word of an answer that is no success.
+    pub(super) fn of(response: &Response) -> &'static str {
+        response.extensions().get::<Self>().map_or("http_error", |why| why.0)
+    }
+}
+
 /// Takes up a request in the ledger, and names its receipt in the answer. The record is made when
 /// the last that handles the request lets go of it, also when its client has left in between.
 pub(super) async fn keep(
@@ -39,10 +47,27 @@ pub(super) async fn keep(
         return ApiError::new(status, "server_busy", message, None).into_response();
     };
     request.extensions_mut().insert(attempt.clone());
-    let mut response = next.run(request).await;
+    let response = next.run(request).await;
+    named(&attempt, response)
+}
+
+/// Takes note of a refusal of somebody without a valid key, as long as there are few: whoever has no
+/// key must not be able to fill the disk. The others are counted in metrics only.
+pub(super) fn of_stranger(api: &Api, refusal: Response) -> Response {
+    let Some(books) = &api.books else { return refusal };
+    let mut strangers = api.strangers.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_written = strangers.take(Instant::now()).is_some();
+    drop(strangers);
+    match is_written.then(|| books.begin()).flatten() {
+        Some(attempt) => named(&attempt, refusal),
+        None => refusal,
+    }
+}
+
+/// The same answer with the name of its receipt; the attempt learns how it was answered.
+fn named(attempt: &Attempt, mut response: Response) -> Response {
     if !response.status().is_success() {
-        let code = response.extensions().get::<Refusal>().map_or("http_error", |why| why.0);
-        attempt.refused(response.status().as_u16(), code);
+        attempt.refused(response.status().as_u16(), Refusal::of(&response));
     }
     if let Ok(id) = HeaderValue::from_str(&attempt.id().to_string()) {
         response.headers_mut().insert(RECEIPT_HEADER, id);

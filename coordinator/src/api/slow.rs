@@ -2,19 +2,19 @@
 //! what of the body is there already, for as long as they like.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use futures::{StreamExt, stream};
 use tokio::time::{Instant, timeout_at};
 
-/// How long a body may take from the first look at its request to its last byte.
-pub(super) const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
+use super::Api;
 
 /// The same request, whose body fails when it takes too long.
-pub(super) async fn bound(request: Request) -> Request {
-    within(request, BODY_WAIT_MAX)
+pub(super) async fn bound(State(api): State<Arc<Api>>, request: Request) -> Request {
+    within(request, api.body_wait_max)
 }
 
 fn within(request: Request, longest: Duration) -> Request {

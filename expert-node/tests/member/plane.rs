@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use entente_membership::audit::Sink;
 use entente_membership::guard::Guard;
-use entente_membership::net::{Reason, accept};
+use entente_membership::net::{Bounds, Reason, accept};
 use entente_membership::roster::Roster;
 use entente_membership::state::{
     Applied, Command, Expect, NodeSpec, NodeState, Request, Role, SessionId, State,
@@ -80,7 +80,7 @@ impl Plane {
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
             let guard = Guard::new(own.identity(), Sink::default());
-            let incoming = accept(listener, &own, guard).unwrap().members;
+            let incoming = accept(listener, &own, guard, Bounds::default()).unwrap().members;
             Server::builder().serve_with_incoming(control, incoming).await.unwrap();
         });
         Voter(Some(runtime))

@@ -8,7 +8,7 @@ use std::path::Path;
 use entente_expert_node::{Config, ExpertNode, serve};
 use entente_membership::audit::Sink;
 use entente_membership::guard::Guard;
-use entente_membership::net::accept;
+use entente_membership::net::{Bounds, accept};
 use entente_membership::roster::{Roster, RosterNode};
 use entente_model::kernels::{self, PANELS_VERSION, WeightFormat};
 use entente_model::{Checkpoint, load_expert, packed};
@@ -74,7 +74,7 @@ impl Cluster {
         tokio::spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
             let guard = Guard::new(own.identity(), Sink::default());
-            let incoming = accept(listener, &own, guard).unwrap().members;
+            let incoming = accept(listener, &own, guard, Bounds::default()).unwrap().members;
             let liar = ExchangeServer::new(Liar);
             Server::builder().serve_with_incoming(liar, incoming).await
         });

@@ -16,7 +16,7 @@ use crate::state::codec::sha256;
 
 /// How long one attempt may take; it asks several voters.
 const ATTEMPT_MAX: Duration = Duration::from_secs(5);
-/// The same where somebody waits for something else, and the next use is another attempt.
+/// How long one may take where somebody waits for something else, and the next use is another.
 const ON_USE_MAX: Duration = Duration::from_secs(2);
 /// How often the files are looked at: somebody else may renew, or have put another CA in.
 const LOOK: Duration = Duration::from_secs(30);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -27,11 +27,12 @@ use crate::guard::Guard;
 
 /// How long a peer may take to say who it is.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
-/// Handshakes that are under way at a time; further connections are closed.
+/// Handshakes that are under way at a time unless the configuration says otherwise; further
+/// connections are closed.
 pub const HANDSHAKES_MAX: usize = 256;
-/// Those of one host among them.
+/// Those of one host among them, likewise: behind an address that is translated stand many.
 pub const HANDSHAKES_OF_HOST_MAX: usize = 128;
-/// Connections of members and operators at a time.
+/// Connections of members and operators at a time, likewise.
 pub const CONNECTIONS_MAX: usize = 8_192;
 /// Those of one identity among them: a coordinator has a few, an operator one for each verb.
 pub const CONNECTIONS_OF_IDENTITY_MAX: usize = 64;
@@ -43,6 +44,27 @@ const JOINERS_MAX: usize = 16;
 const JOINERS_OF_HOST_MAX: usize = 8;
 /// Pause after an error of the listener: too many open files, most often.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// How many may come at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// Handshakes that are under way.
+    pub handshakes_max: usize,
+    /// Those of one host among them.
+    pub handshakes_of_host_max: usize,
+    /// Connections of members and operators.
+    pub connections_max: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            handshakes_max: HANDSHAKES_MAX,
+            handshakes_of_host_max: HANDSHAKES_OF_HOST_MAX,
+            connections_max: CONNECTIONS_MAX,
+        }
+    }
+}
 
 /// Who is at the other end; what a handler finds in the extensions of its request.
 #[derive(Debug, Clone)]
@@ -99,6 +121,7 @@ pub fn accept(
     listener: TcpListener,
     credentials: &Credentials,
     guard: Guard,
+    bounds: Bounds,
 ) -> Result<Accepted, entente_tls::Error> {
     let joins =
         (credentials.identity().role == Role::Coordinator).then(|| credentials.join_server());
@@ -109,12 +132,13 @@ pub fn accept(
         joiner: joins.transpose()?,
         members: members.clone(),
         joiners,
-        member_seats: Seats::new(CONNECTIONS_MAX, CONNECTIONS_OF_IDENTITY_MAX),
+        member_seats: Seats::new(bounds.connections_max, CONNECTIONS_OF_IDENTITY_MAX),
         joiner_seats: Seats::new(JOINERS_MAX, JOINERS_OF_HOST_MAX),
     };
+    let handshakes = Seats::new(bounds.handshakes_max, bounds.handshakes_of_host_max);
     tokio::spawn(async move {
         tokio::select! {
-            () = listen(listener, door, guard) => {}
+            () = listen(listener, door, guard, handshakes) => {}
             () = members.closed() => {}
         }
     });
@@ -135,8 +159,7 @@ struct Door {
     joiner_seats: Seats<String>,
 }
 
-async fn listen(listener: TcpListener, door: Door, guard: Guard) {
-    let handshakes = Seats::new(HANDSHAKES_MAX, HANDSHAKES_OF_HOST_MAX);
+async fn listen(listener: TcpListener, door: Door, guard: Guard, handshakes: Seats<IpAddr>) {
     let mut crowded = Seldom::default();
     loop {
         let (socket, peer) = match listener.accept().await {

@@ -46,6 +46,11 @@ impl<K: Ord + Clone> Seats<K> {
         Some(Seat { seats: self.clone(), who })
     }
 
+    /// Whether there is no seat left for anybody.
+    pub fn are_full(&self) -> bool {
+        self.lock().all >= self.all_max
+    }
+
     fn lock(&self) -> MutexGuard<'_, Taken<K>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use entente_proto::ids::NodeName;
 use serde::{Deserialize, Serialize};
 
-use crate::net::Via;
+use crate::net::{Bounds, Via};
 use crate::raft;
 use crate::roster::Roster;
 use crate::steward;
@@ -26,6 +26,8 @@ pub const LEAF_LIFE_S_MIN: u64 = 2;
 pub const LEAF_LIFE_S_MAX: u64 = 90 * 24 * 3_600;
 /// Longest of all durations below.
 const MS_MAX: u64 = 600_000;
+/// Most connections and handshakes that a control port may be told to take.
+const PEERS_MAX: u64 = 65_536;
 
 /// How a voter runs. Durations are milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +65,15 @@ pub struct Config {
     /// The CAs whose keys are here: of the regions whose processes get their certificates here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca: Option<CaConfig>,
+    /// Handshakes that are under way at the control port at a time.
+    #[serde(default = "handshakes_max")]
+    pub handshakes_max: usize,
+    /// Those of one host among them.
+    #[serde(default = "handshakes_of_host_max")]
+    pub handshakes_of_host_max: usize,
+    /// Connections of members and operators at a time.
+    #[serde(default = "connections_max")]
+    pub connections_max: usize,
     /// An etcd that shows the membership to others.
     #[cfg(feature = "etcd")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -108,6 +119,18 @@ fn restore_after_ms() -> u64 {
     10_000
 }
 
+fn handshakes_max() -> usize {
+    Bounds::default().handshakes_max
+}
+
+fn handshakes_of_host_max() -> usize {
+    Bounds::default().handshakes_of_host_max
+}
+
+fn connections_max() -> usize {
+    Bounds::default().connections_max
+}
+
 /// A setting that is of no use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("membership.{key} is {value}, allowed is {min} to {max}")]
@@ -133,6 +156,9 @@ impl Config {
             via: Via::default(),
             contacts: Vec::new(),
             ca: None,
+            handshakes_max: handshakes_max(),
+            handshakes_of_host_max: handshakes_of_host_max(),
+            connections_max: connections_max(),
             #[cfg(feature = "etcd")]
             etcd: None,
         }
@@ -150,6 +176,9 @@ impl Config {
             ("election_ms", election, heartbeat.saturating_mul(2).max(20), 100 * heartbeat.max(1)),
             ("down_after_ms", self.down_after_ms, 100, MS_MAX),
             ("restore_after_ms", self.restore_after_ms, 0, MS_MAX),
+            ("handshakes_max", self.handshakes_max as u64, 1, PEERS_MAX),
+            ("handshakes_of_host_max", self.handshakes_of_host_max as u64, 1, PEERS_MAX),
+            ("connections_max", self.connections_max as u64, 1, PEERS_MAX),
             (
                 "ca.leaf_life_s",
                 self.ca.as_ref().map_or(LEAF_LIFE_S_MIN, |ca| ca.leaf_life_s),
@@ -161,6 +190,12 @@ impl Config {
             None => Ok(()),
             Some((key, value, min, max)) => Err(InvalidConfig { key, value, min, max }),
         }
+    }
+
+    /// How many may come to the control port.
+    pub(super) fn bounds(&self) -> Bounds {
+        let Self { handshakes_max, handshakes_of_host_max, connections_max, .. } = *self;
+        Bounds { handshakes_max, handshakes_of_host_max, connections_max }
     }
 
     /// Where others reach the voter `name`.
@@ -226,6 +261,10 @@ mod tests {
         let hasty = Config { election_ms: 150, ..good.clone() };
         let error = hasty.check().unwrap_err().to_string();
         assert_eq!(error, "membership.election_ms is 150, allowed is 200 to 10000");
+        let closed = Config { handshakes_max: 0, ..good.clone() };
+        assert!(
+            closed.check().unwrap_err().to_string().starts_with("membership.handshakes_max is 0")
+        );
         assert!(Config { heartbeat_ms: 0, ..good }.check().is_err());
     }
 }

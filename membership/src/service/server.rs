@@ -24,7 +24,7 @@ use super::shared::Shared;
 use super::witness::Witness;
 use super::{Config, ServiceError};
 use crate::guard::Guard;
-use crate::net::{Accepted, Peer, accept, bounded_server};
+use crate::net::{Accepted, Bounds, Peer, accept, bounded_server};
 use crate::state::codec::{REQUEST_LEN_MAX, STATE_LEN_MAX};
 use crate::voter::ENVELOPE_LEN_MAX;
 
@@ -66,9 +66,11 @@ pub(super) fn serve(
     enrolment: Enrolment,
     listener: TcpListener,
     credentials: &Credentials,
+    bounds: Bounds,
 ) -> Result<impl Future<Output = ()> + use<>, ServiceError> {
     let guard = shared.guard.clone();
-    let Accepted { members: incoming, joiners } = accept(listener, credentials, guard.clone())?;
+    let Accepted { members: incoming, joiners } =
+        accept(listener, credentials, guard.clone(), bounds)?;
     let enrolment = EnrolmentServer::new(enrolment).max_decoding_message_size(JOIN_LEN_MAX);
     let mut joined = enrolment.clone();
     let joining = service_fn(move |request| only_join(&mut joined, request));

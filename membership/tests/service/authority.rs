@@ -2,7 +2,7 @@
 
 use entente_membership::audit::Sink;
 use entente_membership::guard::Guard;
-use entente_membership::net::{Dialler, Reason};
+use entente_membership::net::{Bounds, Dialler, Reason};
 use entente_membership::raft;
 use entente_membership::voter::genesis;
 use entente_proto::identity::Role;
@@ -105,7 +105,8 @@ fn only_a_voter_is_taken_for_one_by_who_dials() {
         listener.set_nonblocking(true).unwrap();
         let listener = tokio::net::TcpListener::from_std(listener).unwrap();
         let guard = Guard::new(expert.identity(), Sink::default());
-        let _accepted = entente_membership::net::accept(listener, &expert, guard).unwrap();
+        let _accepted =
+            entente_membership::net::accept(listener, &expert, guard, Bounds::default()).unwrap();
         let dialler = Dialler::new(&world.credentials(Role::Operator, "ops"), None).unwrap();
         let refused = dialler.dial(&address).await.unwrap_err().to_string();
         assert!(refused.contains("expected was a coordinator or witness of demo"), "{refused}");
