@@ -25,30 +25,59 @@ fn metrics(expression: &str) -> BTreeSet<&str> {
     words.filter_map(|word| word.strip_prefix("entente_")).collect()
 }
 
+/// The files in which metrics have their names.
+const NAMING: [&str; 3] =
+    ["coordinator/src/metrics.rs", "expert-node/src/http.rs", "membership/src/metrics.rs"];
+
+/// What stands in quotes behind each `job=` of an expression.
+fn jobs(expression: &str) -> impl Iterator<Item = &str> {
+    expression.split("job=\"").skip(1).filter_map(|rest| rest.split('"').next())
+}
+
 #[test]
-fn alerts_are_about_metrics_that_there_are() {
-    let code = [text("coordinator/src/metrics.rs"), text("expert-node/src/http.rs")].concat();
+fn alerts_are_about_metrics_and_jobs_that_there_are() {
+    let code = NAMING.map(text).concat();
     let alerts = yaml("deploy/prometheus/alerts.yml");
+    let config = yaml("deploy/prometheus/prometheus.yml");
+    let scraped: BTreeSet<_> = config["scrape_configs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|job| job["job_name"].as_str().unwrap())
+        .collect();
     let rules = alerts["groups"][0]["rules"].as_array().unwrap();
     assert!(rules.len() > 5);
     for rule in rules {
         let expression = rule["expr"].as_str().unwrap();
         for name in metrics(expression) {
-            assert!(code.contains(&format!("\"{name}\"")), "{} reads {name}", rule["alert"]);
+            let words = [format!("\"{name}\""), format!("\"entente_{name}\"")];
+            let is_shown = words.iter().any(|word| code.contains(word));
+            assert!(is_shown, "{} reads {name}", rule["alert"]);
+        }
+        for job in jobs(expression) {
+            assert!(scraped.contains(job), "{} is about {job}", rule["alert"]);
         }
         assert!(rule["annotations"]["summary"].is_string(), "{rule}");
     }
 }
 
 #[test]
-fn prometheus_scrapes_machines_that_the_compose_file_has() {
+fn prometheus_scrapes_machines_and_ports_that_the_compose_file_has() {
     let compose = yaml("deploy/container/compose.yaml");
     let config = yaml("deploy/prometheus/prometheus.yml");
     for job in config["scrape_configs"].as_array().unwrap() {
         for group in job["static_configs"].as_array().unwrap() {
             for target in group["targets"].as_array().unwrap() {
-                let (host, _) = target.as_str().unwrap().split_once(':').unwrap();
-                assert!(compose["services"][host].is_object(), "{host}");
+                let (host, port) = target.as_str().unwrap().split_once(':').unwrap();
+                let service = &compose["services"][host];
+                assert!(service.is_object(), "{host}");
+                // A coordinator shows metrics at its public port, others where they are told to.
+                let shown = match job["job_name"].as_str().unwrap() {
+                    "coordinator" => &service["ports"][0],
+                    _ => &service["environment"]["ENTENTE_METRICS"],
+                };
+                let is_there = shown.as_str().is_some_and(|at| at.ends_with(&format!(":{port}")));
+                assert!(is_there, "{host} shows metrics at {shown}, not at {port}");
             }
         }
     }
