@@ -2,7 +2,9 @@
 //! hardly slows down those who mean well.
 //! Method: raw sockets against a real cluster, while a healthy client goes on asking; what each
 //! process keeps is read from /proc. `ENTENTE_TEST_FULL=1` makes as many attempts as the figures in
-//! `docs/limits.md` are about; without it they are fewer, so that this takes seconds.
+//! `docs/limits.md` are about, and holds the healthy client's times against them; without it attempts
+//! are fewer, so that this takes seconds, and times only show what blocks. Where times count attackers
+//! run at the lowest priority: they would have machines of their own, and take what nobody else wants.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -21,9 +23,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Requests of the healthy client before an attack.
 const HEALTHY: usize = 200;
 
+/// Whether as many attempts are made as the figures are about.
+fn is_full() -> bool {
+    std::env::var_os("ENTENTE_TEST_FULL").is_some()
+}
+
 /// `short` attempts, or `full` ones when asked for.
 fn attempts(short: usize, full: usize) -> usize {
-    if std::env::var_os("ENTENTE_TEST_FULL").is_some() { full } else { short }
+    if is_full() { full } else { short }
 }
 
 /// A cluster of one region, and what its processes keep.
@@ -59,6 +66,10 @@ impl Scene {
         let start = Instant::now();
         thread::scope(|scope| {
             let attacking = scope.spawn(|| {
+                // Of this thread alone: Linux has priorities by thread.
+                if is_full() {
+                    rustix::process::nice(19).unwrap();
+                }
                 attack();
                 over.store(true, Ordering::Relaxed);
             });
@@ -82,8 +93,9 @@ impl Scene {
             times.len()
         );
         assert!(growth_kib <= GROWTH_MAX_KIB, "{whose} keeps {growth_kib} KiB more");
-        // The machine of these tests is shared: this finds what blocks, not what costs.
-        assert!(during <= before * 10 + Duration::from_millis(500), "{before:?} -> {during:?}");
+        // The machine of these tests is shared: otherwise this finds what blocks, not what costs.
+        let bound = if is_full() { before * 2 } else { before * 10 + Duration::from_millis(500) };
+        assert!(during <= bound, "{name}: {before:?} -> {during:?}");
         assert_eq!(http::get(&format!("{}/readyz", self.cluster.http())).status, 200);
     }
 }
