@@ -6,8 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use data_encoding::BASE64;
 use entente_audit::checkpoint::Checkpoint;
 use entente_audit::log::Log;
 use entente_audit::merkle;
@@ -121,7 +120,7 @@ impl TheirCosigner {
     fn new(vkey: &str) -> Self {
         let mut parts = vkey.splitn(3, '+');
         let (name, id) = (parts.next().unwrap(), parts.next().unwrap());
-        let typed = STANDARD.decode(parts.next().unwrap()).unwrap();
+        let typed = BASE64.decode(parts.next().unwrap().as_bytes()).unwrap();
         let key_id = signed_note::key_id(name, &typed);
         assert_eq!((typed[0], format!("{key_id:08x}").as_str()), (0x04, id));
         let key = ed25519_dalek::VerifyingKey::from_bytes(typed[1..].try_into().unwrap());

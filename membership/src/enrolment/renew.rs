@@ -69,10 +69,14 @@ pub async fn keep_fresh(client: Client, credentials: Credentials, files: Files) 
                 tracing::info!(life_s, "the certificate was renewed");
             }
             Err(error) => {
-                let left = until(credentials.expires());
-                tracing::error!(%error, left_s = left.as_secs(), "the certificate was not renewed");
-                sleep((left / 10).clamp(RETRY_MIN, RETRY_MAX)).await;
+                let left_s = until(credentials.expires()).as_secs();
+                tracing::error!(%error, left_s, "the certificate was not renewed");
             }
+        }
+        // One that is new may be past its half, too: where its CA ends soon, so does it.
+        if until(credentials.half_life()).is_zero() {
+            let left = until(credentials.expires());
+            sleep((left / 10).clamp(RETRY_MIN, RETRY_MAX)).await;
         }
     }
 }
