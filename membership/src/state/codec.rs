@@ -4,9 +4,10 @@ use bytes::Bytes;
 use entente_proto::ids::{
     ExpertId, Incarnation, InvalidId, LayerId, MembershipEpoch, NodeId, PlacementEpoch,
 };
+use entente_proto::list;
 use entente_proto::placement::Placement;
 use entente_proto::wire::{self, membership_outcome, membership_request};
-use prost::Message;
+use prost::{DecodeError, Message};
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -67,7 +68,11 @@ pub(super) fn decode<M: Message + Default>(
     if bytes.len() > max {
         return Err(Malformed::TooLong { what, len: bytes.len(), max });
     }
-    M::decode(bytes).map_err(|error| Malformed::Prost { what, reason: error.to_string() })
+    M::decode(bytes).map_err(|error| undecoded(what, &error))
+}
+
+pub(super) fn undecoded(what: &'static str, error: &DecodeError) -> Malformed {
+    Malformed::Prost { what, reason: error.to_string() }
 }
 
 pub(super) fn u16_of(what: &'static str, number: u32) -> Result<u16, Malformed> {
@@ -139,7 +144,9 @@ fn command_out(command: &Command) -> membership_request::Command {
         }
         Command::Cordon(node, cordoned) => Out::Cordon(wire::Cordon { node: node.0, cordoned }),
         Command::SetPlacement(placement) => {
-            Out::SetPlacement(wire::SetPlacement { experts: placement_out(&placement) })
+            let mut experts = Vec::new();
+            placement_out(&placement).iter().for_each(|expert| list::push(&mut experts, expert));
+            Out::SetPlacement(wire::SetPlacement { experts: experts.into() })
         }
         Command::SetReplicas(region, replicas) => Out::SetReplicas(wire::SetReplicas {
             region: region.to_string(),
@@ -289,9 +296,11 @@ pub(crate) fn placement_out(placement: &Placement) -> Vec<wire::ExpertReplicas> 
     placement.iter().map(one).collect()
 }
 
-fn placement_in(experts: Vec<wire::ExpertReplicas>) -> Result<Placement, Malformed> {
+fn placement_in(experts: Bytes) -> Result<Placement, Malformed> {
     let mut placement = Placement::new();
-    experts.into_iter().try_for_each(|expert| place(&mut placement, expert))?;
+    for expert in list::each(experts) {
+        place(&mut placement, expert.map_err(|error| undecoded("a placement", &error))?)?;
+    }
     Ok(placement)
 }
 

@@ -14,7 +14,7 @@ use prost::Message;
 
 use super::codec::{
     self, Malformed, STATE_LEN_MAX, kind_in, kind_out, node_in, node_out, outcome_in, outcome_out,
-    place, placement_out, sha256, u16_of,
+    place, placement_out, sha256, u16_of, undecoded,
 };
 use super::session::Session;
 use super::{Record, SessionId, State, Voter, VoterId};
@@ -105,8 +105,7 @@ impl State {
         }
         let mut state = Self::default();
         for item in list::each::<wire::StateItem, _>(bytes) {
-            let item =
-                item.map_err(|error| Malformed::Prost { what: WHAT, reason: error.to_string() })?;
+            let item = item.map_err(|error| undecoded(WHAT, &error))?;
             state.take(item.item.ok_or(Malformed::Unknown("an element of a state"))?)?;
         }
         if state.encode() == bytes { Ok(state) } else { Err(Malformed::NotCanonical) }
