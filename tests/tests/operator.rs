@@ -41,6 +41,13 @@ fn wait_for_node(cluster: &Cluster, name: &str, is_so: impl Fn(&Value) -> bool) 
     wait_for(STOP_DEADLINE, now).unwrap_or_else(|| panic!("{}", node(cluster, name)))
 }
 
+/// Waits until all that a node holds is held elsewhere too: a cluster is ready with one replica of
+/// each expert, and the second may still be loading.
+fn wait_until_it_may_stop(cluster: &Cluster, name: &str) {
+    let may_stop = || verb(cluster, &["node", "ok-to-stop", name]).code() == Some(0);
+    assert!(wait_for(STOP_DEADLINE, || may_stop().then_some(())).is_some(), "{name} may not stop");
+}
+
 fn completion(endpoint: &str) -> String {
     let body = json!({ "prompt": "a b c", "max_tokens": 16, "temperature": 0.0, "logprobs": 0 });
     http::post(&format!("{endpoint}/v1/completions"), &body).choices()
@@ -50,6 +57,9 @@ fn completion(endpoint: &str) -> String {
 fn a_drained_node_holds_nothing_and_gets_its_experts_back() {
     let golden = Golden::load("mixtral");
     let cluster = start(&golden, &["--regions", "fr=3"]);
+    for name in ["fr-expert-1", "fr-expert-2", "fr-expert-3"] {
+        wait_until_it_may_stop(&cluster, name);
+    }
     let placed = |name| node(&cluster, name)["placed"].as_u64().unwrap();
     let all: u64 = ["fr-expert-1", "fr-expert-2", "fr-expert-3"].into_iter().map(placed).sum();
     let before = completion(cluster.http());
@@ -86,9 +96,7 @@ fn a_node_that_is_told_to_stop_drains_first_and_comes_back_as_another_incarnatio
 fn what_would_lose_an_expert_is_refused() {
     let golden = Golden::load("mixtral");
     let cluster = start(&golden, &["--regions", "fr=2"]);
-    // A cluster is ready with one replica of each expert; the second may still be loading.
-    let may_stop = || verb(&cluster, &["node", "ok-to-stop", "fr-expert-1"]).code() == Some(0);
-    assert!(wait_for(STOP_DEADLINE, || may_stop().then_some(())).is_some(), "one of two may stop");
+    wait_until_it_may_stop(&cluster, "fr-expert-1");
     let both = verb(&cluster, &["node", "ok-to-stop", "fr-expert-1", "fr-expert-2"]);
     assert_eq!((both.code(), both.stdout.as_str()), (REFUSED, "no\n"), "{both:#?}");
     assert!(both.stderr.contains("region fr: "), "{}", both.stderr);
