@@ -16,14 +16,21 @@ const CONTEXT: &str = "entente audit key v1";
 pub struct Books {
     ledger: Ledger,
     credentials: Option<Credentials>,
-    facts: Mutex<Arc<Facts>>,
+    stage: Mutex<Stage>,
+}
+
+struct Stage {
+    facts: Arc<Facts>,
+    /// Whether the certificate that they name was handed to the log.
+    certified: bool,
 }
 
 impl Books {
     /// The ledger, with what its records say of this process. Whose certificate it is now is asked
     /// of `credentials`, which may be renewed.
     pub fn new(ledger: Ledger, facts: Facts, credentials: Option<Credentials>) -> Self {
-        Self { ledger, credentials, facts: Mutex::new(Arc::new(facts)) }
+        let stage = Mutex::new(Stage { facts: Arc::new(facts), certified: false });
+        Self { ledger, credentials, stage }
     }
 
     /// The ledger.
@@ -37,24 +44,26 @@ impl Books {
     }
 
     fn facts(&self) -> Arc<Facts> {
-        let mut facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
         let shown = self.credentials.as_ref().map(|own| Digest(own.certificate_sha256()));
-        if facts.coordinator.certificate != shown {
-            let mut renewed = Facts::clone(&facts);
+        if stage.facts.coordinator.certificate != shown {
+            let mut renewed = Facts::clone(&stage.facts);
             renewed.coordinator.certificate = shown;
-            *facts = Arc::new(renewed);
-            self.certify();
+            *stage = Stage { facts: Arc::new(renewed), certified: false };
         }
-        facts.clone()
+        // Where it had to be dropped, the next request tries again.
+        stage.certified = stage.certified || self.certify();
+        stage.facts.clone()
     }
 
-    /// Puts this process's certificate into the log.
-    fn certify(&self) {
-        let Some(credentials) = &self.credentials else { return };
+    /// Puts this process's certificate into the log, where it has one.
+    fn certify(&self) -> bool {
+        let Some(credentials) = &self.credentials else { return true };
         let signed = credentials.sign(CONTEXT, self.ledger.key().as_bytes());
         let kept = signed.is_ok_and(|signed| self.ledger.certify(signed.certificate_der));
         if !kept {
             tracing::warn!("this process's certificate is not in the audit log yet");
         }
+        kept
     }
 }
