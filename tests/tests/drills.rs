@@ -11,11 +11,12 @@ use entente_tests::process::{Process, Signal, wait_for};
 use entente_tests::{Cluster, http};
 use serde_json::Value;
 
-/// The only copy of some experts does not answer for longer than a request may wait.
+/// The only copy of some experts does not answer for longer than a request may wait. That is less
+/// than it takes the leader to miss the node and have its experts loaded elsewhere, about a second.
 const MISS: &str = "
 name: too long
 proves: That a miss is one.
-load: {streams: 4, requests: 20, max_tokens: 16, deadline: 1s}
+load: {streams: 4, requests: 20, max_tokens: 16, deadline: 500ms}
 faults:
   - at: 500ms
     action: {pause: {for: 2500ms}}
