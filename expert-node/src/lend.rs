@@ -1,7 +1,7 @@
 //! Gives an expert's weights to a node of the same region that is to hold it and cannot load it.
 //!
-//! What is given is the memory that is multiplied with, or what the model folder has where the
-//! expert is not held. It is not compared with anything here: who receives it does that, and
+//! What is given is the memory that is multiplied with, copied back piece by piece if that is a
+//! device's, or what the model folder has where the expert is not held. It is not compared with anything here: who receives it does that, and
 //! believes nobody.
 //!
 //! Invariants: at most [`LENDS_MAX`] experts are sent at once and each at [`LEND_BYTES_PER_S`] at
@@ -24,6 +24,7 @@ use tonic::Status;
 use crate::limits::{
     LEND_BYTES_PER_S, LEND_PIECE_BYTES, LEND_WAIT_MAX, LENDS_MAX, LENDS_WAITING_MAX,
 };
+use crate::member::Purpose;
 use crate::node::NodeHandle;
 use crate::store::Expert;
 
@@ -43,10 +44,10 @@ enum Lent {
 }
 
 impl Lent {
-    fn as_bytes(&self) -> [&[u8]; 3] {
+    fn ffn(&self) -> &GatedFfn {
         match self {
-            Self::Held(expert) => expert.ffn.as_bytes(),
-            Self::Loaded(ffn) => ffn.as_bytes(),
+            Self::Held(expert) => &expert.ffn,
+            Self::Loaded(ffn) => ffn,
         }
     }
 }
@@ -113,7 +114,7 @@ async fn find(node: &NodeHandle, key: ExpertKey) -> Option<Lent> {
         return Some(Lent::Held(expert));
     }
     let loader = node.loader()?;
-    let outcome = loader.load([key].into(), true).await;
+    let outcome = loader.load([key].into(), Purpose::Lending).await;
     let ffn = outcome.loaded.into_values().next()?;
     Some(Lent::Loaded(Box::new(ffn)))
 }
@@ -121,15 +122,20 @@ async fn find(node: &NodeHandle, key: ExpertKey) -> Option<Lent> {
 /// Sends all of it, unless the receiver goes away or stops reading. Returns whether it did.
 async fn send(lent: &Lent, pieces: &mpsc::Sender<Result<FetchPiece, Status>>) -> bool {
     let mut next = Instant::now();
-    for part in 0..lent.as_bytes().len() {
-        for piece in lent.as_bytes()[part].chunks(LEND_PIECE_BYTES) {
-            sleep_until(next).await;
-            next = Instant::now() + Duration::from_secs_f64(piece.len() as f64 / LEND_BYTES_PER_S);
-            let bytes = Bytes::copy_from_slice(piece);
-            let sent = timeout(LEND_WAIT_MAX, pieces.send(Ok(FetchPiece { bytes }))).await;
-            if !matches!(sent, Ok(Ok(()))) {
+    for piece in lent.ffn().pieces(LEND_PIECE_BYTES) {
+        let piece = match piece {
+            Ok(piece) => Bytes::copy_from_slice(&piece),
+            Err(error) => {
+                // The receiver may have gone.
+                let _ = pieces.send(Err(Status::unavailable(error.to_string()))).await;
                 return false;
             }
+        };
+        sleep_until(next).await;
+        next = Instant::now() + Duration::from_secs_f64(piece.len() as f64 / LEND_BYTES_PER_S);
+        let sent = timeout(LEND_WAIT_MAX, pieces.send(Ok(FetchPiece { bytes: piece }))).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            return false;
         }
     }
     true

@@ -36,8 +36,8 @@ use tonic::Status;
 use crate::Error;
 use crate::node::NodeHandle;
 use calls::{Answer, Stream, next_orders};
-pub(crate) use loader::Loader;
 use loader::Outcome;
+pub(crate) use loader::{Loader, Purpose};
 pub(crate) use restore::Restorer;
 pub(crate) use session::Settings;
 use session::{Command, Event, Report, Session};
@@ -165,7 +165,8 @@ impl<P: Fn(u64, u64), R: FnOnce()> Shell<P, R> {
             Command::Report(report) => self.report(&report),
             Command::Load { experts, beside_serving } => {
                 let loader = self.member.loader.clone();
-                self.loading = Some(Box::pin(loader.load_or_restore(experts, beside_serving)));
+                let purpose = if beside_serving { Purpose::Serving } else { Purpose::Starting };
+                self.loading = Some(Box::pin(loader.load_or_restore(experts, purpose)));
             }
             Command::Release(experts) => {
                 tracing::info!(experts = experts.len(), "released");

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use entente_membership::state::State;
-use entente_model::kernels::{self, GatedFfn, Kernels, WeightFormat};
+use entente_model::kernels::{self, DeviceError, ExpertKernels, GatedFfn, WeightFormat};
 use entente_model::packed::Manifest;
 use entente_model::{Checkpoint, Progress, load_experts};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
@@ -53,7 +53,7 @@ impl ExpertNode {
         name: &NodeName,
         state: &State,
         checkpoint: &Checkpoint,
-        kernels: Arc<dyn Kernels>,
+        kernels: Arc<dyn ExpertKernels>,
         progress: &dyn Progress,
     ) -> Result<NodeHandle, Error> {
         let member = state.node(name).ok_or_else(|| Error::NotAMember(name.clone()))?;
@@ -71,7 +71,7 @@ impl ExpertNode {
         name: &NodeName,
         region: Region,
         checkpoint: &Checkpoint,
-        kernels: Arc<dyn Kernels>,
+        kernels: Arc<dyn ExpertKernels>,
     ) -> Result<NodeHandle, Error> {
         let facts = NodeFacts {
             region,
@@ -226,11 +226,15 @@ impl NodeHandle {
     }
 
     /// Whether an expert in memory is still what it should be, which one that has gone is.
-    pub(crate) fn is_sound(&self, key: ExpertKey, rest: impl FnMut(usize)) -> bool {
-        let Some(expert) = self.expert(key) else { return true };
-        let is_sound = expert.is_sound(rest);
+    pub(crate) fn is_sound(
+        &self,
+        key: ExpertKey,
+        rest: impl FnMut(usize),
+    ) -> Result<bool, DeviceError> {
+        let Some(expert) = self.expert(key) else { return Ok(true) };
+        let is_sound = expert.is_sound(rest)?;
         self.0.counters.count_scrubbed(is_sound);
-        is_sound
+        Ok(is_sound)
     }
 
     /// Counts what befalls weights here.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
-use entente_model::kernels::GatedFfn;
+use entente_model::kernels::{DeviceError, GatedFfn};
 use entente_model::packed::{self, Manifest};
 use entente_proto::ids::{ExpertId, LayerId};
 use entente_proto::placement::ExpertKey;
@@ -31,10 +31,11 @@ impl Expert {
         self.rows.fetch_add(rows as u64, Ordering::Relaxed);
     }
 
-    /// Whether its weights are still what they should be; `rest` as for [`packed::sha256`].
-    pub(crate) fn is_sound(&self, rest: impl FnMut(usize)) -> bool {
-        let now = packed::sha256(&self.ffn, rest);
-        *self.sha256.get_or_init(|| now) == now
+    /// Whether its weights are still what they should be; `rest` and errors as for
+    /// [`packed::sha256`].
+    pub(crate) fn is_sound(&self, rest: impl FnMut(usize)) -> Result<bool, DeviceError> {
+        let now = packed::sha256(&self.ffn, rest)?;
+        Ok(*self.sha256.get_or_init(|| now) == now)
     }
 }
 

@@ -23,7 +23,7 @@ use std::thread;
 use std::time::Instant;
 
 use bytes::Bytes;
-use entente_model::kernels::{FfnGroup, Kernels};
+use entente_model::kernels::{DeviceError, ExpertKernels, FfnGroup};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
 use entente_proto::ids::ExpertId;
 use tokio::sync::watch;
@@ -86,7 +86,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Queue {
     /// Starts the compute thread.
-    pub(crate) fn start(kernels: Arc<dyn Kernels>, account: Arc<Account>) -> io::Result<Self> {
+    pub(crate) fn start(
+        kernels: Arc<dyn ExpertKernels>,
+        account: Arc<Account>,
+    ) -> io::Result<Self> {
         let load = watch::Sender::new(Load::default());
         let worker = Worker { kernels, account, load: load.clone(), answers: Bytes::new() };
         let shared = Arc::new(Shared {
@@ -195,7 +198,7 @@ fn release(load: &watch::Sender<Load>, bytes: usize) {
 type SourcesAndOutputs = Vec<(u32, u32)>;
 
 struct Worker {
-    kernels: Arc<dyn Kernels>,
+    kernels: Arc<dyn ExpertKernels>,
     account: Arc<Account>,
     load: watch::Sender<Load>,
     /// What the answers of the last batch are part of. It is used again once all of them have left:
@@ -226,10 +229,16 @@ impl Worker {
     fn compute(&mut self, batch: Vec<Work>) {
         let computed = catch_unwind(AssertUnwindSafe(|| self.run_experts(&batch)));
         match computed {
-            Ok(rows) => {
+            Ok(Ok(rows)) => {
                 for (work, rows) in batch.into_iter().zip(rows) {
                     self.finish(work, Ok(rows));
                 }
+            }
+            Ok(Err(error)) => {
+                // No frame is to blame, and the next one would fare no better: others must compute
+                // what this node was asked.
+                tracing::error!(%error, "the device failed; its frames are refused");
+                batch.into_iter().for_each(|work| self.finish(work, Err(Refusal::Draining)));
             }
             Err(_) if batch.len() > 1 => {
                 batch.into_iter().for_each(|work| self.compute(vec![work]));
@@ -255,9 +264,9 @@ impl Worker {
     }
 
     /// Runs all rows of frames of one layer through their experts in one call. Returns the rows of
-    /// each frame's answer, one for each assignment, in order.
-    fn run_experts(&mut self, batch: &[Work]) -> Vec<Bytes> {
-        let Some(first) = batch.first() else { return Vec::new() };
+    /// each frame's answer, one for each assignment, in order; or why the device could not.
+    fn run_experts(&mut self, batch: &[Work]) -> Result<Vec<Bytes>, DeviceError> {
+        let Some(first) = batch.first() else { return Ok(Vec::new()) };
         let row_len = first.frame.hidden * first.frame.dtype.size();
         let mut x: Vec<&[u8]> = Vec::with_capacity(batch.iter().map(|w| w.frame.row_count()).sum());
         let mut rows_of: BTreeMap<ExpertId, (&Expert, SourcesAndOutputs)> = BTreeMap::new();
@@ -283,7 +292,7 @@ impl Worker {
         if answers.len() < answers_bytes {
             answers.resize(answers_bytes, 0);
         }
-        self.kernels.gated_ffn_encoded(&x, &groups, &mut answers[..answers_bytes]);
+        self.kernels.gated_ffn_encoded(&x, &groups, &mut answers[..answers_bytes])?;
         rows_of.values().for_each(|(expert, rows)| expert.count(rows.len()));
         self.answers = answers.freeze();
         let mut end = 0;
@@ -292,7 +301,7 @@ impl Worker {
             end += work.frame.answer_len();
             self.answers.slice(start..end)
         };
-        batch.iter().map(answer).collect()
+        Ok(batch.iter().map(answer).collect())
     }
 }
 

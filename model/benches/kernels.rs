@@ -48,7 +48,9 @@ impl Stored {
 
     fn pack(&self, kernels: &dyn Kernels) -> Matrix {
         let Self { out_features, in_features, ref bytes } = *self;
-        kernels.pack(MatrixSource { out_features, in_features, dtype: SourceDtype::Bf16, bytes })
+        let dtype = SourceDtype::Bf16;
+        let packed = kernels.pack(MatrixSource { out_features, in_features, dtype, bytes });
+        packed.expect("processors take every matrix")
     }
 }
 

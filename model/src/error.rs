@@ -6,6 +6,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::kernels::DeviceError;
+
 /// Why a checkpoint folder, or a file in it, is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -55,6 +57,9 @@ pub enum ModelError {
         /// The families that are built, comma separated.
         supported: String,
     },
+    /// The folder is good, but the device takes no more weights.
+    #[error(transparent)]
+    Device(DeviceError),
 }
 
 impl ModelError {

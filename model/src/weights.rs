@@ -16,7 +16,7 @@ use crate::checkpoint::{Checkpoint, Storage, TensorView, Tensors, widen};
 use crate::config::{Architecture, FfnSpec};
 use crate::family::{ExpertNames, GatedNames, Layout, in_layer, of_expert};
 use crate::kernels::{
-    GatedFfn, Kernels, Line, Lines, Matrix, MatrixSource, SourceDtype, WeightFormat,
+    ExpertKernels, GatedFfn, Kernels, Line, Lines, Matrix, MatrixSource, SourceDtype, WeightFormat,
 };
 
 /// Told how far something has come, for whoever waits.
@@ -157,7 +157,7 @@ impl CoordinatorWeights {
 /// Loads one expert, reading no other expert's bytes.
 pub fn load_expert(
     checkpoint: &Checkpoint,
-    kernels: &dyn Kernels,
+    kernels: &dyn ExpertKernels,
     layer: LayerId,
     expert: ExpertId,
 ) -> Result<GatedFfn, ModelError> {
@@ -165,15 +165,16 @@ pub fn load_expert(
     one.remove(&(layer, expert)).ok_or_else(|| no_expert(checkpoint, layer, expert))
 }
 
-/// Loads the experts of `placed`, reading no other expert's bytes; `progress` counts them.
+/// Loads the experts of `placed` to where `kernels` multiply, reading no other expert's bytes;
+/// `progress` counts them.
 ///
 /// # Errors
 /// An expert that the model does not have, or that is missing in the folder; what is wrong with a
-/// file; weights that are not those of the manifest; and a packed form of another format than that of
-/// `kernels`.
+/// file; weights that are not those of the manifest; a packed form of another format than that of
+/// `kernels`; and a device that has no room.
 pub fn load_experts(
     checkpoint: &Checkpoint,
-    kernels: &dyn Kernels,
+    kernels: &dyn ExpertKernels,
     placed: &BTreeSet<ExpertKey>,
     progress: &dyn Progress,
 ) -> Result<BTreeMap<ExpertKey, GatedFfn>, ModelError> {
@@ -184,7 +185,7 @@ pub fn load_experts(
     match checkpoint.storage() {
         Storage::Packed(packed) => {
             packed.require_format(kernels.format())?;
-            packed.experts(arch, placed, progress)
+            packed.experts(arch, kernels, placed, progress)
         }
         Storage::Tensors(tensors) => {
             let loader = Loader { arch, tensors, kernels };
@@ -276,13 +277,31 @@ impl<'a> ExpertSources<'a> {
 }
 
 /// Packs tensors of a checkpoint as it was published.
-struct Loader<'a> {
+struct Loader<'a, K: ?Sized> {
     arch: &'a Architecture,
     tensors: &'a Tensors,
-    kernels: &'a dyn Kernels,
+    kernels: &'a K,
 }
 
-impl Loader<'_> {
+impl<K: ExpertKernels + ?Sized> Loader<'_, K> {
+    fn expert(&self, key: ExpertKey) -> Result<GatedFfn, ModelError> {
+        let ExpertSources { gate, up, down } = ExpertSources::find(self.arch, self.tensors, key)?;
+        Ok(GatedFfn {
+            gate: self.pack(gate)?,
+            up: self.pack(up)?,
+            down: self.pack(down)?,
+            activation: self.arch.activation,
+        })
+    }
+
+    fn pack(&self, source: MatrixSource<'_>) -> Result<Matrix, ModelError> {
+        let matrix = self.kernels.pack(source).map_err(ModelError::Device)?;
+        self.tensors.release(source.bytes);
+        Ok(matrix)
+    }
+}
+
+impl Loader<'_, dyn Kernels + '_> {
     fn coordinator(&self, progress: &dyn Progress) -> Result<CoordinatorWeights, ModelError> {
         let (arch, names) = (self.arch, self.tensors.layout().names);
         let total = arch.layers.len() as u64 + 1;
@@ -304,16 +323,6 @@ impl Loader<'_> {
         self.tensors.release(embed.bytes);
         progress.advance(total, total);
         Ok(weights)
-    }
-
-    fn expert(&self, key: ExpertKey) -> Result<GatedFfn, ModelError> {
-        let ExpertSources { gate, up, down } = ExpertSources::find(self.arch, self.tensors, key)?;
-        Ok(GatedFfn {
-            gate: self.pack(gate),
-            up: self.pack(up),
-            down: self.pack(down),
-            activation: self.arch.activation,
-        })
     }
 
     fn layer(&self, layer: usize) -> Result<LayerWeights, ModelError> {
@@ -353,13 +362,7 @@ impl Loader<'_> {
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix, ModelError> {
-        Ok(self.pack(self.tensors.tensor(name, &shape)?.matrix()))
-    }
-
-    fn pack(&self, source: MatrixSource<'_>) -> Matrix {
-        let matrix = self.kernels.pack(source);
-        self.tensors.release(source.bytes);
-        matrix
+        self.pack(self.tensors.tensor(name, &shape)?.matrix())
     }
 
     fn norm(&self, name: &str, layer: usize) -> Result<Vec<f32>, ModelError> {

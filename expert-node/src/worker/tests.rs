@@ -6,8 +6,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 use entente_model::kernels::{
-    Activation, AttentionRow, AttentionShape, GatedFfn, KvLayer, Matrix, MatrixSource, SourceDtype,
-    WeightFormat, select,
+    Activation, GatedFfn, Kernels, Matrix, MatrixSource, SourceDtype, WeightFormat, select,
 };
 use entente_proto::frame::{Assignment, Dtype};
 use entente_proto::ids::{
@@ -29,7 +28,7 @@ struct Fragile {
     held_up: Mutex<()>,
 }
 
-impl Kernels for Fragile {
+impl ExpertKernels for Fragile {
     fn class(&self) -> &KernelClass {
         self.real.class()
     }
@@ -42,50 +41,25 @@ impl Kernels for Fragile {
         self.real.row_dtype()
     }
 
-    fn pack(&self, source: MatrixSource<'_>) -> Matrix {
+    fn pack(&self, source: MatrixSource<'_>) -> Result<Matrix, DeviceError> {
         self.real.pack(source)
     }
 
-    fn pack_f32(&self, source: MatrixSource<'_>) -> Matrix {
-        self.real.pack_f32(source)
+    fn place(&self, matrix: Matrix) -> Result<Matrix, DeviceError> {
+        self.real.place(matrix)
     }
 
-    fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
+    fn gated_ffn_encoded(
+        &self,
+        x: &[&[u8]],
+        groups: &[FfnGroup<'_>],
+        y: &mut [u8],
+    ) -> Result<(), DeviceError> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         drop(self.held_up.lock());
-        assert!(!x.chunks(HIDDEN).any(|row| row[0] == POISON), "poison, as the test wants it");
-        self.real.gated_ffn(x, groups, y);
-    }
-
-    fn matmul(&self, _: &[f32], _: &Matrix, _: &mut [f32]) {
-        unreachable!("expert nodes do not call it");
-    }
-
-    fn add_weighted(&self, _: &[(f32, &[u8])], _: &mut [f32]) {
-        unreachable!("expert nodes do not call it");
-    }
-
-    fn rms_norm(&self, _: &[f32], _: &[f32], _: f32, _: &mut [f32]) {
-        unreachable!("expert nodes do not call it");
-    }
-
-    fn rope(&self, _: &mut [f32], _: usize, _: usize, _: &[f32], _: &[f32]) {
-        unreachable!("expert nodes do not call it");
-    }
-
-    fn write_kv(&self, _: &mut KvLayer, _: &[usize], _: &[f32], _: &[f32]) {
-        unreachable!("expert nodes do not call it");
-    }
-
-    fn attention(
-        &self,
-        _: &AttentionShape,
-        _: &[f32],
-        _: &[AttentionRow<'_>],
-        _: &KvLayer,
-        _: &mut [f32],
-    ) {
-        unreachable!("expert nodes do not call it");
+        let poison = POISON.to_le_bytes();
+        assert!(!x.iter().any(|row| row.starts_with(&poison)), "poison, as the test wants it");
+        self.real.gated_ffn_encoded(x, groups, y)
     }
 }
 
@@ -97,7 +71,7 @@ static STORE: LazyLock<ExpertStore> = LazyLock::new(|| {
         let bytes: Vec<u8> =
             (0..HIDDEN * HIDDEN).map(weight).flat_map(|v: f32| v.to_le_bytes()).collect();
         let (out_features, in_features, dtype) = (HIDDEN, HIDDEN, SourceDtype::F32);
-        real.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes })
+        real.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes }).unwrap()
     };
     let expert = |seed| GatedFfn {
         gate: matrix(seed),

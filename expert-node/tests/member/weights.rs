@@ -126,7 +126,8 @@ impl Exchange for Liar {
 fn bytes_of((layer, expert): ExpertKey) -> Vec<u8> {
     let checkpoint = Checkpoint::open(CHECKPOINT.as_ref()).unwrap();
     let kernels = kernels::select(FORMAT, 1).unwrap();
-    load_expert(&checkpoint, &*kernels, layer, expert).unwrap().as_bytes().concat()
+    let expert = load_expert(&checkpoint, &*kernels, layer, expert).unwrap();
+    expert.pieces(64).map(Result::unwrap).collect::<Vec<_>>().concat()
 }
 
 /// Writes what a node needs that has no weights.

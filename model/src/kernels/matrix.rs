@@ -16,6 +16,7 @@
 //! - q4: `[out/32][in/32]` blocks of 9 lines: the same, both halves of the panel sharing a line of
 //!   bytes, the first in the lower four bits.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -25,7 +26,9 @@ use super::cpu::isa::{Isa, LANES};
 use super::memory::{Line, Lines};
 use super::pool::Pool;
 use super::quantise::{BLOCK, Blocks, GROUP, GROUP_WORDS, Lanes};
-use super::{Activation, MatrixSource, SourceDtype, WeightFormat};
+use super::{
+    Activation, DeviceError, DeviceMemory, ExpertKernels, MatrixSource, SourceDtype, WeightFormat,
+};
 
 /// Outputs of a panel: two AVX-512 registers of f32.
 pub(super) const PANEL: usize = 32;
@@ -131,10 +134,16 @@ pub struct Matrix {
     out_features: usize,
     in_features: usize,
     layout: Layout,
-    /// Shared with the other matrices of a part that was read as one.
-    lines: Arc<Lines>,
-    /// The first of them that is this matrix's.
-    first: usize,
+    weights: Weights,
+}
+
+/// Where the panels are. The bytes are the same wherever that is.
+enum Weights {
+    /// In memory of the process, from line `first` on; shared with the other matrices of a part that
+    /// was read as one.
+    Host { lines: Arc<Lines>, first: usize },
+    /// On a device, this matrix alone.
+    Device(Arc<dyn DeviceMemory>),
 }
 
 impl Matrix {
@@ -168,7 +177,7 @@ impl Matrix {
                 }
             });
         }
-        Self { out_features, in_features, layout, lines: Arc::new(lines), first: 0 }
+        Self::packed([out_features, in_features], layout, Arc::new(lines), 0)
     }
 
     /// A matrix that was packed before and begins at line `first` of `lines`, which hold all of it.
@@ -178,12 +187,47 @@ impl Matrix {
         lines: Arc<Lines>,
         first: usize,
     ) -> Self {
-        Self { out_features, in_features, layout, lines, first }
+        Self { out_features, in_features, layout, weights: Weights::Host { lines, first } }
     }
 
-    /// What is multiplied with, as it lies in memory.
-    pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.lines.as_bytes()[self.first * size_of::<Line>()..][..self.bytes()]
+    /// The same matrix, whose bytes have been copied to `memory`.
+    pub fn moved_to(self, memory: Arc<dyn DeviceMemory>) -> Self {
+        assert_eq!(memory.bytes(), self.bytes(), "memory for the whole matrix and nothing else");
+        Self { weights: Weights::Device(memory), ..self }
+    }
+
+    /// What is multiplied with, if it lies in memory of the process.
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        let Weights::Host { lines, first } = &self.weights else { return None };
+        Some(&lines.as_bytes()[first * size_of::<Line>()..][..self.bytes()])
+    }
+
+    /// Where it is on a device, if it is on one.
+    pub fn device_memory(&self) -> Option<&Arc<dyn DeviceMemory>> {
+        let Weights::Device(memory) = &self.weights else { return None };
+        Some(memory)
+    }
+
+    /// What is multiplied with, wherever it lies, in pieces of at most `piece_bytes`, which are
+    /// copied from a device one by one as they are asked for.
+    fn pieces(
+        &self,
+        piece_bytes: usize,
+    ) -> impl Iterator<Item = Result<Cow<'_, [u8]>, DeviceError>> {
+        (0..self.bytes()).step_by(piece_bytes).map(move |at| {
+            let range = at..self.bytes().min(at.saturating_add(piece_bytes));
+            match &self.weights {
+                Weights::Host { lines, first } => {
+                    let bytes = &lines.as_bytes()[first * size_of::<Line>()..];
+                    Ok(Cow::Borrowed(&bytes[range]))
+                }
+                Weights::Device(memory) => {
+                    let mut piece = vec![0; range.len()];
+                    memory.read(at, &mut piece)?;
+                    Ok(Cow::Owned(piece))
+                }
+            }
+        })
     }
 
     /// Values of a row of the product.
@@ -217,8 +261,11 @@ impl Matrix {
 
     /// The weights of panel `i`.
     pub(super) fn panel(&self, i: usize) -> &[Line] {
+        let Weights::Host { lines, first } = &self.weights else {
+            unreachable!("processors are given matrices in memory of the process")
+        };
         let len = self.layout.panel_lines(self.in_features);
-        &self.lines[self.first + i * len..][..len]
+        &lines[first + i * len..][..len]
     }
 }
 
@@ -394,9 +441,30 @@ impl GatedFfn {
         self.gate.bytes() + self.up.bytes() + self.down.bytes()
     }
 
-    /// Gate, up and down as they lie in memory: the bytes of an expert in a packed file.
-    pub fn as_bytes(&self) -> [&[u8]; 3] {
-        [&self.gate, &self.up, &self.down].map(Matrix::as_bytes)
+    /// Gate, up and down one after the other, the bytes of an expert in a packed file, in pieces of
+    /// at most `piece_bytes`. What lies on a device is copied back piece by piece, as they are asked
+    /// for; what does not is not copied.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn pieces(
+        &self,
+        piece_bytes: usize,
+    ) -> impl Iterator<Item = Result<Cow<'_, [u8]>, DeviceError>> {
+        [&self.gate, &self.up, &self.down].into_iter().flat_map(move |m| m.pieces(piece_bytes))
+    }
+
+    /// Takes it to where `kernels` multiply, see [`ExpertKernels::place`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn place(self, kernels: &dyn ExpertKernels) -> Result<Self, DeviceError> {
+        Ok(Self {
+            gate: kernels.place(self.gate)?,
+            up: kernels.place(self.up)?,
+            down: kernels.place(self.down)?,
+            activation: self.activation,
+        })
     }
 }
 
@@ -456,8 +524,8 @@ mod tests {
         ];
         let found = sums.map(|(layout, _)| {
             let matrix = Matrix::pack(Portable, source, layout, &Pool::new(1));
-            assert_eq!(layout.matrix_bytes(70, 100), Some(matrix.as_bytes().len()));
-            (layout, blake3::hash(matrix.as_bytes()).to_hex()[..8].to_owned())
+            assert_eq!(layout.matrix_bytes(70, 100), matrix.host_bytes().map(<[u8]>::len));
+            (layout, blake3::hash(matrix.host_bytes().unwrap()).to_hex()[..8].to_owned())
         });
         assert_eq!((PANELS_VERSION, found), (1, sums.map(|(l, sum)| (l, sum.to_owned()))));
     }

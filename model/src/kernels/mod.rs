@@ -6,9 +6,11 @@
 //! and attention walks the cache in one fixed order of absolute positions. Two processes with the
 //! same [`KernelClass`] give the same bits.
 //!
-//! [`Kernels`] is the seam: `cpu` holds the packed, vectorised implementation for what the
-//! processor offers; `reference` is the slow and obvious one that every fast path is tested
-//! against. Later a GPU is one more implementation.
+//! There are two seams. [`ExpertKernels`] is what an expert node needs, of the processor or of a
+//! device whose memory is its own and which can fail; [`Kernels`] is all that a coordinator needs
+//! besides, on slices of the process, of processors only. `cpu` holds the packed, vectorised
+//! implementation for what the processor offers; `reference` is the slow and obvious one that every
+//! fast path is tested against.
 //!
 //! What this module does not know: checkpoints, families, tokens, networks.
 
@@ -16,6 +18,7 @@
 #![allow(unsafe_code)]
 
 mod cpu;
+mod device;
 mod kv;
 pub mod limits;
 mod matrix;
@@ -33,6 +36,7 @@ use std::sync::Arc;
 use entente_proto::frame::Dtype;
 use entente_proto::ids::KernelClass;
 
+pub use device::{DeviceError, DeviceFacts, DeviceId, DeviceMemory, NoDevice};
 pub use kv::{KvDtype, KvLayer};
 pub(crate) use matrix::Layout;
 pub use matrix::{FfnGroup, GatedFfn, Matrix, PANELS_VERSION};
@@ -129,14 +133,12 @@ pub struct AttentionRow<'a> {
     pub position: usize,
 }
 
-/// Kernels of one class, with the threads they run on. Activations are row-major f32; a class that
-/// multiplies in fewer bits rounds its inputs itself, each row by itself; for bf16 that changes
-/// nothing in values that a frame has rounded already.
+/// What an expert node needs of kernels of one class, wherever they run.
 ///
 /// Lengths that contradict each other are mistakes of the caller and panic: what comes from files
-/// and peers has been checked against the architecture long before. A call that comes while
-/// another one occupies the threads does its work on the calling thread.
-pub trait Kernels: Send + Sync {
+/// and peers has been checked against the architecture long before. Errors are those of a device;
+/// the processor gives none.
+pub trait ExpertKernels: Send + Sync {
     /// Which bits these kernels give.
     fn class(&self) -> &KernelClass;
 
@@ -146,11 +148,49 @@ pub trait Kernels: Send + Sync {
     /// How rows are rounded at the source and written on the wire.
     fn row_dtype(&self) -> Dtype;
 
-    /// Brings a weight matrix into this class's layout. `source.bytes` must have the length that
-    /// the shape calls for, which the loader has checked.
-    fn pack(&self, source: MatrixSource<'_>) -> Matrix;
+    /// The device that they run on; absent for the processor.
+    fn device(&self) -> Option<&DeviceFacts> {
+        None
+    }
 
-    /// Like [`Kernels::pack`] for a matrix whose products are wanted in f32 in every class. The
+    /// Brings a weight matrix into this class's layout and to where it is multiplied.
+    /// `source.bytes` must have the length that the shape calls for, which the loader has checked.
+    ///
+    /// # Errors
+    /// As for [`ExpertKernels::place`].
+    fn pack(&self, source: MatrixSource<'_>) -> Result<Matrix, DeviceError>;
+
+    /// Takes a matrix that was packed in the memory of the process to where these kernels multiply:
+    /// nothing to do on the processor.
+    ///
+    /// # Errors
+    /// The device has no room for it, has no kernels for its layout, or is lost.
+    fn place(&self, matrix: Matrix) -> Result<Matrix, DeviceError>;
+
+    /// Gated feed-forward, `down(activation(gate(x), up(x)))`, of several experts in one call, of
+    /// rows as they travel: `x` are slices of `hidden` values written as
+    /// [`ExpertKernels::row_dtype`], `y` is `[assignments, hidden]` in the same form. Each
+    /// destination row may be named once, others keep their values. The experts are where
+    /// [`ExpertKernels::pack`] or [`ExpertKernels::place`] brought them.
+    ///
+    /// # Errors
+    /// The device is out of memory or lost; what `y` holds then means nothing.
+    fn gated_ffn_encoded(
+        &self,
+        x: &[&[u8]],
+        groups: &[FfnGroup<'_>],
+        y: &mut [u8],
+    ) -> Result<(), DeviceError>;
+}
+
+/// Kernels of one class on the processor, with the threads they run on. Activations are row-major
+/// f32; a class that multiplies in fewer bits rounds its inputs itself, each row by itself; for bf16
+/// that changes nothing in values that a frame has rounded already.
+///
+/// A call that comes while another one occupies the threads does its work on the calling thread. All
+/// matrices are in the memory of the process.
+pub trait Kernels: ExpertKernels {
+    /// Like [`ExpertKernels::pack`] for a matrix whose products are wanted in f32 in every class. The
     /// gate is one: rounding its inputs must not decide which experts are chosen.
     fn pack_f32(&self, source: MatrixSource<'_>) -> Matrix;
 
@@ -159,7 +199,7 @@ pub trait Kernels: Send + Sync {
     fn matmul(&self, x: &[f32], w: &Matrix, y: &mut [f32]);
 
     /// [`Kernels::matmul`] of the same rows with several matrices of as many inputs, all packed by
-    /// [`Kernels::pack`] or all by [`Kernels::pack_f32`]: the rows are brought into their form
+    /// [`ExpertKernels::pack`] or all by [`Kernels::pack_f32`]: the rows are brought into their form
     /// once, and the threads are called once.
     fn matmul_many(&self, x: &[f32], products: &mut [(&Matrix, &mut [f32])]) {
         for (w, y) in products {
@@ -173,25 +213,11 @@ pub trait Kernels: Send + Sync {
         (0..tasks).for_each(task);
     }
 
-    /// Gated feed-forward, `down(activation(gate(x), up(x)))`, of several experts in one call; a
-    /// dense layer is one group with all rows. `x` is `[rows, hidden]`, `y` is
-    /// `[assignments, hidden]`; each destination row may be named once, others keep their values.
+    /// [`ExpertKernels::gated_ffn_encoded`] of values in f32: the same bits before rounding. A dense
+    /// layer is one group with all rows. `x` is `[rows, hidden]`, `y` is `[assignments, hidden]`.
     fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]);
 
-    /// [`Kernels::gated_ffn`] of rows as they travel, each a slice of `hidden` values written as
-    /// [`Kernels::row_dtype`], into `y`, `[assignments, hidden]` in the same form: the same bits as
-    /// widening, computing and rounding. The experts were packed by [`Kernels::pack`].
-    fn gated_ffn_encoded(&self, x: &[&[u8]], groups: &[FfnGroup<'_>], y: &mut [u8]) {
-        let (dtype, encoded) = (self.row_dtype(), x.concat());
-        let mut values = vec![0.0; encoded.len() / dtype.size()];
-        dtype.decode(&encoded, &mut values);
-        let mut out = vec![0.0; y.len() / dtype.size()];
-        dtype.decode(y, &mut out);
-        self.gated_ffn(&values, groups, &mut out);
-        dtype.encode_into(&out, y);
-    }
-
-    /// Writes values as [`Kernels::row_dtype`], as [`Dtype::encode_into`] does. `y` has as many
+    /// Writes values as [`ExpertKernels::row_dtype`], as [`Dtype::encode_into`] does. `y` has as many
     /// bytes as they take.
     fn encode_rows(&self, x: &[f32], y: &mut [u8]) {
         self.row_dtype().encode_into(x, y);
@@ -199,7 +225,7 @@ pub trait Kernels: Send + Sync {
 
     /// Adds to each row of `y`, `[rows, len]`, its parts in order, `y += weight * row` in f32, rounded
     /// after each multiplication and each addition. `parts` is `[rows, parts of a row]`, their rows
-    /// written as [`Kernels::row_dtype`].
+    /// written as [`ExpertKernels::row_dtype`].
     fn add_weighted(&self, parts: &[(f32, &[u8])], y: &mut [f32]);
 
     /// `x += delta`, value by value.
@@ -247,7 +273,7 @@ pub struct UnsupportedCpu {
 
 /// The fastest kernels for `format` on this processor, running on `threads` threads (at least 1;
 /// the calling thread is one of them). A cluster that insists on one class compares
-/// [`Kernels::class`] or uses [`select_class`].
+/// [`ExpertKernels::class`] or uses [`select_class`].
 ///
 /// # Errors
 /// When no class of the format runs here. The formats there are have portable kernels too.

@@ -129,7 +129,7 @@ fn matmul_agrees_with_the_reference() {
         ];
         for (dtype, bytes, w) in &sources {
             for_every_class(&FORMATS, |format, [one, _]| {
-                let packed = one.pack(source(bytes, *dtype, outputs, inputs));
+                let packed = one.pack(source(bytes, *dtype, outputs, inputs)).unwrap();
                 let mut y = vec![f32::NAN; 13 * outputs];
                 one.matmul(&x, &packed, &mut y);
                 let (x, w) = (seen(format, &x, inputs), stored(format, &packed, w));
@@ -155,7 +155,7 @@ fn quantised_products_are_near_the_exact_ones() {
     // q8 keeps 0.5 % and int8 activations 0.6 %.
     for (format, bound) in [(WeightFormat::Q8, 0.009), (WeightFormat::Q4, 0.077)] {
         let kernels = select(format, 1).unwrap();
-        let w = kernels.pack(source(&f32_bytes(&w), SourceDtype::F32, outputs, inputs));
+        let w = kernels.pack(source(&f32_bytes(&w), SourceDtype::F32, outputs, inputs)).unwrap();
         let mut y = vec![0.0; want.len()];
         kernels.matmul(&x, &w, &mut y);
         let errors: Vec<f32> = y.iter().zip(&want).map(|(y, want)| y - want).collect();
@@ -175,7 +175,8 @@ fn quantised_products_are_the_same_bits_on_every_processor() {
             let mut all: Vec<Vec<u32>> = Vec::new();
             for_every_class(&[format], |_, both| {
                 for kernels in both {
-                    let w = kernels.pack(source(&bytes, SourceDtype::F32, outputs, inputs));
+                    let w =
+                        kernels.pack(source(&bytes, SourceDtype::F32, outputs, inputs)).unwrap();
                     let mut y = vec![f32::NAN; 14 * outputs];
                     kernels.matmul(&x, &w, &mut y);
                     all.push(bits(&y));
@@ -194,8 +195,10 @@ fn several_products_in_one_call_are_those_of_each_alone() {
     for_every_class(&FORMATS, |_, both| {
         // Checkpoints may store matrices of one layer in different element types.
         let matrices = weights.each_ref().map(|w| match w.len() / inputs {
-            1 => both[0].pack(source(&bf16_bytes(w), SourceDtype::Bf16, 1, inputs)),
-            outputs => both[0].pack(source(&f32_bytes(w), SourceDtype::F32, outputs, inputs)),
+            1 => both[0].pack(source(&bf16_bytes(w), SourceDtype::Bf16, 1, inputs)).unwrap(),
+            outputs => {
+                both[0].pack(source(&f32_bytes(w), SourceDtype::F32, outputs, inputs)).unwrap()
+            }
         });
         let rows = || matrices.each_ref().map(|w| vec![f32::NAN; 17 * w.out_features()]);
         let mut alone = rows();
@@ -241,7 +244,7 @@ fn matmul_gives_each_row_the_same_bits_in_any_company() {
         let (x, w) = (rng.values(300 * inputs), rng.values(outputs * inputs));
         let bytes = if dtype == SourceDtype::F32 { f32_bytes(&w) } else { bf16_bytes(&w) };
         for_every_class(&FORMATS, |_, both| {
-            let w = both[0].pack(source(&bytes, dtype, outputs, inputs));
+            let w = both[0].pack(source(&bytes, dtype, outputs, inputs)).unwrap();
             let mut alone = vec![0.0; 300 * outputs];
             for (x, y) in x.chunks_exact(inputs).zip(alone.chunks_exact_mut(outputs)) {
                 both[0].matmul(x, &w, y);
@@ -276,7 +279,7 @@ impl Ffn {
     fn pack(&self, kernels: &dyn Kernels) -> GatedFfn {
         let pack = |i: usize, out, inputs| {
             let bytes = bf16_bytes(&self.weights[i]);
-            kernels.pack(source(&bytes, SourceDtype::Bf16, out, inputs))
+            kernels.pack(source(&bytes, SourceDtype::Bf16, out, inputs)).unwrap()
         };
         GatedFfn {
             gate: pack(0, self.inner, self.hidden),
@@ -447,7 +450,7 @@ fn gated_ffn_of_encoded_rows_gives_the_bits_of_widening_computing_and_rounding()
                 let (want, _) = travelled(dtype, &y);
                 for kernels in both {
                     let mut have = vec![0; want.len()];
-                    kernels.gated_ffn_encoded(&encoded, &groups, &mut have);
+                    kernels.gated_ffn_encoded(&encoded, &groups, &mut have).unwrap();
                     assert!(have == want, "{rows} rows of {hidden}");
                 }
             }

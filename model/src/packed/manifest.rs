@@ -31,7 +31,9 @@ use crate::ModelError;
 use crate::checkpoint::digest_of_architecture;
 use crate::config::Architecture;
 use crate::json::read_optional;
-use crate::kernels::{Activation, GatedFfn, Line, Lines, PANELS_VERSION, WeightFormat};
+use crate::kernels::{
+    Activation, DeviceError, GatedFfn, Line, Lines, PANELS_VERSION, WeightFormat,
+};
 use crate::weights::CoordinatorWeights;
 
 /// The name of the file.
@@ -257,8 +259,9 @@ impl Manifest {
 
     /// Compares an expert that was loaded.
     pub(crate) fn check(&self, key: ExpertKey, ffn: &GatedFfn) -> Result<(), ModelError> {
+        let have = sha256(ffn, |_| ()).map_err(ModelError::Device)?;
         match self.expert(key) {
-            Some(want) if want == sha256(ffn, |_| ()) => Ok(()),
+            Some(want) if want == have => Ok(()),
             _ => Err(self.differs(Part::Expert(key.0, key.1))),
         }
     }
@@ -332,15 +335,19 @@ fn parse_parts(
     Ok(records)
 }
 
-/// SHA-256 of an expert as it lies in memory. `between` is called after each piece with the number
-/// of its bytes, so that whoever is in no hurry can take a rest.
-pub fn sha256(ffn: &GatedFfn, mut between: impl FnMut(usize)) -> [u8; 32] {
+/// SHA-256 of an expert as it lies in memory, of the process or of a device. `between` is called
+/// after each piece with the number of its bytes, so that whoever is in no hurry can take a rest.
+///
+/// # Errors
+/// The device is lost.
+pub fn sha256(ffn: &GatedFfn, mut between: impl FnMut(usize)) -> Result<[u8; 32], DeviceError> {
     let mut hash = Sha256::new();
-    for piece in ffn.as_bytes().into_iter().flat_map(|matrix| matrix.chunks(PIECE_BYTES)) {
-        hash.update(piece);
+    for piece in ffn.pieces(PIECE_BYTES) {
+        let piece = piece?;
+        hash.update(&piece);
         between(piece.len());
     }
-    hash.finalize().into()
+    Ok(hash.finalize().into())
 }
 
 /// An expert on its way here, not to be used before all of it has come and has been compared.
@@ -367,7 +374,7 @@ impl Arriving {
         Ok(())
     }
 
-    /// The expert, once all of it is there.
+    /// The expert, once all of it is there, in memory of the process.
     ///
     /// # Errors
     /// It is not the one that the manifest names.

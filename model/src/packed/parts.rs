@@ -111,7 +111,8 @@ impl<'a> From<&'a Matrix> for Piece<'a> {
         Self {
             encoding: Encoding::Panels(matrix.layout()),
             shape: [matrix.out_features(), matrix.in_features()],
-            bytes: matrix.as_bytes().into(),
+            // What is packed into a file, and what a coordinator holds, is never placed on a device.
+            bytes: matrix.host_bytes().expect("packed by a processor").into(),
         }
     }
 }

@@ -21,7 +21,7 @@ use super::table::{self, Entry, Table};
 use crate::ModelError;
 use crate::checkpoint::digest_of_architecture;
 use crate::config::Architecture;
-use crate::kernels::{GatedFfn, Line, Lines, WeightFormat};
+use crate::kernels::{DeviceError, ExpertKernels, GatedFfn, Line, Lines, WeightFormat};
 use crate::weights::{CoordinatorWeights, Progress};
 
 /// Bytes that are read and then hashed at a time: they stay in the second-level cache.
@@ -107,7 +107,10 @@ impl Packed {
     ) -> Result<CoordinatorWeights, ModelError> {
         let wanted: Vec<Part> = parts::coordinator(arch).collect();
         let mut read = BTreeMap::new();
-        let take = |part, restore| drop(read.insert(part, restore));
+        let take = |part, restore| {
+            read.insert(part, restore);
+            Ok(())
+        };
         self.read_all(&wanted, progress, |restore| restore, take)?;
         let mut take = |part| read.remove(&part).expect("every part that was asked for was read");
         let embed = take(Part::Embedding).embedding();
@@ -117,21 +120,25 @@ impl Packed {
         Ok(CoordinatorWeights { embed, layers, norm, head })
     }
 
-    /// Some experts. `progress` counts them.
+    /// Some experts, where `kernels` multiply. `progress` counts them.
     pub fn experts(
         &self,
         arch: &Architecture,
+        kernels: &dyn ExpertKernels,
         placed: &BTreeSet<ExpertKey>,
         progress: &dyn Progress,
     ) -> Result<BTreeMap<ExpertKey, GatedFfn>, ModelError> {
         let wanted: Vec<Part> = placed.iter().map(|key| Part::Expert(key.0, key.1)).collect();
         let mut experts = BTreeMap::new();
-        let take = |part, mut restore: Restore<'_>| {
+        // By the thread that has read it: others go on reading while a device takes it.
+        let make = |mut restore: Restore<'_>| restore.ffn(arch.activation).place(kernels);
+        let take = |part, ffn: Result<GatedFfn, DeviceError>| {
             if let Part::Expert(layer, expert) = part {
-                experts.insert((layer, expert), restore.ffn(arch.activation));
+                experts.insert((layer, expert), ffn.map_err(ModelError::Device)?);
             }
+            Ok(())
         };
-        self.read_all(&wanted, progress, |restore| restore, take)?;
+        self.read_all(&wanted, progress, make, take)?;
         Ok(experts)
     }
 
@@ -146,6 +153,7 @@ impl Packed {
             |restore| restore.sha256(),
             |part, hash| {
                 hashes.insert(part, hash);
+                Ok(())
             },
         )?;
         Ok(Manifest::of(dir, &self.table, &hashes))
@@ -158,7 +166,7 @@ impl Packed {
         wanted: &[Part],
         progress: &dyn Progress,
         make: impl Fn(Restore<'a>) -> T + Sync,
-        mut take: impl FnMut(Part, T),
+        mut take: impl FnMut(Part, T) -> Result<(), ModelError>,
     ) -> Result<(), ModelError> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let readers = cores.min(READERS_MAX).min(wanted.len());
@@ -178,7 +186,7 @@ impl Packed {
             }
             drop(sender);
             for (done, (part, read)) in (1..).zip(receiver) {
-                take(part, read?);
+                take(part, read?)?;
                 progress.advance(done, wanted.len() as u64);
             }
             Ok(())

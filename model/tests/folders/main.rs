@@ -3,6 +3,7 @@
 // The lint's own exception for tests does not reach their helper functions.
 #![allow(clippy::unwrap_used)]
 
+mod device;
 mod folder;
 mod loading;
 mod manifest;

@@ -27,8 +27,8 @@ use super::matrix::Layout;
 use super::memory::Line;
 use super::pool::{Pool, Scatter};
 use super::{
-    AttentionRow, AttentionShape, FfnGroup, Kernels, KvLayer, Matrix, MatrixSource, UnsupportedCpu,
-    WeightFormat,
+    AttentionRow, AttentionShape, DeviceError, ExpertKernels, FfnGroup, Kernels, KvLayer, Matrix,
+    MatrixSource, UnsupportedCpu, WeightFormat,
 };
 
 /// Raised whenever a change gives other bits.
@@ -142,7 +142,7 @@ impl<I: Isa> Cpu<I> {
     }
 }
 
-impl<I: Isa> Kernels for Cpu<I> {
+impl<I: Isa> ExpertKernels for Cpu<I> {
     fn class(&self) -> &KernelClass {
         &self.class
     }
@@ -159,11 +159,29 @@ impl<I: Isa> Kernels for Cpu<I> {
         }
     }
 
-    fn pack(&self, source: MatrixSource<'_>) -> Matrix {
+    fn pack(&self, source: MatrixSource<'_>) -> Result<Matrix, DeviceError> {
         let layout = Layout::of(self.format, source.dtype);
-        Matrix::pack(self.isa, source, layout, &self.pool)
+        Ok(Matrix::pack(self.isa, source, layout, &self.pool))
     }
 
+    fn place(&self, matrix: Matrix) -> Result<Matrix, DeviceError> {
+        Ok(matrix)
+    }
+
+    fn gated_ffn_encoded(
+        &self,
+        x: &[&[u8]],
+        groups: &[FfnGroup<'_>],
+        y: &mut [u8],
+    ) -> Result<(), DeviceError> {
+        let dtype = self.row_dtype();
+        let y = ffn::Output::Encoded(dtype, Scatter::new(y));
+        ffn::gated_ffn(self, ffn::Input::Encoded(dtype, x), groups, &y);
+        Ok(())
+    }
+}
+
+impl<I: Isa> Kernels for Cpu<I> {
     fn pack_f32(&self, source: MatrixSource<'_>) -> Matrix {
         let layout = Layout::of(WeightFormat::F32, source.dtype);
         Matrix::pack(self.isa, source, layout, &self.pool)
@@ -184,12 +202,6 @@ impl<I: Isa> Kernels for Cpu<I> {
     fn gated_ffn(&self, x: &[f32], groups: &[FfnGroup<'_>], y: &mut [f32]) {
         let y = ffn::Output::Values(Scatter::new(y));
         ffn::gated_ffn(self, ffn::Input::Values(x), groups, &y);
-    }
-
-    fn gated_ffn_encoded(&self, x: &[&[u8]], groups: &[FfnGroup<'_>], y: &mut [u8]) {
-        let dtype = self.row_dtype();
-        let y = ffn::Output::Encoded(dtype, Scatter::new(y));
-        ffn::gated_ffn(self, ffn::Input::Encoded(dtype, x), groups, &y);
     }
 
     fn encode_rows(&self, x: &[f32], y: &mut [u8]) {
