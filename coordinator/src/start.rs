@@ -25,9 +25,10 @@ use crate::api::{self, Access, Api};
 use crate::config::{Config, Speculation, Transport};
 use crate::engine::cluster::Cluster;
 use crate::engine::exchanger::Exchanger;
-use crate::engine::forward::{CacheShape, Forward};
+use crate::engine::forward::Forward;
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::tally::Closed;
+use crate::engine::trunk::{CacheShape, CpuTrunk};
 use crate::engine::{Engine, Parts};
 use crate::ledger::requests::Facts;
 use crate::ledger::{Books, Ledger, LedgerError};
@@ -362,14 +363,11 @@ fn start_engine(
     let context_len = architecture.max_positions.min(blocks * BLOCK_LEN);
     let tokenizer = Arc::new(loaded.tokenizer);
     let cache = CacheShape { blocks, dtype: kv_dtype };
-    let forward = Forward::new(
-        architecture,
-        loaded.weights,
-        loaded.kernels,
-        cache,
-        config.engine.micro_batch_rows_min,
-        metrics.clone(),
-    );
+    let kernels = loaded.kernels;
+    let trunk = CpuTrunk::new(architecture.clone(), loaded.weights, kernels.clone(), cache);
+    let micro_batch_rows_min = config.engine.micro_batch_rows_min;
+    let forward =
+        Forward::new(&architecture, Box::new(trunk), micro_batch_rows_min, metrics.clone());
     let scheduler = SchedulerConfig {
         step_rows_max: config.engine.step_rows_max,
         prefill_rows_beside_decode_max: config.engine.prefill_rows_beside_decode_max,
@@ -387,6 +385,7 @@ fn start_engine(
         draft_tokens_max,
         forward,
         exchanger,
+        kernels,
         tokenizer: tokenizer.clone(),
         vocab,
         request_wait_max: Duration::from_millis(config.engine.request_wait_max_ms),

@@ -46,19 +46,35 @@ pub struct Exchanger {
 }
 
 /// Rows of one MoE layer with the experts that the gate chose for them.
-pub struct Rows<'a> {
+pub struct Rows {
     /// The layer.
     pub layer: LayerId,
     /// Values of a row.
     pub hidden: usize,
-    /// `[rows, hidden]`.
-    pub values: &'a [f32],
-    /// `rows x top_k`, each row's in ascending expert order.
+    /// `[count, hidden]`, as they travel.
+    pub buffer: RowBuffer,
+    /// `count x top_k`, each row's in ascending expert order.
     pub choices: Vec<Choice>,
     /// Choices of a row.
     pub top_k: usize,
     /// Which of the step's rows the first of these is.
     pub first_row: usize,
+    /// How many there are.
+    pub count: usize,
+}
+
+/// Memory for rows on their way to experts.
+pub struct RowBuffer {
+    /// May be longer than what the rows take: it grows to the largest exchange and stays so.
+    bytes: BytesMut,
+    rows_bytes: usize,
+}
+
+impl RowBuffer {
+    /// Where the rows go; what lay there before is to be overwritten.
+    pub fn rows(&mut self) -> &mut [u8] {
+        &mut self.bytes[..self.rows_bytes]
+    }
 }
 
 /// An exchange that was started, for [`Exchanger::finish`].
@@ -188,29 +204,31 @@ impl Exchanger {
         self.cluster.overlaps()
     }
 
-    /// Sends `rows` to their experts, without waiting for them.
-    pub fn start(&mut self, rows: Rows<'_>) -> InFlight {
-        let count = rows.values.len() / rows.hidden;
-        let dtype = self.kernels.row_dtype();
-        let rows_bytes = rows.values.len() * dtype.size();
-        let mut buffer = self.spare.pop().unwrap_or_default();
-        // Grows to the largest exchange and stays so: to fill it with zeros first is as much work
-        // as to fill it with rows.
-        if buffer.len() < rows_bytes {
-            buffer.resize(rows_bytes, 0);
+    /// Memory for `values` values as they travel, for [`Exchanger::start`].
+    pub fn buffer(&mut self, values: usize) -> RowBuffer {
+        let rows_bytes = values * self.kernels.row_dtype().size();
+        let mut bytes = self.spare.pop().unwrap_or_default();
+        // To fill it with zeros first is as much work as to fill it with rows.
+        if bytes.len() < rows_bytes {
+            bytes.resize(rows_bytes, 0);
         }
-        self.kernels.encode_rows(rows.values, &mut buffer[..rows_bytes]);
-        let buffer = buffer.freeze();
+        RowBuffer { bytes, rows_bytes }
+    }
+
+    /// Sends `rows` to their experts, without waiting for them.
+    pub fn start(&mut self, rows: Rows) -> InFlight {
+        let RowBuffer { bytes, rows_bytes } = rows.buffer;
+        let buffer = bytes.freeze();
         let now_us = self.now_us();
         let job = Job {
             layer: rows.layer,
             hidden: rows.hidden,
-            dtype,
+            dtype: self.kernels.row_dtype(),
             rows: buffer.slice(..rows_bytes),
             choices: rows.choices,
             top_k: rows.top_k,
             owners: self.owners.clone(),
-            owner_of_row: self.owner_of_row[rows.first_row..rows.first_row + count].to_vec(),
+            owner_of_row: self.owner_of_row[rows.first_row..][..rows.count].to_vec(),
             stranded_max_us: STRANDED_MAX.as_micros() as u64,
             deadline_us: now_us + self.deadline_us,
         };

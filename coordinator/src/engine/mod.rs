@@ -9,8 +9,8 @@
 //! its slot and its cache before the next step. However a request ends, what was done for it is told
 //! once to whoever keeps the records, before its client hears of the end.
 //!
-//! The pure parts are [`scheduler`], [`speculation`], [`sampler`], [`output`] and `hold`; [`forward`],
-//! [`exchanger`] and [`cluster`] do the arithmetic and the talking.
+//! The pure parts are [`scheduler`], [`speculation`], [`sampler`], [`output`] and `hold`; [`trunk`],
+//! [`exchanger`] and [`cluster`] do the arithmetic and the talking, in the order of [`forward`].
 
 pub mod blocks;
 pub mod cluster;
@@ -25,12 +25,14 @@ pub mod sampler;
 pub mod scheduler;
 pub mod speculation;
 pub mod tally;
+pub mod trunk;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
+use entente_model::kernels::Kernels;
 use entente_model::{Detokenizer, Tokenizer};
 use entente_proto::ids::Region;
 use entente_router::exchange::Failure;
@@ -181,6 +183,7 @@ pub struct Engine {
     speculator: Speculator,
     forward: Forward,
     exchanger: Exchanger,
+    kernels: Arc<dyn Kernels>,
     tokenizer: Arc<Tokenizer>,
     generations: BTreeMap<SequenceId, Generation>,
     next_id: u64,
@@ -203,6 +206,8 @@ pub struct Parts {
     pub forward: Forward,
     /// The way to the experts.
     pub exchanger: Exchanger,
+    /// The processor's, on whose threads logits are read.
+    pub kernels: Arc<dyn Kernels>,
     /// For text and stop strings.
     pub tokenizer: Arc<Tokenizer>,
     /// Length of a row of logits.
@@ -228,6 +233,7 @@ impl Engine {
             speculator: Speculator::new(parts.draft_tokens_max),
             forward: parts.forward,
             exchanger: parts.exchanger,
+            kernels: parts.kernels,
             tokenizer: parts.tokenizer,
             generations: BTreeMap::new(),
             next_id: 0,
@@ -406,7 +412,7 @@ impl Engine {
         let step = StepRows { chunks: &chunks, logit_rows: &logit_rows };
         match self.compute(&step) {
             Ok(logits) => {
-                let kernels = self.forward.kernels();
+                let kernels = self.kernels.as_ref();
                 let logits_of_row = logits.chunks_exact(self.vocab).collect::<Vec<_>>();
                 let readings = generation::read(kernels, &self.generations, &step, &logits_of_row);
                 self.deliver(&chunks, &logit_rows, readings);

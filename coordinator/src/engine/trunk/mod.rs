@@ -1,0 +1,45 @@
+//! The coordinator's part of a model: everything of a step but the experts.
+//!
+//! [`Trunk`] is the seam between a step's order and its arithmetic. Who drives it
+//! ([`super::forward`]) knows layers, micro-batches, gates and exchanges, and no kernel; who
+//! implements it knows weights, kernels and the KV cache, and nothing of experts or networks.
+//! Between the two go numbers of rows, rows as they travel, gate logits and logits.
+//!
+//! Invariant: a row's values depend on its own sequence alone, whatever else is in the step and
+//! however the step is cut. What a trunk keeps from step to step is weights and the KV cache.
+
+mod cpu;
+mod positions;
+
+use std::ops::Range;
+
+pub use self::cpu::{CacheShape, CpuTrunk};
+use super::scheduler::Chunk;
+
+/// Computes a step on one device. A step is [`Trunk::begin`], then for each layer and micro-batch
+/// [`Trunk::attend`] followed by [`Trunk::feed_forward`] for a dense layer, or for one with experts
+/// by [`Trunk::route`] and, once its experts have answered, [`Trunk::add`]; then [`Trunk::logits`].
+///
+/// `rows` are always the numbers that rows have in the step: those of its first chunk come first.
+pub trait Trunk: Send {
+    /// Takes the rows of a step, whatever became of the step before, and embeds their tokens.
+    fn begin(&mut self, chunks: &[Chunk]);
+
+    /// `x += o(attention(q, k, v))` of the normed rows; their keys and values are in the cache
+    /// afterwards. Rows of a sequence attend in their order, layer by layer.
+    fn attend(&mut self, layer: usize, rows: Range<usize>);
+
+    /// `x += ffn(norm(x))` of a dense layer.
+    fn feed_forward(&mut self, layer: usize, rows: Range<usize>);
+
+    /// `norm(x)` before a layer with experts: into `encoded`, `[rows, hidden]`, as rows travel to
+    /// experts (rounded here, once), and through the gate, whose logits, `[rows, experts]`, are
+    /// computed from the rows before they are rounded.
+    fn route(&mut self, layer: usize, rows: Range<usize>, encoded: &mut [u8]) -> &[f32];
+
+    /// `x += delta`, `[rows, hidden]`.
+    fn add(&mut self, rows: Range<usize>, delta: &[f32]);
+
+    /// The logits of `wanted` rows, which ascend, `[wanted, vocab]`.
+    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]);
+}
