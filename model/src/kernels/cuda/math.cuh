@@ -5,6 +5,8 @@
 
 #include "device.cuh"
 
+__device__ inline float minus_infinity() { return bits_to_float(0xff800000u); }
+
 // e^x to within 2 ulp; 0 at -88 and below, e^88.37 beyond that, NaN for NaN.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of Cephes `expf` (Moshier). The same
