@@ -4,7 +4,7 @@
 //! machines look for it.
 
 use crate::shell::{become_command, command, root, run};
-use crate::{fuzz, setup, tidy};
+use crate::{cuda, fuzz, setup, tidy};
 
 /// What the default build leaves out and the checks must not.
 const FEATURES: &str = "--features entente/etcd";
@@ -17,6 +17,7 @@ pub fn test() -> Result<(), String> {
     setup::run_all()?;
     run(&mut command("cargo fmt --all --check"))?;
     tidy::run()?;
+    cuda::run()?;
     // Advisories are left out: they need a database from the network, and a new advisory must not
     // break an old commit.
     run(&mut command("cargo deny --locked check bans licenses sources"))?;

@@ -3,6 +3,7 @@
 //! - `cargo xtask test` sets up what the checks need and runs all of them ([`checks`]).
 //! - `cargo xtask sim --hours N` simulates clusters with fresh seeds for so long.
 //! - `cargo xtask fuzz --seconds N` runs each fuzz target for so long ([`fuzz`]).
+//! - `cargo xtask cuda` compiles the CUDA kernels, for which no GPU is needed ([`cuda`]).
 //! - `cargo xtask tidy` runs the house rules alone ([`tidy`]).
 //! - `cargo xtask limits` writes the table of all bounds ([`limits`]).
 //!
@@ -13,6 +14,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod checks;
+mod cuda;
 mod fuzz;
 mod limits;
 mod setup;
@@ -28,6 +30,7 @@ usage: cargo xtask COMMAND
   test    set up what is missing, then run every check and every test
   sim     --hours N: simulate clusters of voters with fresh seeds for so long
   fuzz    --seconds N: run each fuzz target for so long
+  cuda    compile the CUDA kernels; registers, shared memory and spills of each
   tidy    check the house rules: sizes, essays, left-overs, docs/limits.md
   limits  write docs/limits.md anew from the sources";
 
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         ["test"] => checks::test(),
         ["sim", "--hours", hours] => checks::sim(hours),
         ["fuzz", "--seconds", seconds] => fuzz::run_all(seconds),
+        ["cuda"] => cuda::run(),
         ["tidy"] => tidy::run(),
         ["limits"] => limits::write(),
         _ => Err(USAGE.to_owned()),

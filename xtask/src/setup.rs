@@ -1,6 +1,8 @@
 //! Brings a fresh Debian machine to where the checks can run. Installs only what is missing.
 
-use crate::shell::{command, root, run, works};
+use std::path::PathBuf;
+
+use crate::shell::{command, output, root, run, works};
 
 /// A tool that cargo builds, at the version that the checks are written for.
 struct Tool {
@@ -40,19 +42,36 @@ pub fn run_all() -> Result<(), String> {
 
 /// The Python clients that tests drive a cluster with, in an environment of their own.
 fn python_clients() -> Result<(), String> {
-    let (folder, wanted) = ("target/clients", "tests/clients/requirements.txt");
+    python_environment("target/clients", "tests/clients/requirements.txt", "").map(drop)
+}
+
+/// A Python environment.
+pub struct Python {
+    /// The interpreter, from the root of the workspace.
+    pub program: String,
+    /// Where packages are.
+    pub packages: PathBuf,
+}
+
+/// An environment in `folder` with what `wanted` lists; made anew when that file changes. `flags` go
+/// to pip.
+pub fn python_environment(folder: &str, wanted: &str, flags: &str) -> Result<Python, String> {
     let stamp = root().join(folder).join("requirements.txt");
+    let program = format!("{folder}/bin/python");
     let wanted_text = std::fs::read_to_string(root().join(wanted))
         .map_err(|error| format!("cannot read {wanted}: {error}"))?;
-    if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted_text) {
-        return Ok(());
+    if !std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted_text) {
+        if !works("python3 -m venv --help") || !works("python3 -m ensurepip --version") {
+            debian_package("python3-venv")?;
+        }
+        run(&mut command(&format!("python3 -m venv {folder}")))?;
+        run(&mut command(&format!("{program} -m pip install --quiet {flags} -r {wanted}")))?;
+        std::fs::write(&stamp, wanted_text)
+            .map_err(|error| format!("{}: {error}", stamp.display()))?;
     }
-    if !works("python3 -m venv --help") || !works("python3 -m ensurepip --version") {
-        debian_package("python3-venv")?;
-    }
-    run(&mut command(&format!("python3 -m venv {folder}")))?;
-    run(&mut command(&format!("{folder}/bin/python -m pip install --quiet -r {wanted}")))?;
-    std::fs::write(&stamp, wanted_text).map_err(|error| format!("{}: {error}", stamp.display()))
+    let asked = "import sysconfig;print(sysconfig.get_path('purelib'))";
+    let packages = output(command(&program).args(["-c", asked]))?;
+    Ok(Python { program, packages: PathBuf::from(packages.trim()) })
 }
 
 fn debian_package(name: &str) -> Result<(), String> {

@@ -24,7 +24,8 @@ const LEFT_OVERS: [(&str, &str); 6] =
 const MACHINE_FOLDERS: [&str; 5] = ["home", "root", "tmp", "work", "Users"];
 
 /// Kinds of files that people write and read.
-const TEXT_FILES: [&str; 8] = ["rs", "md", "toml", "proto", "py", "yml", "yaml", "sh"];
+const TEXT_FILES: [&str; 10] =
+    ["rs", "cu", "cuh", "md", "toml", "proto", "py", "yml", "yaml", "sh"];
 
 /// Checks every source file that git knows or would add.
 ///
