@@ -196,6 +196,15 @@ impl Matrix {
         Self { weights: Weights::Device(memory), ..self }
     }
 
+    /// A matrix whose panels are in `memory`.
+    pub(super) fn on_device(
+        [out_features, in_features]: [usize; 2],
+        layout: Layout,
+        memory: Arc<dyn DeviceMemory>,
+    ) -> Self {
+        Self { out_features, in_features, layout, weights: Weights::Device(memory) }
+    }
+
     /// What is multiplied with, if it lies in memory of the process.
     pub fn host_bytes(&self) -> Option<&[u8]> {
         let Weights::Host { lines, first } = &self.weights else { return None };

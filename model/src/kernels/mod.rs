@@ -18,6 +18,7 @@
 #![allow(unsafe_code)]
 
 mod cpu;
+pub mod cuda;
 mod device;
 mod kv;
 pub mod limits;

@@ -1,0 +1,167 @@
+//! The sources of the kernels, and how they become code for one kind of device.
+//!
+//! CUDA's compiler library, NVRTC, compiles them when a device is first opened, which
+//! takes seconds; the result is kept in a folder. A file there is named after everything that it was
+//! made of, and begins with the checksum of what follows. One that is damaged is not used but made
+//! again, and with a file at hand no compiler is needed.
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+
+use super::device::Architecture;
+use super::nvrtc;
+use crate::kernels::DeviceError;
+
+/// A source and the name by which others include it.
+pub(super) struct Source {
+    pub name: &'static str,
+    pub text: &'static str,
+}
+
+macro_rules! sources {
+    ($($name:literal),* $(,)?) => {
+        &[$(Source { name: $name, text: include_str!($name) }),*]
+    };
+}
+
+/// What kernels are written in terms of.
+const HEADERS: &[Source] = sources![
+    "decode.cuh",
+    "device.cuh",
+    "gemm.cuh",
+    "geometry.cuh",
+    "math.cuh",
+    "panel.cuh",
+    "prefill.cuh",
+];
+
+/// The kernels; together they are one program.
+const KERNELS: &[Source] = sources!["exact.cu", "ffn.cu", "matmul.cu", "rows.cu"];
+
+/// Files of compiled kernels, which may be deleted at any time.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    folder: PathBuf,
+}
+
+impl Cache {
+    /// Files in `folder`, which is made when the first is written.
+    pub fn in_folder(folder: PathBuf) -> Self {
+        Self { folder }
+    }
+
+    /// The folder that the service manager gives (`CACHE_DIRECTORY`), or the user's
+    /// (`XDG_CACHE_HOME`, `~/.cache`). Without any of them nothing is kept: a folder that everybody
+    /// can write to is no place for code.
+    pub fn of_user() -> Option<Self> {
+        let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+        let folder = folder("CACHE_DIRECTORY")
+            .or_else(|| folder("XDG_CACHE_HOME").map(|cache| cache.join("entente")))
+            .or_else(|| folder("HOME").map(|home| home.join(".cache/entente")))?;
+        Some(Self::in_folder(folder.join("kernels")))
+    }
+
+    /// The code in file `name`, if it is whole.
+    fn read(&self, name: &str) -> Option<Vec<u8>> {
+        let file = fs::read(self.folder.join(name)).ok()?;
+        let (sum, code) = file.split_at_checked(blake3::OUT_LEN)?;
+        (blake3::hash(code).as_bytes() == sum).then(|| code.to_vec())
+    }
+
+    /// Keeps code. What cannot be written is compiled again next time.
+    fn write(&self, name: &str, code: &[u8]) -> std::io::Result<()> {
+        fs::create_dir_all(&self.folder)?;
+        // Several processes may start at once; each puts a whole file in place.
+        let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
+        file.write_all(blake3::hash(code).as_bytes())?;
+        file.write_all(code)?;
+        file.persist(self.folder.join(name))?;
+        Ok(())
+    }
+
+    /// Names of files that begin with `prefix`, the last in the order of names first.
+    fn names(&self, prefix: &str) -> Vec<String> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let mut names: Vec<String> = names.filter(|name| name.starts_with(prefix)).collect();
+        names.sort_unstable_by(|a, b| b.cmp(a));
+        names
+    }
+}
+
+/// Code for one architecture.
+pub(super) struct Image {
+    code: Vec<u8>,
+    origin: String,
+}
+
+impl Image {
+    pub fn bytes(&self) -> &[u8] {
+        &self.code
+    }
+
+    /// Where it comes from, for messages.
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+}
+
+/// The kernels for `architecture`: from the cache, or compiled.
+///
+/// # Errors
+/// They are not in the cache, and there is no compiler or it refuses them.
+pub(super) fn kernels(
+    architecture: Architecture,
+    cache: Option<&Cache>,
+) -> Result<Image, DeviceError> {
+    let options = options(architecture);
+    let prefix = format!("{architecture}-{}-", digest(&options));
+    let compiler = nvrtc::version();
+    // Without a compiler, what any version of it made will do.
+    let names = match (cache, &compiler) {
+        (None, _) => Vec::new(),
+        (Some(_), Ok((major, minor))) => vec![format!("{prefix}{major:03}.{minor}.cubin")],
+        (Some(cache), Err(_)) => cache.names(&prefix),
+    };
+    for name in &names {
+        if let Some(code) = cache.and_then(|cache| cache.read(name)) {
+            return Ok(Image { code, origin: format!("the compiled kernels {name}") });
+        }
+    }
+    let (major, minor) = compiler?;
+    let code = nvrtc::compile(&program(), HEADERS.iter().chain(KERNELS), &options)?;
+    if let (Some(cache), [name]) = (cache, &names[..]) {
+        // The folder may belong to somebody else or be full: the code is at hand all the same, and
+        // the next start takes as long as this one.
+        let _ = cache.write(name, &code);
+    }
+    Ok(Image { code, origin: format!("what NVRTC {major}.{minor} made for {architecture}") })
+}
+
+/// The program: every kernel, one source after the other.
+fn program() -> String {
+    KERNELS.iter().map(|source| format!("#include \"{}\"\n", source.name)).collect()
+}
+
+fn options(architecture: Architecture) -> Vec<String> {
+    vec![
+        format!("--gpu-architecture={architecture}"),
+        "--std=c++17".to_owned(),
+        // A product and a sum become one rounded step only where a kernel says so: the bits must
+        // not depend on what a version of the compiler finds.
+        "--fmad=false".to_owned(),
+    ]
+}
+
+/// What compiled kernels depend on, but for the compiler.
+fn digest(options: &[String]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    let sources = HEADERS.iter().chain(KERNELS).flat_map(|source| [source.name, source.text]);
+    for text in sources.chain(options.iter().map(String::as_str)) {
+        // Lengths keep the end of one from being taken for the beginning of the next.
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    }
+    hasher.finalize().to_hex()[..32].to_owned()
+}

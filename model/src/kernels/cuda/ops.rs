@@ -1,0 +1,277 @@
+//! One method of a [`Stream`] for each kernel. They put work into the stream and do not wait for it.
+//!
+//! Here is the border of what is safe: lengths are compared with what the kernels read and write,
+//! and lengths that contradict each other are mistakes of the caller and panic. What lies in device
+//! memory is not looked at: a number of a row or a slot that is none makes the kernel reach beyond
+//! its memory, which loses the device and harms nobody else.
+
+use super::buffer::{View, ViewMut};
+use super::geometry;
+use super::kernel::{Kernel, Launch};
+use super::stream::Stream;
+use crate::kernels::matrix::Layout;
+use crate::kernels::{AttentionShape, DeviceError, Matrix};
+
+impl Stream {
+    /// `y = x * w^T` on tensor cores: `x` is `[rows, row_pairs(in)]` in bf16, padded with zeros,
+    /// `y` is `[rows, out]`.
+    ///
+    /// # Errors
+    /// The device is lost, as for all methods here.
+    ///
+    /// # Panics
+    /// Lengths contradict each other, or `w` is not on the device in bf16.
+    pub fn matmul(
+        &self,
+        w: &Matrix,
+        x: View<'_, u32>,
+        rows: usize,
+        y: ViewMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let (inputs, outputs) = (w.in_features(), w.out_features());
+        assert_eq!(w.layout(), Layout::Bf16, "a matrix for tensor cores");
+        assert_eq!(x.len(), rows * row_pairs(inputs), "{rows} rows of {inputs} values in bf16");
+        assert_eq!(y.len(), rows * outputs, "{rows} rows of {outputs} values");
+        let few = rows <= geometry::DECODE_ROWS || !self.device().fits(Kernel::Matmul128);
+        let (kernel, tile) = match few {
+            true => (Kernel::Matmul16, geometry::DECODE_ROWS),
+            false => (Kernel::Matmul128, geometry::PREFILL_ROWS),
+        };
+        let launch = Launch::new(kernel).address(address(w)).input(x);
+        let launch = launch.int(rows).int(inputs).int(outputs).output(&y);
+        let grid = [kernel.blocks(outputs), rows.div_ceil(tile), 1];
+        // SAFETY: the arguments of both kernels in their order; lengths are compared above.
+        unsafe { launch.start(self, grid) }
+    }
+
+    /// `y = x * w^T`, multiplied and added in f32 in one fixed order: `x` is `[rows, in]`, `y` is
+    /// `[rows, out]`.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// Lengths contradict each other, or `w` is not on the device in a form that is exact.
+    pub fn matmul_exact(
+        &self,
+        w: &Matrix,
+        x: View<'_, f32>,
+        rows: usize,
+        y: ViewMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let (inputs, outputs) = (w.in_features(), w.out_features());
+        assert_eq!(x.len(), rows * inputs, "{rows} rows of {inputs} values");
+        assert_eq!(y.len(), rows * outputs, "{rows} rows of {outputs} values");
+        let kernel = match w.layout() {
+            Layout::Bf16Widened => Kernel::MatmulExactBf16,
+            Layout::F32 => Kernel::MatmulExactF32,
+            layout => panic!("{layout:?} is no form for exact products"),
+        };
+        let launch = Launch::new(kernel).address(address(w)).input(x);
+        let launch = launch.int(rows).int(inputs).int(outputs).output(&y);
+        let grid = [kernel.blocks(outputs), rows.div_ceil(geometry::EXACT_ROWS), 1];
+        // SAFETY: the arguments of both kernels in their order; lengths are compared above.
+        unsafe { launch.start(self, grid) }
+    }
+
+    /// Root mean square normalisation of each row, as [`crate::kernels::Kernels::rms_norm`]. `x` is
+    /// `[rows, weight.len()]`; the result goes to `y32` in the same shape, to `y16` as rows of bf16
+    /// for [`Stream::matmul`], or to both.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// Lengths contradict each other.
+    pub fn rms_norm(
+        &self,
+        x: View<'_, f32>,
+        weight: View<'_, f32>,
+        eps: f32,
+        y32: Option<ViewMut<'_, f32>>,
+        y16: Option<ViewMut<'_, u32>>,
+    ) -> Result<(), DeviceError> {
+        let len = weight.len();
+        let rows = rows_of(x.len(), len);
+        assert!(y32.as_ref().is_none_or(|y| y.len() == x.len()), "a value for each value");
+        let words = rows * row_pairs(len);
+        assert!(y16.as_ref().is_none_or(|y| y.len() == words), "{words} words for {rows} rows");
+        let launch = Launch::new(Kernel::RmsNorm).input(x).input(weight).float(eps);
+        let launch = launch.int(len).int(rows).output_if(y32.as_ref()).output_if(y16.as_ref());
+        // SAFETY: the arguments of the kernel in their order; lengths are compared above.
+        unsafe { launch.start(self, [rows, 1, 1]) }
+    }
+
+    /// Rotates each head of each row in place, as [`crate::kernels::Kernels::rope`]. `x` is
+    /// `[rows, heads * head_dim]`, `cos` and `sin` are `[rows, head_dim / 2]`.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// Lengths contradict each other.
+    pub fn rope(
+        &self,
+        x: ViewMut<'_, f32>,
+        [heads, head_dim]: [usize; 2],
+        cos: View<'_, f32>,
+        sin: View<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        assert_eq!(head_dim % 2, 0, "heads of pairs");
+        let rows = rows_of(x.len(), heads * head_dim);
+        let angles = rows * (head_dim / 2);
+        assert_eq!((cos.len(), sin.len()), (angles, angles), "angles of {rows} rows");
+        let blocks = (x.len() / 2).div_ceil(geometry::FLAT_THREADS);
+        let launch = Launch::new(Kernel::Rope).output(&x).int(rows).int(heads).int(head_dim);
+        // SAFETY: the arguments of the kernel in their order; lengths are compared above.
+        unsafe { launch.input(cos).input(sin).start(self, [blocks, 1, 1]) }
+    }
+
+    /// Writes keys and values, `[rows, kv_heads * head_dim]`, into a cache of blocks
+    /// `[block][kv_head][BLOCK_LEN][head_dim]` in bf16. Row `r` goes to slot `slots[r]`, which is
+    /// `block * BLOCK_LEN + offset` and less than the cache has.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// Lengths contradict each other.
+    pub fn write_kv(
+        &self,
+        [keys, values]: [ViewMut<'_, u16>; 2],
+        slots: View<'_, u32>,
+        [kv_heads, head_dim]: [usize; 2],
+        k: View<'_, f32>,
+        v: View<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        assert_eq!(head_dim % 2, 0, "heads of pairs");
+        let rows = slots.len();
+        let len = rows * kv_heads * head_dim;
+        assert_eq!((k.len(), v.len()), (len, len), "keys and values of {rows} rows");
+        let block_len = kv_heads * geometry::KV_BLOCK * head_dim;
+        assert_eq!((keys.len(), keys.len() % block_len), (values.len(), 0), "whole blocks");
+        let launch = Launch::new(Kernel::WriteKv).output(&keys).output(&values).input(slots);
+        let launch = launch.int(rows).int(kv_heads).int(head_dim).input(k).input(v);
+        // SAFETY: the arguments of the kernel in their order; lengths are compared above.
+        unsafe { launch.start(self, [(len / 2).div_ceil(geometry::FLAT_THREADS), 1, 1]) }
+    }
+
+    /// Grouped-query attention of each row over its own keys, as
+    /// [`crate::kernels::Kernels::attention`]. `q` and `out` are `[rows, heads * head_dim]`; a row
+    /// is `[index of its first block in tables, position, row in q and out, 0]`. A split is a fixed
+    /// range of positions, and `partial` takes what [`attention_partial_len`] says for them.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// Lengths contradict each other.
+    pub fn attention(
+        &self,
+        shape: &AttentionShape,
+        q: View<'_, f32>,
+        cache: &KvView<'_>,
+        splits: usize,
+        partial: ViewMut<'_, f32>,
+        out: ViewMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let AttentionShape { heads, kv_heads, head_dim, window, scale } = *shape;
+        let rows = cache.rows.len();
+        assert!(head_dim <= geometry::HEAD_DIM_MAX, "heads of {head_dim} values");
+        let len = rows * heads * head_dim;
+        assert_eq!((q.len(), out.len()), (len, len), "{rows} rows of {heads} heads");
+        assert_eq!(cache.keys.len(), cache.values.len(), "a value for each key");
+        let partial_len = attention_partial_len(shape, rows, splits);
+        assert!(partial.len() >= partial_len, "{partial_len} partial values");
+        let launch = Launch::new(Kernel::AttentionSplit).input(q).input(cache.keys);
+        let launch = launch.input(cache.values).input(cache.tables).input(cache.rows);
+        let launch = launch.int(heads).int(kv_heads).int(head_dim).int(window.unwrap_or(0));
+        let launch = launch.float(scale).int(splits).output(&partial);
+        // SAFETY: the arguments of the kernel in their order; lengths are compared above.
+        unsafe { launch.start(self, [rows, kv_heads, splits]) }?;
+        let launch = Launch::new(Kernel::AttentionJoin).input(partial.as_view());
+        let launch = launch.int(rows).int(heads).int(head_dim).int(splits).output(&out);
+        // SAFETY: the same.
+        unsafe { launch.start(self, [rows, heads, 1]) }
+    }
+
+    /// `x += delta`, value by value.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn add(&self, x: ViewMut<'_, f32>, delta: View<'_, f32>) -> Result<(), DeviceError> {
+        assert_eq!(x.len(), delta.len(), "a value for each value");
+        let n = x.len();
+        let launch = Launch::new(Kernel::Add).output(&x).input(delta).int(n);
+        // SAFETY: the arguments of the kernel in their order; lengths are compared above.
+        unsafe { launch.start(self, [n.div_ceil(geometry::FLAT_THREADS), 1, 1]) }
+    }
+
+    /// Rounds rows of `len` values to rows of bf16 for [`Stream::matmul`].
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// Lengths contradict each other.
+    pub fn round_rows(
+        &self,
+        x: View<'_, f32>,
+        len: usize,
+        y16: ViewMut<'_, u32>,
+    ) -> Result<(), DeviceError> {
+        let rows = rows_of(x.len(), len);
+        assert_eq!(y16.len(), rows * row_pairs(len), "{rows} rows of {len} values in bf16");
+        let blocks = y16.len().div_ceil(geometry::FLAT_THREADS);
+        let launch = Launch::new(Kernel::RoundRows).input(x).int(rows).int(len).output(&y16);
+        // SAFETY: the arguments of the kernel in their order; lengths are compared above.
+        unsafe { launch.start(self, [blocks, 1, 1]) }
+    }
+}
+
+/// A paged cache, and which rows attend to what in it.
+#[derive(Clone, Copy)]
+pub struct KvView<'a> {
+    /// `[block][kv_head][BLOCK_LEN][head_dim]` in bf16.
+    pub keys: View<'a, u16>,
+    /// The same.
+    pub values: View<'a, u16>,
+    /// Numbers of blocks, those of a sequence one after the other in the order of positions.
+    pub tables: View<'a, u32>,
+    /// For each row the index of its sequence's first block in `tables`, its position, its number
+    /// in `q` and in the result, and zero.
+    pub rows: View<'a, [u32; 4]>,
+}
+
+/// Values to whose multiple rows of bf16 are padded with zeros: the inputs that a tensor core's
+/// lanes take at a time.
+const ROW_VALUES: usize = 32;
+
+/// 32-bit words of a row of `values` values in bf16, padded as the kernels read it.
+pub fn row_pairs(values: usize) -> usize {
+    values.next_multiple_of(ROW_VALUES) / 2
+}
+
+/// Splits that cover `positions` positions.
+pub fn attention_splits(positions: usize) -> usize {
+    positions.div_ceil(geometry::SPLIT_POSITIONS)
+}
+
+/// Values between the two kernels of [`Stream::attention`]: for each row, head and split the largest
+/// score, the sum of weights, and the weighted sum of values.
+pub fn attention_partial_len(shape: &AttentionShape, rows: usize, splits: usize) -> usize {
+    rows * shape.heads * splits * (shape.head_dim + 2)
+}
+
+fn rows_of(values: usize, len: usize) -> usize {
+    assert!(values.is_multiple_of(len) && len > 0, "{values} values are no rows of {len}");
+    values / len
+}
+
+/// Where a matrix lies on its device.
+pub(super) fn address(w: &Matrix) -> u64 {
+    w.device_memory().expect("a matrix that was brought to the device").address()
+}

@@ -1,0 +1,129 @@
+//! Queues of work for a device.
+//!
+//! What is put into one [`Stream`] happens in its order; what is in different ones happens at the
+//! same time unless an [`Event`] orders it. Nothing waits for the device but what says so.
+
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUevent_flags, CUstream_flags};
+
+use super::device::Device;
+use crate::kernels::DeviceError;
+
+/// A queue of work. The kernels are its methods ([`super::ops`]).
+pub struct Stream {
+    device: Arc<Device>,
+    handle: sys::CUstream,
+}
+
+// SAFETY: the driver takes calls for a stream from any thread and orders them itself.
+unsafe impl Send for Stream {}
+// SAFETY: the same.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// A new, empty queue.
+    ///
+    /// # Errors
+    /// The device is lost or out of memory.
+    pub fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+        let mut handle = null_mut();
+        // Not blocking: it must not wait for work of others on the stream that libraries use.
+        let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the pointer is to a local of its type.
+        device.call("cuStreamCreate", || unsafe { sys::cuStreamCreate(&raw mut handle, flags) })?;
+        Ok(Self { device: Arc::clone(device), handle })
+    }
+
+    /// The device that does the work.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    pub(super) fn handle(&self) -> sys::CUstream {
+        self.handle
+    }
+
+    /// Waits until all that was put in is done.
+    ///
+    /// # Errors
+    /// Something of it failed, and the device is lost.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        // SAFETY: the stream lives.
+        self.device.call("cuStreamSynchronize", || unsafe { sys::cuStreamSynchronize(self.handle) })
+    }
+
+    /// What is put in from now on begins after `event`.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn wait(&self, event: &Event) -> Result<(), DeviceError> {
+        // SAFETY: stream and event live.
+        self.device.call("cuStreamWaitEvent", || unsafe {
+            sys::cuStreamWaitEvent(self.handle, event.handle, 0)
+        })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // The driver finishes what is in it first; buffers wait for that before they go.
+        // SAFETY: the stream lives, and nobody has it any more.
+        let _ =
+            self.device.call("cuStreamDestroy", || unsafe { sys::cuStreamDestroy_v2(self.handle) });
+    }
+}
+
+/// A point in a stream.
+pub struct Event {
+    device: Arc<Device>,
+    handle: sys::CUevent,
+}
+
+// SAFETY: the driver takes calls for an event from any thread.
+unsafe impl Send for Event {}
+// SAFETY: the same.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// An event that has been reached.
+    ///
+    /// # Errors
+    /// The device is lost or out of memory.
+    pub fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+        let mut handle = null_mut();
+        // Times are taken by the host's clock, around whole calls.
+        let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: the pointer is to a local of its type.
+        device.call("cuEventCreate", || unsafe { sys::cuEventCreate(&raw mut handle, flags) })?;
+        Ok(Self { device: Arc::clone(device), handle })
+    }
+
+    /// Moves it to the present end of `stream`.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn record(&self, stream: &Stream) -> Result<(), DeviceError> {
+        // SAFETY: stream and event live.
+        self.device
+            .call("cuEventRecord", || unsafe { sys::cuEventRecord(self.handle, stream.handle) })
+    }
+
+    /// Waits until it is reached.
+    ///
+    /// # Errors
+    /// Something before it failed, and the device is lost.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        // SAFETY: the event lives.
+        self.device.call("cuEventSynchronize", || unsafe { sys::cuEventSynchronize(self.handle) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: the event lives, and nobody has it any more.
+        let _ =
+            self.device.call("cuEventDestroy", || unsafe { sys::cuEventDestroy_v2(self.handle) });
+    }
+}
