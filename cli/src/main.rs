@@ -11,7 +11,7 @@
 //! - `entente audit` works on the records of requests that coordinators keep.
 //! - `entente chat` and `entente eval` talk to a running cluster over its public API ([`client`]).
 //! - `entente drill` puts load on a cluster, breaks parts of it and gives a verdict ([`drill`]).
-//! - `entente bench` measures, and `entente model` works with checkpoint folders.
+//! - `entente doctor` looks at the machine, `entente bench` measures, and `entente model` works with checkpoint folders.
 //!
 //! Conventions that scripts may rely on: data goes to standard output, messages and logs go to
 //! standard error, every flag has an environment variable, and exit codes are stable ([`exit`]).
@@ -63,6 +63,9 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     /// Measure kernels, engine, exchanges or a running cluster beside the machine's limits.
     Bench(verbs::bench::BenchArgs),
+    /// Say what this machine offers.
+    #[command(subcommand)]
+    Doctor(verbs::doctor::DoctorVerb),
     /// Put load on a cluster, break parts of it, and say whether it kept its promises.
     Drill(verbs::drill::DrillArgs),
     /// Found a cluster on several machines: CAs, and what its first coordinator starts from.
@@ -130,6 +133,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Chat(args) => verbs::chat::run(args),
         Verb::Eval(args) => verbs::eval::run(args),
         Verb::Bench(args) => verbs::bench::run(args, &cli.logging),
+        Verb::Doctor(verb) => verbs::doctor::run(verb),
         Verb::Drill(args) => verbs::drill::run(args),
         Verb::Init(args) => verbs::init::run(args),
         Verb::Join(args) => verbs::join::run(args),

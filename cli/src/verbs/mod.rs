@@ -6,6 +6,7 @@ pub mod bench;
 pub mod ca;
 pub mod chat;
 pub mod coordinator;
+pub mod doctor;
 pub mod drill;
 pub mod eval;
 pub mod expert_node;
