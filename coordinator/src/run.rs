@@ -9,7 +9,9 @@ use axum::body::Body;
 use axum::extract::Request;
 use entente_audit::checkpoint;
 use entente_membership::net::http;
+use entente_model::kernels::DeviceError;
 use hyper::body::Incoming;
+use tokio::sync::watch;
 use tower::ServiceExt;
 
 use crate::api::{self, Api};
@@ -166,8 +168,25 @@ where
         let bounds = config.api.bounds();
         let ready = Ready { address, experts, weights_bytes };
         tokio::spawn(announce(api.engine.clone(), on_ready, ready));
-        serve(api, listener, bounds, shutdown).await;
-        Ok(())
+        let failure = api.engine.failure();
+        let mut failing = failure.clone();
+        let until = async move {
+            tokio::select! {
+                () = shutdown => {}
+                () = failed(&mut failing) => {}
+            }
+        };
+        serve(api, listener, bounds, until).await;
+        let failure = failure.borrow().clone();
+        failure.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+/// Resolves once nothing can be computed any more.
+async fn failed(failure: &mut watch::Receiver<Option<DeviceError>>) {
+    if failure.wait_for(Option::is_some).await.is_err() {
+        // The engine has ended because nobody needs it any more.
+        std::future::pending().await
     }
 }
 

@@ -9,7 +9,7 @@ use entente_audit::record;
 use entente_expert_node::{ExpertNode, NodeHandle};
 use entente_membership::served::ServedModel;
 use entente_membership::state::State;
-use entente_model::kernels::{self, BLOCK_LEN, Kernels, KvDtype, KvLayer};
+use entente_model::kernels::{self, BLOCK_LEN, DeviceError, Kernels, KvDtype, KvLayer};
 use entente_model::{
     Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
     Progress, Tokenizer, expert_bytes,
@@ -45,6 +45,9 @@ pub enum Error {
     /// The model cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The device that computes cannot be used, or can no longer be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// An expert node in this process could not start.
     #[error("expert node in this process: {0}")]
     ExpertNode(#[from] entente_expert_node::Error),

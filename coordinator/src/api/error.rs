@@ -148,7 +148,7 @@ impl From<EngineError> for ApiError {
             EngineError::Busy(_) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_busy", message, None)
             }
-            EngineError::Unavailable(_) | EngineError::Stopped => {
+            EngineError::Unavailable(_) | EngineError::Stopped | EngineError::Device(_) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", message, None)
             }
         }

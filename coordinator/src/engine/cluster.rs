@@ -172,6 +172,11 @@ impl Cluster {
         self.readiness.subscribe()
     }
 
+    /// Says that nothing can be served any more, and why, whatever the nodes do.
+    pub fn withdraw(&self, why: String) {
+        self.readiness.send_replace(Readiness::Waiting(why));
+    }
+
     /// Whether nodes compute while this thread does something else.
     pub fn overlaps(&self) -> bool {
         self.links.are_asynchronous()

@@ -143,6 +143,11 @@ impl Exchanger {
         self.cluster.readiness()
     }
 
+    /// Says that nothing can be served any more, and why.
+    pub fn withdraw(&self, why: String) {
+        self.cluster.withdraw(why);
+    }
+
     /// Counts the times that something became possible which was not; see [`Cluster::changes`].
     pub fn changes(&self) -> u64 {
         self.cluster.changes()

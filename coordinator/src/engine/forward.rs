@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use entente_model::Architecture;
 use entente_model::config::{FfnSpec, Scoring};
+use entente_model::kernels::DeviceError;
 use entente_proto::ids::LayerId;
 use entente_router::exchange::Failure;
 use entente_router::gate::{self, GateSpec};
@@ -37,6 +38,17 @@ pub struct StepRows<'a> {
     pub chunks: &'a [Chunk],
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: &'a [usize],
+}
+
+/// Why a step came to nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// Its rows did not get through their experts. It may be tried again.
+    #[error(transparent)]
+    Experts(#[from] Failure),
+    /// The trunk's device failed. No step can be computed any more.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// Takes steps through a trunk and its experts.
@@ -86,14 +98,15 @@ impl Forward {
         &mut self,
         step: &StepRows<'_>,
         exchanger: &mut Exchanger,
-    ) -> Result<Vec<f32>, Failure> {
+    ) -> Result<Vec<f32>, StepError> {
         let rows = step.chunks.iter().map(|chunk| chunk.tokens.len()).sum();
-        self.trunk.begin(step.chunks);
         let rows_min = if exchanger.overlaps() { self.micro_batch_rows_min } else { usize::MAX };
-        self.layers(&micro_batches(rows, rows_min), exchanger)?;
+        let batches = micro_batches(rows, rows_min);
+        self.trunk.begin(step.chunks, &batches)?;
+        self.layers(&batches, exchanger)?;
         let mut logits = std::mem::take(&mut self.logits);
         logits.resize(step.logit_rows.len() * self.vocab, 0.0);
-        self.trunk.logits(step.logit_rows, &mut logits);
+        self.trunk.logits(step.logit_rows, &mut logits)?;
         Ok(logits)
     }
 
@@ -108,13 +121,13 @@ impl Forward {
         &mut self,
         batches: &[Range<usize>],
         exchanger: &mut Exchanger,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), StepError> {
         let mut in_flight: Vec<Option<InFlight>> = batches.iter().map(|_| None).collect();
         for layer in 0..self.gates.len() {
             for (batch, in_flight) in batches.iter().zip(&mut in_flight) {
                 self.finish(batch, in_flight.take(), exchanger)?;
-                self.trunk.attend(layer, batch.clone());
-                *in_flight = self.feed_forward(layer, batch, exchanger);
+                self.trunk.attend(layer, batch.clone())?;
+                *in_flight = self.feed_forward(layer, batch, exchanger)?;
             }
         }
         for (batch, in_flight) in batches.iter().zip(in_flight) {
@@ -130,20 +143,21 @@ impl Forward {
         layer: usize,
         batch: &Range<usize>,
         exchanger: &mut Exchanger,
-    ) -> Option<InFlight> {
+    ) -> Result<Option<InFlight>, StepError> {
         let Some(spec) = &self.gates[layer] else {
-            self.trunk.feed_forward(layer, batch.clone());
-            return None;
+            self.trunk.feed_forward(layer, batch.clone())?;
+            return Ok(None);
         };
         let (count, hidden, top_k) = (batch.len(), self.hidden, spec.top_k);
         let mut buffer = exchanger.buffer(count * hidden);
-        let logits = self.trunk.route(layer, batch.clone(), buffer.rows());
+        let logits = self.trunk.route(layer, batch.clone(), buffer.rows())?;
         let mut choices = Vec::with_capacity(count * top_k);
         gate::choose(spec, logits, &mut choices);
         let layer = LayerId(layer as u16);
         self.metrics.count_choices(layer, &choices);
         let first_row = batch.start;
-        Some(exchanger.start(Rows { layer, hidden, buffer, choices, top_k, first_row, count }))
+        let rows = Rows { layer, hidden, buffer, choices, top_k, first_row, count };
+        Ok(Some(exchanger.start(rows)))
     }
 
     /// Adds what the experts made of a micro-batch, if it has been sent to any.
@@ -152,13 +166,12 @@ impl Forward {
         batch: &Range<usize>,
         in_flight: Option<InFlight>,
         exchanger: &mut Exchanger,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), StepError> {
         let Some(in_flight) = in_flight else { return Ok(()) };
         self.delta.clear();
         self.delta.resize(batch.len() * self.hidden, 0.0);
         exchanger.finish(in_flight, &mut self.delta)?;
-        self.trunk.add(batch.clone(), &self.delta);
-        Ok(())
+        Ok(self.trunk.add(batch.clone(), &self.delta)?)
     }
 }
 

@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
-use entente_model::kernels::Kernels;
+use entente_model::kernels::{DeviceError, Kernels};
 use entente_model::{Detokenizer, Tokenizer};
 use entente_proto::ids::Region;
 use entente_router::exchange::Failure;
@@ -40,7 +40,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use self::cluster::Readiness;
 use self::exchanger::Exchanger;
-use self::forward::{Forward, StepRows};
+use self::forward::{Forward, StepError, StepRows};
 use self::generation::{Generation, Reading};
 use self::hold::Hold;
 use self::origin::Origin;
@@ -124,6 +124,9 @@ pub enum EngineError {
     /// The engine has ended.
     #[error("the server is shutting down")]
     Stopped,
+    /// The device that computes has failed.
+    #[error("the server cannot go on: {0}")]
+    Device(DeviceError),
 }
 
 impl From<Refused> for EngineError {
@@ -145,6 +148,7 @@ pub struct EngineHandle {
     submissions: Sender<Submission>,
     ringer: Ringer,
     readiness: watch::Receiver<Readiness>,
+    failure: watch::Receiver<Option<DeviceError>>,
 }
 
 /// Wakes an engine that waits, also when it is dropped.
@@ -174,6 +178,11 @@ impl EngineHandle {
     /// Whether requests can be served now.
     pub fn readiness(&self) -> watch::Receiver<Readiness> {
         self.readiness.clone()
+    }
+
+    /// Why nothing can be computed any more; none while the engine serves.
+    pub fn failure(&self) -> watch::Receiver<Option<DeviceError>> {
+        self.failure.clone()
     }
 }
 
@@ -222,7 +231,8 @@ pub struct Parts {
 }
 
 impl Engine {
-    /// Starts the engine's thread. It ends when the last handle is gone and nothing runs.
+    /// Starts the engine's thread. It ends when the last handle is gone and nothing runs. Once the
+    /// device has failed that it computes on, it computes nothing and says so to everybody.
     pub fn start(parts: Parts) -> std::io::Result<EngineHandle> {
         let (sender, submissions) = crossbeam_channel::bounded(parts.scheduler.waiting_max);
         let readiness = parts.exchanger.readiness();
@@ -244,22 +254,41 @@ impl Engine {
             closings: parts.closings,
             metrics: parts.metrics,
         };
-        std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
-        Ok(EngineHandle { submissions: sender, ringer, readiness })
+        let (failed, failure) = watch::channel(None);
+        std::thread::Builder::new().name("engine".into()).spawn(move || {
+            if let Err(error) = engine.run() {
+                engine.end_with(error, &failed);
+            }
+        })?;
+        Ok(EngineHandle { submissions: sender, ringer, readiness, failure })
     }
 
-    fn run(&mut self) {
+    fn run(&mut self) -> Result<(), DeviceError> {
         loop {
             self.forget_gone();
             self.give_up_late();
             self.publish_gauges();
             if !self.take_input() {
-                return;
+                return Ok(());
             }
             match &self.hold {
                 Some(hold) if !hold.is_over(self.exchanger.changes()) => self.wait(),
-                _ => self.step(),
+                _ => self.step()?,
             }
+        }
+    }
+
+    /// Tells everybody that there will be no further step, until nobody can ask any more. Whoever
+    /// asks elsewhere is served there.
+    fn end_with(&mut self, error: DeviceError, failed: &watch::Sender<Option<DeviceError>>) {
+        tracing::error!(%error, requests = self.generations.len(), "no step can be computed");
+        self.exchanger.withdraw(error.to_string());
+        for id in self.generations.keys().copied().collect::<Vec<_>>() {
+            self.fail(id, EngineError::Device(error.clone()));
+        }
+        failed.send_replace(Some(error.clone()));
+        while let Ok(submission) = self.submissions.recv() {
+            self.refuse(submission, EngineError::Device(error.clone()));
         }
     }
 
@@ -282,15 +311,7 @@ impl Engine {
         self.next_id += 1;
         let text = match self.admit(id, &request) {
             Ok(text) => text,
-            Err(error) => {
-                let how = How::Failed(error.to_string());
-                let prompt_tokens = request.prompt.len() as u64;
-                let tally = Tally { prompt_tokens, ..Tally::default() };
-                self.close(Closed { origin: request.origin, tally, how, took: arrived.elapsed() });
-                // A client that is gone already has nobody to tell.
-                let _ = events.try_send(Event::Failed(error));
-                return;
-            }
+            Err(error) => return self.refuse((request, events, arrived), error),
         };
         let generation = Generation {
             text,
@@ -305,6 +326,15 @@ impl Engine {
             request,
         };
         self.generations.insert(id, generation);
+    }
+
+    fn refuse(&self, (request, events, arrived): Submission, error: EngineError) {
+        let how = How::Failed(error.to_string());
+        let prompt_tokens = request.prompt.len() as u64;
+        let tally = Tally { prompt_tokens, ..Tally::default() };
+        self.close(Closed { origin: request.origin, tally, how, took: arrived.elapsed() });
+        // A client that is gone already has nobody to tell.
+        let _ = events.try_send(Event::Failed(error));
     }
 
     /// Queues a request's rows; gives what turns its tokens into text.
@@ -396,10 +426,10 @@ impl Engine {
         }
     }
 
-    fn step(&mut self) {
+    fn step(&mut self) -> Result<(), DeviceError> {
         let mut chunks = self.scheduler.plan();
         if chunks.is_empty() {
-            return;
+            return Ok(());
         }
         // What changes while the step is computed may come too late for it.
         let (began, changes) = (Instant::now(), self.exchanger.changes());
@@ -418,7 +448,11 @@ impl Engine {
                 self.deliver(&chunks, &logit_rows, readings);
                 self.forward.reuse(logits);
             }
-            Err(failure) => return self.hold(failure, &chunks, (began, changes)),
+            Err(StepError::Experts(failure)) => {
+                self.hold(failure, &chunks, (began, changes));
+                return Ok(());
+            }
+            Err(StepError::Device(error)) => return Err(error),
         }
         if let Some(hold) = self.hold.take() {
             tracing::info!(waited = ?hold.since().elapsed(), "steps are computed again");
@@ -428,10 +462,11 @@ impl Engine {
         if decodes {
             self.speculator.observe_step(chunks.iter().map(|c| c.tokens.len()).sum(), seconds);
         }
+        Ok(())
     }
 
     /// Computes a step, and counts where its rows went, whatever came of it.
-    fn compute(&mut self, step: &StepRows<'_>) -> Result<Vec<f32>, Failure> {
+    fn compute(&mut self, step: &StepRows<'_>) -> Result<Vec<f32>, StepError> {
         let (owners, owner_of_row) = generation::owners(step.chunks, &self.generations);
         let epochs = self.exchanger.epochs();
         self.exchanger.begin_step(owners, owner_of_row);
@@ -597,3 +632,6 @@ impl Engine {
         self.metrics.prefix_rows_reused.inc_by(reused);
     }
 }
+
+#[cfg(test)]
+mod tests;

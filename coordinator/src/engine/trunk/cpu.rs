@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use entente_model::kernels::{AttentionShape, FfnGroup, Kernels, KvDtype, KvLayer};
+use entente_model::kernels::{AttentionShape, DeviceError, FfnGroup, Kernels, KvDtype, KvLayer};
 use entente_model::{Architecture, CoordinatorWeights, FfnWeights, Rope};
 
 use super::super::scheduler::Chunk;
@@ -86,7 +86,7 @@ fn values(rows: &Range<usize>, hidden: usize) -> Range<usize> {
 }
 
 impl Trunk for CpuTrunk {
-    fn begin(&mut self, chunks: &[Chunk]) {
+    fn begin(&mut self, chunks: &[Chunk], _batches: &[Range<usize>]) -> Result<(), DeviceError> {
         self.positions = Positions::of(chunks);
         let Buffers { x, cos, sin, .. } = &mut self.buffers;
         let (hidden, rows) = (self.architecture.hidden, self.positions.len());
@@ -97,9 +97,10 @@ impl Trunk for CpuTrunk {
         let rotations = rows * self.rope.half_dim();
         let (cos, sin) = (prefix(cos, rotations), prefix(sin, rotations));
         self.rope.fill(&self.positions.positions, cos, sin);
+        Ok(())
     }
 
-    fn attend(&mut self, layer: usize, rows: Range<usize>) {
+    fn attend(&mut self, layer: usize, rows: Range<usize>) -> Result<(), DeviceError> {
         let Self { architecture: arch, kernels, cache, weights, buffers, .. } = self;
         let (weights, cache) = (&weights.layers[layer], &mut cache[layer]);
         let (count, half_dim) = (rows.len(), self.rope.half_dim());
@@ -130,9 +131,10 @@ impl Trunk for CpuTrunk {
         let delta = prefix(&mut buffers.delta, x.len());
         kernels.matmul(attended, &weights.o, delta);
         kernels.add(x, delta);
+        Ok(())
     }
 
-    fn feed_forward(&mut self, layer: usize, rows: Range<usize>) {
+    fn feed_forward(&mut self, layer: usize, rows: Range<usize>) -> Result<(), DeviceError> {
         let Self { architecture: arch, kernels, weights, buffers, .. } = self;
         let weights = &weights.layers[layer];
         let FfnWeights::Dense(ffn) = &weights.ffn else {
@@ -145,9 +147,15 @@ impl Trunk for CpuTrunk {
         let delta = prefix(&mut buffers.delta, x.len());
         kernels.gated_ffn(normed, &[FfnGroup { ffn, rows: &rows }], delta);
         kernels.add(x, delta);
+        Ok(())
     }
 
-    fn route(&mut self, layer: usize, rows: Range<usize>, encoded: &mut [u8]) -> &[f32] {
+    fn route(
+        &mut self,
+        layer: usize,
+        rows: Range<usize>,
+        encoded: &mut [u8],
+    ) -> Result<&[f32], DeviceError> {
         let Self { architecture: arch, kernels, weights, buffers, .. } = self;
         let weights = &weights.layers[layer];
         let FfnWeights::Moe { gate } = &weights.ffn else {
@@ -159,15 +167,16 @@ impl Trunk for CpuTrunk {
         let logits = prefix(&mut buffers.gate_logits, rows.len() * gate.out_features());
         kernels.matmul(normed, gate, logits);
         kernels.encode_rows(normed, encoded);
-        logits
+        Ok(logits)
     }
 
-    fn add(&mut self, rows: Range<usize>, delta: &[f32]) {
+    fn add(&mut self, rows: Range<usize>, delta: &[f32]) -> Result<(), DeviceError> {
         let x = &mut self.buffers.x[values(&rows, self.architecture.hidden)];
         self.kernels.add(x, delta);
+        Ok(())
     }
 
-    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]) {
+    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]) -> Result<(), DeviceError> {
         let hidden = self.architecture.hidden;
         let Buffers { x, normed, attended, .. } = &mut self.buffers;
         let len = wanted.len() * hidden;
@@ -177,5 +186,6 @@ impl Trunk for CpuTrunk {
         }
         self.kernels.rms_norm(rows, &self.weights.norm, self.architecture.rms_eps, normed);
         self.kernels.matmul(normed, &self.weights.head, logits);
+        Ok(())
     }
 }

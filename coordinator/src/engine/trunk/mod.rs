@@ -7,11 +7,17 @@
 //!
 //! Invariant: a row's values depend on its own sequence alone, whatever else is in the step and
 //! however the step is cut. What a trunk keeps from step to step is weights and the KV cache.
+//!
+//! **Errors** are those of a device, and a processor gives none. All that a step may need has been
+//! set aside before the first one, so none is refused for what is in it: a [`DeviceError`] means
+//! that the device cannot compute any more, and with it this process.
 
 mod cpu;
 mod positions;
 
 use std::ops::Range;
+
+use entente_model::kernels::DeviceError;
 
 pub use self::cpu::{CacheShape, CpuTrunk};
 use super::scheduler::Chunk;
@@ -20,26 +26,34 @@ use super::scheduler::Chunk;
 /// [`Trunk::attend`] followed by [`Trunk::feed_forward`] for a dense layer, or for one with experts
 /// by [`Trunk::route`] and, once its experts have answered, [`Trunk::add`]; then [`Trunk::logits`].
 ///
-/// `rows` are always the numbers that rows have in the step: those of its first chunk come first.
+/// `rows` are those of one micro-batch, by the numbers that rows have in the step: those of its first
+/// chunk come first.
+/// Every method fails only with its device, for good.
 pub trait Trunk: Send {
-    /// Takes the rows of a step, whatever became of the step before, and embeds their tokens.
-    fn begin(&mut self, chunks: &[Chunk]);
+    /// Takes the rows of a step, whatever became of the step before, and embeds their tokens. They
+    /// will come in these micro-batches, which are all the rows in their order.
+    fn begin(&mut self, chunks: &[Chunk], batches: &[Range<usize>]) -> Result<(), DeviceError>;
 
     /// `x += o(attention(q, k, v))` of the normed rows; their keys and values are in the cache
     /// afterwards. Rows of a sequence attend in their order, layer by layer.
-    fn attend(&mut self, layer: usize, rows: Range<usize>);
+    fn attend(&mut self, layer: usize, rows: Range<usize>) -> Result<(), DeviceError>;
 
     /// `x += ffn(norm(x))` of a dense layer.
-    fn feed_forward(&mut self, layer: usize, rows: Range<usize>);
+    fn feed_forward(&mut self, layer: usize, rows: Range<usize>) -> Result<(), DeviceError>;
 
     /// `norm(x)` before a layer with experts: into `encoded`, `[rows, hidden]`, as rows travel to
     /// experts (rounded here, once), and through the gate, whose logits, `[rows, experts]`, are
     /// computed from the rows before they are rounded.
-    fn route(&mut self, layer: usize, rows: Range<usize>, encoded: &mut [u8]) -> &[f32];
+    fn route(
+        &mut self,
+        layer: usize,
+        rows: Range<usize>,
+        encoded: &mut [u8],
+    ) -> Result<&[f32], DeviceError>;
 
     /// `x += delta`, `[rows, hidden]`.
-    fn add(&mut self, rows: Range<usize>, delta: &[f32]);
+    fn add(&mut self, rows: Range<usize>, delta: &[f32]) -> Result<(), DeviceError>;
 
     /// The logits of `wanted` rows, which ascend, `[wanted, vocab]`.
-    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]);
+    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]) -> Result<(), DeviceError>;
 }
