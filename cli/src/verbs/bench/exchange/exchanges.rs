@@ -7,6 +7,7 @@ use entente_coordinator::engine::Readiness;
 use entente_coordinator::engine::cluster::Cluster as Nodes;
 use entente_coordinator::engine::exchanger::{Exchanger, Rows};
 use entente_coordinator::metrics::Metrics;
+use entente_model::kernels::Kernels;
 use entente_proto::ids::{ExpertId, LayerId, RequestId};
 use entente_router::exchange::Owners;
 use entente_router::gate::Choice;
@@ -17,6 +18,7 @@ use super::cluster::{Cluster, HIDDEN, PATIENCE};
 /// A coordinator's exchanger and rows to send.
 pub struct Exchanges {
     exchanger: Exchanger,
+    kernels: Arc<dyn Kernels>,
     /// One expert of each node, in ascending order: each row goes to every node once.
     experts: Vec<ExpertId>,
     values: Vec<f32>,
@@ -34,13 +36,13 @@ impl Exchanges {
         experts.sort_unstable();
         let metrics = Arc::new(Metrics::new());
         let nodes = Nodes::fixed(links, view, metrics.clone());
-        let mut exchanger = Exchanger::new(nodes, kernels, PATIENCE, metrics);
+        let mut exchanger = Exchanger::new(nodes, kernels.clone(), PATIENCE, metrics);
         let readiness = exchanger.readiness();
         while *readiness.borrow() != Readiness::Ready {
             exchanger.idle(None);
         }
         let (values, sums) = (Vec::new(), Vec::new());
-        Ok(Self { exchanger, experts, values, sums, _runtimes: runtimes })
+        Ok(Self { exchanger, kernels, experts, values, sums, _runtimes: runtimes })
     }
 
     /// One exchange with `bytes` of rows to each node and back.
@@ -50,13 +52,16 @@ impl Exchanges {
         self.sums.resize(count * HIDDEN, 0.0);
         let choice = |expert: &ExpertId| Choice { expert: *expert, weight: 0.5 };
         let of_row: Vec<Choice> = self.experts.iter().map(choice).collect();
+        let mut buffer = self.exchanger.buffer(self.values.len());
+        self.kernels.encode_rows(&self.values, buffer.rows());
         let rows = Rows {
             layer: LayerId(0),
             hidden: HIDDEN,
-            values: &self.values,
+            buffer,
             choices: of_row.repeat(count),
             top_k: of_row.len(),
             first_row: 0,
+            count,
         };
         let home = self.exchanger.home();
         let owners = Owners { policies: vec![[home].into()], owners: vec![(RequestId(0), 0)] };
