@@ -1,0 +1,71 @@
+// The primitives of model/src/kernels/cuda/device.cuh on the engine. Nothing here is fast, and what
+// a device leaves open is done in the most unkind way that it permits.
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int WARP = 32;
+
+static inline int thread() { return int(threadIdx.x); }
+static inline int lane() { return int(threadIdx.x) % WARP; }
+static inline int warp() { return int(threadIdx.x) / WARP; }
+
+static inline float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+static inline u32 float_to_bits(float value) { return __float_as_uint(value); }
+
+static inline void block_sync(int line = __builtin_LINE()) {
+    entente_emulator_meet(MEET_BLOCK, line, nullptr);
+}
+
+static inline void warp_sync(int line = __builtin_LINE()) {
+    entente_emulator_meet(MEET_WARP, line, nullptr);
+}
+
+static inline float shuffle(float value, int lane, int line = __builtin_LINE()) {
+    ShuffleDeposit deposit = {value, lane, 0.0f};
+    entente_emulator_meet(MEET_SHUFFLE, line, &deposit);
+    return deposit.result;
+}
+
+static inline float shuffle_xor(float value, int mask, int line = __builtin_LINE()) {
+    ShuffleDeposit deposit = {value, mask, 0.0f};
+    entente_emulator_meet(MEET_SHUFFLE_XOR, line, &deposit);
+    return deposit.result;
+}
+
+static inline void mma_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2],
+                            int line = __builtin_LINE()) {
+    MmaDeposit deposit = {c, a, b};
+    entente_emulator_meet(MEET_MMA, line, &deposit);
+}
+
+static inline void copy_async_16(void* shared, const void* global, bool valid,
+                                 int line = __builtin_LINE()) {
+    entente_emulator_copy(shared, global, valid, line);
+}
+
+static inline void copy_commit() { entente_emulator_copy_commit(); }
+
+template <int groups_left> static inline void copy_wait() {
+    entente_emulator_copy_wait(groups_left);
+}
+
+static inline uint4 load_stream(const uint4* global) { return *global; }
+
+static inline void* dynamic_shared() { return entente_emulator_dynamic_shared(); }
+
+// Nearest, ties to even; a NaN stays one.
+static inline u32 round_bf16(float value) {
+    u32 bits = float_to_bits(value);
+    if (value != value) return 0x7fff;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static inline u32 pack_bf16(float low, float high) {
+    return round_bf16(low) | round_bf16(high) << 16;
+}
+
+static inline float low_bf16(u32 pair) { return bits_to_float(pair << 16); }
+static inline float high_bf16(u32 pair) { return bits_to_float(pair & 0xffff0000u); }
