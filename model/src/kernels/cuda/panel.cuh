@@ -58,7 +58,7 @@ struct LanePiece {
     }
 };
 
-// Accumulators of a panel and 8 rows: two tiles of 16 outputs.
+// Accumulators of a panel and 8 rows: two tiles of 16 outputs, as the tensor core holds them.
 struct Totals {
     float c[2][4] = {};
 
@@ -66,13 +66,14 @@ struct Totals {
     __device__ float4 outputs(int odd) const {
         return {c[0][odd], c[0][2 + odd], c[1][odd], c[1][2 + odd]};
     }
-    __device__ void set(int odd, const float4& v) {
-        c[0][odd] = v.x;
-        c[0][2 + odd] = v.y;
-        c[1][odd] = v.z;
-        c[1][2 + odd] = v.w;
-    }
 };
+
+__device__ inline Totals operator+(const Totals& a, const Totals& b) {
+    Totals sum;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) sum.c[i / 4][i % 4] = a.c[i / 4][i % 4] + b.c[i / 4][i % 4];
+    return sum;
+}
 
 // Adds a chunk to the totals of N times 8 rows: `w` are this lane's four pieces of the panel, `x`
 // its pieces of row g of each eight. The first 16 inputs of all come before the last 16 of any, so

@@ -10,9 +10,9 @@
 //   kept in shared memory, 128 KB of it; it is touched at three borders only.
 //
 // Weights need no shared memory: a panel is one warp's alone, and lies such that a lane's 16 bytes
-// are its fragments. They go from the cache to registers one chunk ahead. Rows are every warp's;
-// they pass through a ring of stages, copied asynchronously, three chunks ahead. A warp reads 8
-// rows of 64 bytes, which follow one another: no two lanes meet in a bank.
+// are parts of its own fragments. They go from the cache to registers one chunk ahead. Rows are
+// every warp's; they pass through a ring of stages, copied asynchronously, three chunks ahead. A
+// warp reads 8 rows of 64 bytes, which follow one another: no two lanes meet in a bank.
 #pragma once
 
 #include "panel.cuh"
@@ -77,103 +77,151 @@ struct PanelStream {
     }
 };
 
-// The sum of the segments so far, each value touched by its own thread only until the end.
-template <int TILES>
+// The sums of the segments so far, each value touched by its own thread only until the end.
 struct SharedTotals {
     float4* slots;
 
-    __device__ explicit SharedTotals(void* shared) : slots(static_cast<float4*>(shared)) {}
-
-    __device__ float4& at(int tile, int odd, int thread) const {
-        return slots[(tile * 2 + odd) * PREFILL_THREADS + thread];
+    __device__ float4& at(int tile, int half, int thread) const {
+        return slots[(tile * 2 + half) * PREFILL_THREADS + thread];
     }
-
-    // Joins a segment: the first is the sum, and the sum after the last is left in `totals`.
-    __device__ void add(int segment, Totals (&totals)[TILES]) const {
+    __device__ void put(int tile, const Totals& totals) const {
         #pragma unroll
-        for (int i = 0; i < TILES * 2; i++) {
-            float4& sum = at(i / 2, i % 2, thread());
-            float4 value = totals[i / 2].outputs(i % 2);
-            if (segment > 0) value = sum + value;
-            if (segment < SEGMENTS - 1) {
-                sum = value;
-                totals[i / 2].set(i % 2, {0.0f, 0.0f, 0.0f, 0.0f});
-            } else {
-                totals[i / 2].set(i % 2, value);
-            }
+        for (int half = 0; half < 2; half++) {
+            const float(&c)[4] = totals.c[half];
+            at(tile, half, thread()) = {c[0], c[1], c[2], c[3]};
         }
+    }
+    __device__ Totals get(int tile, int thread) const {
+        const float4 a = at(tile, 0, thread), b = at(tile, 1, thread);
+        return {{{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}}};
     }
 };
 
-// Sums all chunks, segment by segment.
+// What a warp does: its panel times the rows of the tile.
 template <int ROWS>
-__device__ inline void prefill_sum(const RowRing<ROWS>& ring, const PanelStream& panel, int inputs,
-                                   const SharedTotals<ROWS / 8>& sums, Totals (&totals)[ROWS / 8]) {
-    constexpr int AHEAD = PREFILL_STAGES - 1, GROUP = 4;
-    const int chunks = chunks_of(inputs), length = segment_chunks(inputs);
-    for (int chunk = 0; chunk < AHEAD; chunk++) {
-        if (chunk < chunks) ring.copy(chunk);
-        copy_commit();
+struct PrefillWarp {
+    static constexpr int TILES = ROWS / 8;
+    // Tiles whose rows are read together.
+    static constexpr int GROUP = 4;
+    static constexpr int AHEAD = PREFILL_STAGES - 1;
+
+    const RowRing<ROWS>& ring;
+    const PanelStream& panel;
+    const SharedTotals& sums;
+    // Chunks in all, chunks of a segment, the segment under way and the chunk after it.
+    int chunks, length, segment, border;
+    uint4 first_rows[GROUP];
+    Totals totals[TILES];
+
+    __device__ PrefillWarp(const RowRing<ROWS>& ring, const PanelStream& panel,
+                           const SharedTotals& sums, int inputs)
+        : ring(ring), panel(panel), sums(sums), chunks(chunks_of(inputs)),
+          length(segment_chunks(inputs)), segment(0), border(length) {}
+
+    __device__ void read_rows(int chunk, int tile, uint4 (&x)[GROUP]) const {
+        #pragma unroll
+        for (int i = 0; i < GROUP; i++) x[i] = ring.at(chunk, tile + i);
     }
-    uint4 next[4];
-    panel.load(0, next);
-    int chunk = 0;
-    for (int segment = 0; segment < SEGMENTS; segment++) {
-        const int end = min((segment + 1) * length, chunks);
-        for (; chunk < end; chunk++) {
-            uint4 w[4] = {next[0], next[1], next[2], next[3]};
-            panel.load(chunk + 1, next);
-            // A group a chunk, also where nothing is left to copy, so that the count holds. After
-            // the barrier all threads' pieces of this chunk are there, and nobody reads the stage
-            // of the chunk before any more, which is the one to fill.
-            copy_wait<AHEAD - 1>();
-            block_sync();
-            if (chunk + AHEAD < chunks) ring.copy(chunk + AHEAD);
+
+    // Adds the segment to those before it and begins the next; after the last, the sum of all is
+    // left in `totals`.
+    __device__ void end_segment() {
+        #pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            Totals sum = totals[tile];
+            if (segment > 0) sum = sums.get(tile, thread()) + sum;
+            if (segment < SEGMENTS - 1) sums.put(tile, sum);
+            totals[tile] = segment < SEGMENTS - 1 ? Totals() : sum;
+        }
+        segment++;
+        border += length;
+    }
+
+    // Multiplies a chunk with `w` and asks for the next one's weights, for which there is thus the
+    // whole chunk's time.
+    __device__ void step(int chunk, uint4 (&next)[4]) {
+        // A fragment is half of one piece and half of another, so they must be moved in any case.
+        const uint4 w[4] = {next[0], next[1], next[2], next[3]};
+        // A group a chunk, also where nothing is left to copy, so that the count holds. After the
+        // barrier the next chunk is there, all threads' pieces of it, and nobody reads the stage of
+        // the chunk before any more, which is the one to fill.
+        copy_wait<AHEAD - 2>();
+        block_sync();
+        panel.load(chunk + 1, next);
+        // These were read before the barrier, so that no warp waits for shared memory behind it.
+        multiply(totals, w, first_rows);
+        if (chunk + AHEAD < chunks) ring.copy(chunk + AHEAD);
+        copy_commit();
+        #pragma unroll
+        for (int tile = GROUP; tile < TILES; tile += GROUP) {
+            uint4 x[GROUP];
+            read_rows(chunk, tile, x);
+            multiply(totals + tile, w, x);
+        }
+        // After the last chunk these are any bytes, and not used.
+        read_rows(chunk + 1, 0, first_rows);
+        if (chunk + 1 == border) end_segment();
+    }
+
+    // Sums all chunks, segment by segment.
+    __device__ void sum() {
+        for (int chunk = 0; chunk < AHEAD; chunk++) {
+            if (chunk < chunks) ring.copy(chunk);
             copy_commit();
+        }
+        uint4 next[4];
+        panel.load(0, next);
+        copy_wait<AHEAD - 1>();
+        block_sync();
+        read_rows(0, 0, first_rows);
+        for (int chunk = 0; chunk < chunks; chunk++) step(chunk, next);
+        // A segment that is not full, and those that have nothing: they too are added.
+        while (segment < SEGMENTS) end_segment();
+    }
+};
+
+// Hands the sums to the job. Lanes have outputs 4g..4g+3 of rows 2t and 2t+1 of each eight.
+template <int TILES, class Job>
+__device__ void prefill_store(const Job& job, const Totals (&totals)[TILES],
+                              const SharedTotals& sums) {
+    constexpr int HALF = PREFILL_PANELS / 2;
+    if constexpr (Job::FUSED) {
+        // The warps of up hand theirs to those of gate.
+        if (warp() >= HALF) {
             #pragma unroll
-            for (int n = 0; n < ROWS / 8; n += GROUP) {
-                const uint4 x[GROUP] = {ring.at(chunk, n), ring.at(chunk, n + 1),
-                                        ring.at(chunk, n + 2), ring.at(chunk, n + 3)};
-                multiply(totals + n, w, x);
+            for (int tile = 0; tile < TILES; tile++) sums.put(tile, totals[tile]);
+        }
+        block_sync();
+        if (warp() >= HALF) return;
+    }
+    #pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        Totals partner;
+        if constexpr (Job::FUSED) partner = sums.get(tile, thread() + HALF * WARP);
+        #pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            const int row = tile * 8 + lane() % 4 * 2 + odd, quad = lane() / 4;
+            if (row >= job.rows) continue;
+            const float4 value = totals[tile].outputs(odd);
+            if constexpr (Job::FUSED) {
+                job.store(row, warp(), quad, value, partner.outputs(odd));
+            } else {
+                job.store(row, warp(), quad, value);
             }
         }
-        sums.add(segment, totals);
     }
 }
 
 // Multiplies the panels of a block with the rows of its tile, at most `ROWS`.
 template <int ROWS, class Job>
 __device__ void prefill(const Job& job) {
-    constexpr int TILES = ROWS / 8, HALF = PREFILL_PANELS / 2;
     const RowRing<ROWS> ring(job);
-    const SharedTotals<TILES> sums(ring.slots + PREFILL_STAGES * RowRing<ROWS>::STAGE);
-    Totals totals[TILES];
-    prefill_sum(ring, PanelStream(job.panel(warp()), job.inputs), job.inputs, sums, totals);
-
-    const int quad = lane() / 4;
-    if constexpr (Job::FUSED) {
-        // The warps of up hand their totals to those of gate.
-        if (warp() >= HALF) {
-            #pragma unroll
-            for (int i = 0; i < TILES * 2; i++) {
-                sums.at(i / 2, i % 2, thread()) = totals[i / 2].outputs(i % 2);
-            }
-        }
-        block_sync();
-        if (warp() >= HALF) return;
-    }
-    #pragma unroll
-    for (int i = 0; i < TILES * 2; i++) {
-        const int row = i / 2 * 8 + lane() % 4 * 2 + i % 2;
-        if (row >= job.rows) continue;
-        const float4 value = totals[i / 2].outputs(i % 2);
-        if constexpr (Job::FUSED) {
-            const float4 partner = sums.at(i / 2, i % 2, thread() + HALF * WARP);
-            job.store(row, warp(), quad, value, partner);
-        } else {
-            job.store(row, warp(), quad, value);
-        }
-    }
+    const PanelStream panel(job.panel(warp()), job.inputs);
+    const SharedTotals sums = {
+        reinterpret_cast<float4*>(ring.slots + PREFILL_STAGES * RowRing<ROWS>::STAGE)};
+    PrefillWarp<ROWS> work(ring, panel, sums, job.inputs);
+    work.sum();
+    prefill_store(job, work.totals, sums);
 }
 
 // The same for a tile of few rows with half the work, for the same bits.
