@@ -37,7 +37,7 @@ const HEADERS: &[Source] = sources![
 ];
 
 /// The kernels; together they are one program.
-const KERNELS: &[Source] = sources!["exact.cu", "ffn.cu", "matmul.cu", "rows.cu"];
+const KERNELS: &[Source] = sources!["attention.cu", "exact.cu", "ffn.cu", "matmul.cu", "rows.cu"];
 
 /// Files of compiled kernels, which may be deleted at any time.
 #[derive(Debug, Clone)]
@@ -164,4 +164,60 @@ fn digest(options: &[String]) -> String {
         hasher.update(text.as_bytes());
     }
     hasher.finalize().to_hex()[..32].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_damaged_or_cut_is_no_code() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::in_folder(folder.path().join("not/yet/made"));
+        assert_eq!(cache.read("a"), None);
+        cache.write("a", b"code").unwrap();
+        assert_eq!(cache.read("a").as_deref(), Some(&b"code"[..]));
+        let path = cache.folder.join("a");
+        let whole = fs::read(&path).unwrap();
+        let mut damaged = whole.clone();
+        damaged[blake3::OUT_LEN + 1] ^= 1;
+        for bytes in [&damaged[..], &whole[..whole.len() - 1], &whole[..7], &[]] {
+            fs::write(&path, bytes).unwrap();
+            assert_eq!(cache.read("a"), None, "{} bytes", bytes.len());
+        }
+        cache.write("a", b"code").unwrap();
+        assert_eq!(cache.read("a").as_deref(), Some(&b"code"[..]));
+    }
+
+    #[test]
+    fn files_of_other_sources_are_not_taken_and_the_newest_compiler_is_preferred() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::in_folder(folder.path().to_owned());
+        for name in ["sm_90-a-012.4.cubin", "sm_90-a-013.0.cubin", "sm_90-b-014.0.cubin"] {
+            cache.write(name, b"code").unwrap();
+        }
+        assert_eq!(cache.names("sm_90-a-"), ["sm_90-a-013.0.cubin", "sm_90-a-012.4.cubin"]);
+    }
+
+    #[test]
+    fn every_source_and_option_has_a_part_in_the_name() {
+        let name = |major| digest(&options(Architecture { major, minor: 0 }));
+        assert_ne!(name(8), name(9));
+        let parts =
+            |parts: &[&str]| digest(&parts.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
+        assert_ne!(parts(&["-a", "b"]), parts(&["-ab"]));
+    }
+
+    #[test]
+    fn every_source_file_is_compiled() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/kernels/cuda");
+        let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut files: Vec<String> = files.map(|name| name.into_string().unwrap()).collect();
+        files.retain(|name| name.ends_with(".cu") || name.ends_with(".cuh"));
+        let mut known: Vec<&str> =
+            HEADERS.iter().chain(KERNELS).map(|source| source.name).collect();
+        files.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(files, known);
+    }
 }

@@ -36,7 +36,7 @@ pub use compile::Cache;
 pub use device::{Architecture, Device, DeviceReport};
 pub use experts::{experts, select};
 pub use loader::Loader;
-pub use ops::{KvView, attention_partial_len, attention_splits, row_pairs};
+pub use ops::{KvView, attention_partial_len, attention_splits, check_attention, row_pairs};
 pub use staging::Staging;
 pub use stream::{Event, Stream};
 pub use survey::{Survey, survey};

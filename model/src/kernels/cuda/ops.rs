@@ -177,7 +177,7 @@ impl Stream {
     ) -> Result<(), DeviceError> {
         let AttentionShape { heads, kv_heads, head_dim, window, scale } = *shape;
         let rows = cache.rows.len();
-        assert!(head_dim <= geometry::HEAD_DIM_MAX, "heads of {head_dim} values");
+        assert_eq!(check_attention(shape), Ok(()), "a shape that the model was refused for");
         let len = rows * heads * head_dim;
         assert_eq!((q.len(), out.len()), (len, len), "{rows} rows of {heads} heads");
         assert_eq!(cache.keys.len(), cache.values.len(), "a value for each key");
@@ -253,6 +253,27 @@ const ROW_VALUES: usize = 32;
 /// 32-bit words of a row of `values` values in bf16, padded as the kernels read it.
 pub fn row_pairs(values: usize) -> usize {
     values.next_multiple_of(ROW_VALUES) / 2
+}
+
+/// Whether there are kernels for attention of this shape.
+///
+/// # Errors
+/// There are none.
+pub fn check_attention(shape: &AttentionShape) -> Result<(), DeviceError> {
+    let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
+    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        let text = format!("attention of {heads} heads over {kv_heads}");
+        return Err(DeviceError::Unsupported(text));
+    }
+    // A lane reads eight values of a key at once.
+    if head_dim == 0 || !head_dim.is_multiple_of(8) || head_dim > geometry::HEAD_DIM_MAX {
+        let text = format!(
+            "attention with heads of {head_dim} values; multiples of 8 up to {} are",
+            geometry::HEAD_DIM_MAX
+        );
+        return Err(DeviceError::Unsupported(text));
+    }
+    Ok(())
 }
 
 /// Splits that cover `positions` positions.
