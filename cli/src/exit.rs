@@ -17,6 +17,7 @@ Exit codes:
   6    no voter can be reached
   7    the time is up, and what was asked for may still come about
   8    a drill ran to its end and missed something that it requires
+  9    the device to compute on, such as a GPU, cannot be used or has failed
   130  interrupted before there was a result";
 
 /// The caller asked for something that cannot be: exit code 2.
@@ -33,6 +34,12 @@ pub struct Missed {
     /// Checks in all.
     pub checks: usize,
 }
+
+/// The device that a node was to compute on cannot be used, or failed while it served: exit code 9.
+/// The text names the device and the cause.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct DeviceFailed(pub String);
 
 /// A signal came before there was a result: exit code 130.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +98,8 @@ fn code(error: &anyhow::Error) -> u8 {
         2
     } else if error.is::<Missed>() {
         8
+    } else if error.is::<DeviceFailed>() {
+        9
     } else if error.is::<Interrupted>() {
         130
     } else {
@@ -110,6 +119,7 @@ mod tests {
         assert_eq!(code(&misuse.unwrap_err()), 2);
         assert_eq!(code(&anyhow::anyhow!("the disk is full")), 1);
         assert_eq!(code(&Missed { missed: 1, checks: 2 }.into()), 8);
+        assert_eq!(code(&DeviceFailed("cuda:0: it is lost".into()).into()), 9);
         assert_eq!(code(&Interrupted.into()), 130);
         let refused = Err::<(), _>(Failure::Refused("the last replica".into())).context("drain");
         assert_eq!(code(&refused.unwrap_err()), 3);

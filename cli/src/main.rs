@@ -107,7 +107,7 @@ enum Verb {
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
     Coordinator(role::RoleArgs),
     /// Run one expert node: holds the experts that are placed on it and computes nothing else.
-    ExpertNode(role::RoleArgs),
+    ExpertNode(verbs::expert_node::ExpertNodeArgs),
     /// Run one witness: a voter without a model.
     Witness(role::RoleArgs),
 }

@@ -24,6 +24,7 @@ use clap::Args;
 use entente_membership::enrolment::write_private;
 use entente_membership::roster::Roster;
 use entente_membership::state::Role;
+use entente_model::kernels::DeviceId;
 use entente_proto::ids::{NodeName, Region};
 use entente_tls::Files;
 use serde::Serialize;
@@ -69,6 +70,10 @@ pub struct MachineArgs {
     #[arg(long, env = "ENTENTE_MEMORY_BYTES", value_name = "N")]
     pub memory_bytes: Option<u64>,
 
+    /// Where an expert node computes: cpu, or cuda:N for the CUDA device of this number.
+    #[arg(long, env = "ENTENTE_DEVICE", value_name = "DEVICE", default_value_t)]
+    pub device: DeviceId,
+
     /// The data centre, such as fr-par-1; replicas of an expert keep apart. An expert node's.
     #[arg(long, env = "ENTENTE_SITE", value_name = "NAME")]
     pub site: Option<String>,
@@ -111,6 +116,8 @@ struct RoleFile<'a> {
     site: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<DeviceId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<&'a Path>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -243,6 +250,7 @@ impl Folder {
             metrics_listen: machine.metrics.as_deref().filter(|_| !is_coordinator),
             site: machine.site.as_deref().filter(|_| is_expert_node),
             memory_bytes: machine.memory_bytes.filter(|_| is_expert_node),
+            device: Some(machine.device).filter(|d| is_expert_node && *d != DeviceId::Cpu),
             model,
             weights: model.map(|_| machine.weights.into()),
             tls: self.files(&process.name),

@@ -3,15 +3,18 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use entente_membership::net::Via;
 use entente_membership::roster::Roster;
-use entente_model::kernels::WeightFormat;
+use entente_model::kernels::{self, DeviceId, ExpertKernels, WeightFormat};
 use entente_proto::identity::Role;
 use entente_proto::ids::{NodeName, Region};
 use entente_tls::Credentials;
 use serde::{Deserialize, Serialize};
+
+use crate::Error;
 
 /// How often a node of a live cluster tells that it lives, unless its configuration says otherwise.
 const HEARTBEAT_MS: u64 = 100;
@@ -71,6 +74,9 @@ pub struct Config {
     /// How often each expert in memory is compared with its SHA-256; 0: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scrub_interval_s: Option<u64>,
+    /// Where it computes: `cpu`, or `cuda:N` for the CUDA device of this number.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub device: DeviceId,
     /// How the node speaks to the voters.
     #[serde(default, skip_serializing_if = "is_default")]
     pub membership: MembershipConfig,
@@ -93,8 +99,8 @@ pub struct MembershipConfig {
     pub contacts: Vec<String>,
 }
 
-fn is_default(config: &MembershipConfig) -> bool {
-    *config == MembershipConfig::default()
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Why a configuration is not usable.
@@ -183,6 +189,7 @@ impl Config {
             advertise: None,
             drain_deadline_ms: None,
             scrub_interval_s: None,
+            device: DeviceId::Cpu,
             metrics_listen: None,
             tls: None,
             membership: MembershipConfig::default(),
@@ -276,6 +283,13 @@ impl Config {
         Ok(Some(credentials))
     }
 
+    /// The kernels to compute with.
+    pub(crate) fn kernels(&self) -> Result<Arc<dyn ExpertKernels>, Error> {
+        let device = self.device;
+        kernels::select_on(device, self.weights, self.thread_count())
+            .map_err(|source| Error::Device { device, source })
+    }
+
     /// Threads to compute with.
     pub(crate) fn thread_count(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
@@ -336,6 +350,9 @@ mod tests {
             ("threads = 2", "threads = 0", "threads: is 0"),
             ("threads = 2", "threads = 2000", "threads: is 2000"),
             ("threads = 2", "", ""),
+            ("threads = 2", "device = \"cpu\"", ""),
+            ("threads = 2", "device = \"cuda:3\"", ""),
+            ("threads = 2", "device = \"gpu\"", "gpu is no device: cpu, or cuda:N"),
             ("threads = 2", "scrub_interval_s = 0", ""),
             ("threads = 2", "scrub_interval_s = 31536001", "scrub_interval_s: is 31536001"),
             ("key = ", "keys = ", "unknown field `keys`"),

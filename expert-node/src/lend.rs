@@ -78,7 +78,7 @@ impl Lender {
             let Ok(_turn) = turn else { return };
             match find(&node, key).await {
                 Some(lent) => {
-                    if send(&lent, &pieces).await {
+                    if send(&node, &lent, &pieces).await {
                         node.counters().count_lent();
                     }
                 }
@@ -120,14 +120,19 @@ async fn find(node: &NodeHandle, key: ExpertKey) -> Option<Lent> {
 }
 
 /// Sends all of it, unless the receiver goes away or stops reading. Returns whether it did.
-async fn send(lent: &Lent, pieces: &mpsc::Sender<Result<FetchPiece, Status>>) -> bool {
+async fn send(
+    lender: &NodeHandle,
+    lent: &Lent,
+    pieces: &mpsc::Sender<Result<FetchPiece, Status>>,
+) -> bool {
     let mut next = Instant::now();
     for piece in lent.ffn().pieces(LEND_PIECE_BYTES) {
         let piece = match piece {
             Ok(piece) => Bytes::copy_from_slice(&piece),
             Err(error) => {
+                lender.health().fail(error);
                 // The receiver may have gone.
-                let _ = pieces.send(Err(Status::unavailable(error.to_string()))).await;
+                let _ = pieces.send(Err(Status::unavailable("the device failed"))).await;
                 return false;
             }
         };

@@ -15,7 +15,7 @@
 //! - `store`: the experts held now, and no other byte of the checkpoint; `scrub`: whether they are
 //!   still what they were; `lend`: to peers that have them not; [`Counters`] of all that;
 //! - [`core`]: whether a frame may be computed, a pure function;
-//! - `worker`: the queue and the thread that computes;
+//! - `worker`: the queue and the thread that computes; `health`: whether the device still does;
 //! - [`serve`] (gRPC and byte streams on one port, over TLS) and [`inproc`]: the doors to one
 //!   [`NodeHandle`].
 //!
@@ -26,7 +26,8 @@
 //! - queues are bounded in frames and in bytes; past the bound the answer is BUSY;
 //! - the value of a row does not depend on the frames that it is computed with, nor on what is loaded
 //!   or released meanwhile;
-//! - a frame that makes the kernels panic costs that frame, not the node.
+//! - a frame that makes the kernels panic costs that frame, not the node; a device that fails costs
+//!   the node, and no frame an answer that it could not stand by.
 //!
 //! What this crate does not know: attention, tokens, requests, other nodes, why it is to hold what it
 //! holds.
@@ -37,6 +38,7 @@ mod config;
 pub mod core;
 mod counters;
 mod door;
+mod health;
 mod http;
 pub mod inproc;
 mod lend;
@@ -57,7 +59,7 @@ use std::path::PathBuf;
 use entente_membership::client::ClientError;
 use entente_membership::state::Refused;
 use entente_model::ModelError;
-use entente_model::kernels::UnsupportedCpu;
+use entente_model::kernels::{DeviceError, DeviceId, UnsupportedCpu};
 use entente_proto::ids::NodeName;
 use entente_router::placement::PlacementRefused;
 
@@ -80,6 +82,14 @@ pub enum Error {
     /// The processor lacks what the weight format's kernels need.
     #[error(transparent)]
     Cpu(#[from] UnsupportedCpu),
+    /// The device that the node is to compute on cannot be used, or has failed.
+    #[error("{device}: {source}")]
+    Device {
+        /// The device.
+        device: DeviceId,
+        /// What is the matter with it.
+        source: DeviceError,
+    },
     /// The roster does not make a cluster.
     #[error("cluster: {0}")]
     Cluster(#[from] Refused),
@@ -120,4 +130,11 @@ pub enum Error {
         /// What happened.
         reason: String,
     },
+}
+
+impl Error {
+    /// Whether the node cannot start or go on because of its device, and of nothing else.
+    pub fn is_of_device(&self) -> bool {
+        matches!(self, Self::Device { .. } | Self::Model(ModelError::Device(_)))
+    }
 }

@@ -26,6 +26,7 @@ use std::time::Duration;
 use entente_membership::client::{Client, ClientError};
 use entente_membership::net::Reason;
 use entente_membership::state::State;
+use entente_model::kernels::DeviceError;
 use entente_proto::ids::{MembershipEpoch, NodeName, PlacementEpoch};
 use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
@@ -239,7 +240,11 @@ impl<P: Fn(u64, u64), R: FnOnce()> Shell<P, R> {
     }
 
     fn loaded(&self, outcome: Outcome) -> Event {
-        let Outcome { loaded, failed } = outcome;
+        let Outcome { loaded, failed, device } = outcome;
+        // A device that is full serves on with what it holds.
+        if let Some(error) = device.filter(|e| !matches!(e, DeviceError::OutOfMemory { .. })) {
+            self.member.node.health().fail(error);
+        }
         for ((layer, expert), reason) in &failed {
             tracing::warn!(%layer, %expert, reason, "an expert was not loaded");
         }

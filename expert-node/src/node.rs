@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use entente_membership::state::State;
-use entente_model::kernels::{self, DeviceError, ExpertKernels, GatedFfn, WeightFormat};
+use entente_model::kernels::{DeviceError, ExpertKernels, GatedFfn, WeightFormat};
 use entente_model::packed::Manifest;
 use entente_model::{Checkpoint, Progress, load_experts};
 use entente_proto::frame::{Answer, Dispatch, Refusal};
@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use crate::account::Account;
 use crate::core::{NodeFacts, Standing, admit};
 use crate::counters::Counters;
+use crate::health::Health;
 use crate::member::Loader;
 use crate::store::{Expert, ExpertStore};
 use crate::worker::{Queue, Work};
@@ -44,7 +45,7 @@ impl ExpertNode {
         config.check()?;
         let checkpoint = Checkpoint::open(&config.model)?;
         let state = cluster::found(&config.cluster, &checkpoint, config.weights)?;
-        let kernels = kernels::select(config.weights, config.thread_count())?;
+        let kernels = config.kernels()?;
         Self::start(&config.name, &state, &checkpoint, kernels, progress)
     }
 
@@ -79,7 +80,8 @@ impl ExpertNode {
             dtype: kernels.row_dtype(),
             layers: checkpoint.architecture().moe_layers().collect(),
         };
-        let account = Arc::new(Account::default());
+        let (account, health) = (Arc::new(Account::default()), Arc::new(Health::default()));
+        let queue = Queue::start(kernels.clone(), account.clone(), health.clone());
         Ok(NodeHandle(Arc::new(Node {
             name: name.clone(),
             kernel_class: kernels.class().clone(),
@@ -90,8 +92,9 @@ impl ExpertNode {
             model_digest: checkpoint.digest(),
             facts,
             store: ExpertStore::default(),
-            queue: Queue::start(kernels, account.clone()).map_err(Error::Thread)?,
+            queue: queue.map_err(Error::Thread)?,
             account,
+            health,
             incarnation: watch::Sender::new(Incarnation::default()),
             membership_epoch: AtomicU64::new(0),
             placement_epoch: AtomicU64::new(0),
@@ -120,6 +123,7 @@ struct Node {
     store: ExpertStore,
     queue: Queue,
     account: Arc<Account>,
+    health: Arc<Health>,
     /// Whoever was greeted under an earlier one must be greeted again, so doors watch it.
     incarnation: watch::Sender<Incarnation>,
     /// The highest epochs seen. They count up on their own: nothing else is read by them.
@@ -154,7 +158,9 @@ impl NodeHandle {
             incarnation: *node.incarnation.borrow(),
             model_digest: node.model_digest,
         };
-        Standing { fence, draining: node.draining.load(Ordering::Relaxed) }
+        // What failed is about to end, too.
+        let draining = node.draining.load(Ordering::Relaxed) || node.health.has_failed();
+        Standing { fence, draining }
     }
 
     /// Takes a frame, without ever waiting: `reply` gets the rows or the reason why there are none.
@@ -292,6 +298,11 @@ impl NodeHandle {
     /// What the node has done.
     pub(crate) fn account(&self) -> &Account {
         &self.0.account
+    }
+
+    /// Whether the device still does what it is asked.
+    pub(crate) fn health(&self) -> &Health {
+        &self.0.health
     }
 
     /// Whether new frames are refused because the node is about to end.

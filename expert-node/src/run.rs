@@ -10,7 +10,7 @@ use bytes::Bytes;
 use entente_membership::client::Client;
 use entente_membership::enrolment::keep_fresh;
 use entente_membership::net::Dialler;
-use entente_model::kernels;
+use entente_model::kernels::DeviceId;
 use entente_model::{Checkpoint, Progress};
 use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
@@ -88,6 +88,7 @@ pub async fn run(
     }
     let mut shutdown = std::pin::pin!(either(leave, stop));
     let (model, scrub_interval) = (config.model.clone(), config.scrub_interval());
+    let device = config.device;
     let load = move || ExpertNode::load(&config, &Telling(progress));
     let Some(node) = unless(shutdown.as_mut(), &model, load).await? else { return Ok(()) };
     // Nobody here could get it anew, but its rows are wrong: other replicas have the right ones.
@@ -95,7 +96,14 @@ pub async fn run(
     let take_out = move |expert| taken_from.release(&BTreeSet::from([expert]));
     let _scrubber = scrub_interval.map(|i| scrub::start(node.clone(), i, take_out)).transpose()?;
     on_ready(&node);
-    serve(node, listener, credentials.map(Into::into), shutdown).await
+    let ended = either(shutdown, node.health().failed());
+    serve(node.clone(), listener, credentials.map(Into::into), ended).await?;
+    sound(&node, device)
+}
+
+/// A node whose device failed has served to its end, which is no good end.
+fn sound(node: &NodeHandle, device: DeviceId) -> Result<(), Error> {
+    node.health().failure().map_or(Ok(()), |source| Err(Error::Device { device, source }))
 }
 
 /// The listener that was given, or one at `at`; and where it is reached.
@@ -139,6 +147,7 @@ impl Live {
         let client = Client::with(dialler, voters)?;
         let fresh = keep_fresh(client.clone(), credentials.clone(), files);
         let (model, own) = (config.model.clone(), credentials.clone());
+        let device = config.device;
         let scrub_interval = config.scrub_interval();
         let (taking_out, spoilt) = mpsc::channel(SPOILT_MAX);
         let open = move || open(&config, own, client, address, spoilt);
@@ -155,7 +164,7 @@ impl Live {
         let (end, ended) = oneshot::channel::<()>();
         let told = Told { progress, ready: || on_ready(&node), registered };
         let membership = async {
-            let lived = member.run(told, leave, stop).await;
+            let lived = member.run(told, leave, either(stop, node.health().failed())).await;
             drop(end);
             lived
         };
@@ -171,7 +180,9 @@ impl Live {
             }
         };
         tokio::select! {
-            ended = async { tokio::try_join!(membership, service) } => ended.map(|_| ()),
+            ended = async { tokio::try_join!(membership, service) } => {
+                ended.and_then(|_| sound(&node, device))
+            }
             never = fresh => match never {},
         }
     }
@@ -186,7 +197,7 @@ fn open(
     spoilt: mpsc::Receiver<ExpertKey>,
 ) -> Result<Member, Error> {
     let checkpoint = Checkpoint::open(&config.model)?;
-    let kernels = kernels::select(config.weights, config.thread_count())?;
+    let kernels = config.kernels()?;
     // The certificate's region is the one that counts; the configuration names the same, or the
     // credentials would not have been taken.
     let region = credentials.identity().region;

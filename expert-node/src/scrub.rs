@@ -69,8 +69,7 @@ fn pass(
                 tracing::error!(target: "audit", %layer, %expert, "{SPOILT}");
                 spoilt(key);
             }
-            // Nothing was seen of the weights. Whoever computes with them gets the same error.
-            Err(error) => tracing::error!(%layer, %expert, %error, "weights cannot be looked at"),
+            Err(error) => node.health().fail(error),
         }
     }
     true

@@ -29,6 +29,7 @@ use entente_proto::ids::ExpertId;
 use tokio::sync::watch;
 
 use crate::account::Account;
+use crate::health::Health;
 use crate::limits::{BATCH_BYTES_MAX, QUEUE_BYTES_MAX, QUEUE_LEN_MAX};
 use crate::node::Reply;
 use crate::store::{Expert, Layer};
@@ -89,9 +90,11 @@ impl Queue {
     pub(crate) fn start(
         kernels: Arc<dyn ExpertKernels>,
         account: Arc<Account>,
+        health: Arc<Health>,
     ) -> io::Result<Self> {
         let load = watch::Sender::new(Load::default());
-        let worker = Worker { kernels, account, load: load.clone(), answers: Bytes::new() };
+        let answers = Bytes::new();
+        let worker = Worker { kernels, account, health, load: load.clone(), answers };
         let shared = Arc::new(Shared {
             waiting: Mutex::default(),
             changed: Condvar::new(),
@@ -200,6 +203,7 @@ type SourcesAndOutputs = Vec<(u32, u32)>;
 struct Worker {
     kernels: Arc<dyn ExpertKernels>,
     account: Arc<Account>,
+    health: Arc<Health>,
     load: watch::Sender<Load>,
     /// What the answers of the last batch are part of. It is used again once all of them have left:
     /// to get megabytes from the system, or to fill them with zeros, costs more than to fill them
@@ -210,7 +214,9 @@ struct Worker {
 impl Worker {
     fn compute_live(&mut self, batch: Vec<Work>) {
         let batch = self.without_expired(batch);
-        if !batch.is_empty() {
+        if self.health.has_failed() {
+            self.refuse(batch, &Refusal::Draining);
+        } else if !batch.is_empty() {
             self.compute(batch);
         }
     }
@@ -235,20 +241,23 @@ impl Worker {
                 }
             }
             Ok(Err(error)) => {
-                // No frame is to blame, and the next one would fare no better: others must compute
-                // what this node was asked.
-                tracing::error!(%error, "the device failed; its frames are refused");
-                batch.into_iter().for_each(|work| self.finish(work, Err(Refusal::Draining)));
+                // No frame is to blame, and the next one would fare no better. Before anybody is
+                // answered, so that whoever asks again finds it known.
+                self.health.fail(error);
+                self.refuse(batch, &Refusal::Draining);
             }
             Err(_) if batch.len() > 1 => {
                 batch.into_iter().for_each(|work| self.compute(vec![work]));
             }
             Err(_) => {
                 tracing::error!("computing a frame panicked; the frame is refused");
-                let refusal = Refusal::Invalid("computing it failed".to_owned());
-                batch.into_iter().for_each(|work| self.finish(work, Err(refusal.clone())));
+                self.refuse(batch, &Refusal::Invalid("computing it failed".to_owned()));
             }
         }
+    }
+
+    fn refuse(&self, batch: Vec<Work>, refusal: &Refusal) {
+        batch.into_iter().for_each(|work| self.finish(work, Err(refusal.clone())));
     }
 
     /// Answers first: who waits for the queue to be idle closes connections after that.

@@ -249,6 +249,37 @@ fn an_expert_node_without_certificates_listens_on_loopback_only() {
 }
 
 #[test]
+fn a_device_that_is_not_there_is_one_sentence_and_an_exit_code_of_its_own() {
+    let golden = Golden::load("mixtral");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("node.toml");
+    let text = format!(
+        r#"
+        name = "fr-expert-1"
+        region = "fr"
+        listen = "127.0.0.1:0"
+        model = "{}"
+        weights = "bf16"
+
+        [cluster]
+        name = "local"
+        nodes = [{{ name = "fr-expert-1", region = "fr", address = "127.0.0.1:7100" }}]
+        "#,
+        golden.path()
+    );
+    fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    let end = run(&["expert-node", "--config", file, "--device", "cuda:4096"]);
+    assert_eq!(end.code(), Some(9), "{end:#?}");
+    let errors: Vec<&str> = end.stderr.lines().filter(|l| l.starts_with("error: ")).collect();
+    assert!(matches!(errors[..], [error] if error.starts_with("error: cuda:4096: ")), "{end:#?}");
+
+    let end = run(&["up", "--regions", "fr=1", "--device", "fr-expert-2=cuda:0"]);
+    assert_eq!(end.code(), Some(2), "{end:#?}");
+    assert!(end.stderr.contains("no process of an expert node fr-expert-2"), "{}", end.stderr);
+}
+
+#[test]
 fn an_expert_node_of_a_running_cluster_answers_nobody_without_a_certificate() {
     use std::io::{Read, Write};
 

@@ -19,7 +19,9 @@ use entente_proto::ids::NodeName;
 
 use super::data_dir::{ClusterFile, DataDir, ProcessEntry};
 use super::pki;
-use super::plan::{self, Addresses, Common, KvCache, Member, Regions, Role, Transport, Weights};
+use super::plan::{
+    self, Addresses, Common, DeviceOf, KvCache, Member, Regions, Role, Transport, Weights,
+};
 use super::relay::rule::{Change, Ends};
 use super::relay::{Path, Relay};
 use super::report::{Progress, log_tail, process_table};
@@ -63,6 +65,8 @@ pub struct Wanted {
     pub certificate_life: Duration,
     /// Whether the public API asks for no key.
     pub open: bool,
+    /// Where expert nodes compute that do not compute on the processor.
+    pub devices: Vec<DeviceOf>,
 }
 
 /// One process and how it fares.
@@ -400,6 +404,7 @@ fn common(
         endpoints,
         roster,
         open: wanted.open,
+        devices: wanted.devices.into_iter().map(|of| (of.name, of.device)).collect(),
     })
 }
 

@@ -7,6 +7,7 @@
 //! `[membership]` and agree on everything else among themselves. Without voters, when expert nodes
 //! live inside their coordinator, the roster is all that there is.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use entente_coordinator::residency::Endpoints;
 use entente_membership::net::Via;
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
 use entente_membership::service::{self, CaConfig};
-use entente_model::kernels::{KvDtype, WeightFormat};
+use entente_model::kernels::{DeviceId, KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
@@ -251,6 +252,8 @@ pub struct Common {
     pub roster: Roster,
     /// Whether the public API asks for no key.
     pub open: bool,
+    /// Where processes compute that do not compute on the processor.
+    pub devices: BTreeMap<NodeName, DeviceId>,
 }
 
 impl Common {
@@ -333,6 +336,28 @@ pub fn configuration(
     text.with_context(|| format!("the configuration of {} cannot be written", member.name))
 }
 
+/// Where one process computes, as `--device` says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceOf {
+    /// The process.
+    pub name: NodeName,
+    /// Its device.
+    pub device: DeviceId,
+}
+
+impl FromStr for DeviceOf {
+    type Err = String;
+
+    /// Parses `fr-expert-1=cuda:0`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, device) = text
+            .split_once('=')
+            .ok_or(format!("{text:?} is not NODE=DEVICE, such as fr-expert-1=cuda:0"))?;
+        let name = name.parse().map_err(|error| format!("{error}"))?;
+        Ok(Self { name, device: device.parse().map_err(|error| format!("{error}"))? })
+    }
+}
+
 /// The configuration of an expert node.
 fn expert_node(
     common: &Common,
@@ -344,6 +369,7 @@ fn expert_node(
         metrics_listen: addresses.metrics.map(|address| address.to_string()),
         membership: entente_expert_node::MembershipConfig { via, ..Default::default() },
         threads: common.threads.map(usize::from),
+        device: common.devices.get(&member.name).copied().unwrap_or_default(),
         tls: common.tls_files(member),
         ..entente_expert_node::Config::new(
             member.name.clone(),
@@ -464,6 +490,7 @@ mod tests {
             endpoints: [(region("fr"), "http://fr".to_owned())].into(),
             roster: roster(2, nodes).unwrap(),
             open: false,
+            devices: BTreeMap::new(),
         };
         let addresses = Addresses { main: address, control: None, metrics: Some(address) };
         let text =
@@ -510,6 +537,7 @@ mod tests {
                 .and_then(|roster| Ok(roster.with_voters(voters)?))
                 .unwrap(),
             open: false,
+            devices: BTreeMap::new(),
         };
         let via = Via::from_iter([("127.0.0.1:3".to_owned(), "127.0.0.1:9".to_owned())]);
         let text =

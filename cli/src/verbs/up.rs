@@ -18,7 +18,7 @@ use crate::client::{Client, Sampling, Style};
 use crate::cluster::data_dir::{AUTHORIZATION_FILE, ClusterFile, DataDir};
 use crate::cluster::local::{Cluster, Wanted};
 use crate::cluster::pki;
-use crate::cluster::plan::{KvCache, Regions, Transport, Weights};
+use crate::cluster::plan::{DeviceOf, KvCache, Regions, Role, Transport, Weights};
 use crate::cluster::relay::rule::Change;
 use crate::cluster::voters::Witness;
 use crate::exit::{Interrupted, Misuse};
@@ -104,12 +104,18 @@ pub struct UpArgs {
     #[arg(long, env = "ENTENTE_THREADS", value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+
+    /// Where an expert node computes, as NODE=DEVICE: fr-expert-1=cuda:0. May be given several times;
+    /// all others compute on the processor.
+    #[arg(long, env = "ENTENTE_DEVICES", value_name = "NODE=DEVICE", value_delimiter = ',')]
+    device: Vec<DeviceOf>,
 }
 
 /// Starts the cluster and serves until it is told to stop.
 pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
     pki::certificate_life(args.certificate_life)?;
     args.regions.check_replicas(args.replicas)?;
+    args.check_devices()?;
     if args.transport == Transport::Inproc && !args.link.is_empty() {
         let text = "--link is about the network between processes; with --transport inproc there \
                     is none";
@@ -156,6 +162,21 @@ async fn up(args: &UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
 }
 
 impl UpArgs {
+    fn check_devices(&self) -> anyhow::Result<()> {
+        let inproc = self.transport == Transport::Inproc;
+        let members = if inproc { Vec::new() } else { self.regions.members() };
+        let is_there = |of: &&DeviceOf| {
+            members.iter().any(|m| (&m.name, m.role) == (&of.name, Role::ExpertNode))
+        };
+        match self.device.iter().find(|of| !is_there(of)) {
+            Some(DeviceOf { name, .. }) => {
+                let text = format!("--device {name}: there is no process of an expert node {name}");
+                Err(Misuse(text).into())
+            }
+            None => Ok(()),
+        }
+    }
+
     fn wanted(&self, model: PathBuf) -> Wanted {
         Wanted {
             model,
@@ -171,6 +192,7 @@ impl UpArgs {
             links: self.link.clone(),
             certificate_life: self.certificate_life.0,
             open: self.open,
+            devices: self.device.clone(),
         }
     }
 }

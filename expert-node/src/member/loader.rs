@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 
-use entente_model::kernels::{self, ExpertKernels, GatedFfn, UnsupportedCpu, WeightFormat};
-use entente_model::{Checkpoint, load_experts};
+use entente_model::kernels::{
+    self, DeviceError, ExpertKernels, GatedFfn, UnsupportedCpu, WeightFormat,
+};
+use entente_model::{Checkpoint, ModelError, load_experts};
 use entente_proto::placement::ExpertKey;
 
 use super::restore::Restorer;
@@ -39,9 +41,19 @@ pub(crate) enum Purpose {
 }
 
 /// What came of a load.
+#[derive(Default)]
 pub(crate) struct Outcome {
     pub(crate) loaded: BTreeMap<ExpertKey, GatedFfn>,
     pub(crate) failed: BTreeMap<ExpertKey, String>,
+    /// Why the device took no more, if it was the device: that it is full concerns what failed
+    /// alone, anything else all that the node holds.
+    pub(crate) device: Option<DeviceError>,
+}
+
+impl Outcome {
+    fn fail(&mut self, key: ExpertKey, reason: &str) {
+        self.failed.insert(key, reason.chars().take(REASON_LEN_MAX).collect());
+    }
 }
 
 impl Loader {
@@ -79,7 +91,7 @@ impl Loader {
             loading.await.unwrap_or_else(|error| {
                 let reason = format!("loading it stopped: {error}");
                 let failed = experts.into_iter().map(|key| (key, reason.clone())).collect();
-                Outcome { loaded: BTreeMap::new(), failed }
+                Outcome { failed, ..Outcome::default() }
             })
         }
     }
@@ -90,44 +102,171 @@ impl Loader {
         experts: BTreeSet<ExpertKey>,
         purpose: Purpose,
     ) -> Outcome {
-        let Outcome { mut loaded, mut failed } = self.clone().load(experts, purpose).await;
-        let Some(restorer) = &self.restorer else { return Outcome { loaded, failed } };
-        for (key, reason) in std::mem::take(&mut failed) {
-            let restored = restorer.restore(key).await;
-            match self.place(restored).await {
-                Ok(ffn) => drop(loaded.insert(key, ffn)),
-                Err(theirs) => drop(failed.insert(key, short(&format!("{reason}; {theirs}")))),
+        let mut outcome = self.clone().load(experts, purpose).await;
+        let Some(restorer) = &self.restorer else { return outcome };
+        for (key, reason) in std::mem::take(&mut outcome.failed) {
+            // What the device does not take it does not take from a peer either.
+            if outcome.device.is_some() {
+                outcome.fail(key, &reason);
+                continue;
+            }
+            match restorer.restore(key).await {
+                Ok(ffn) => self.place(key, ffn, &mut outcome).await,
+                Err(theirs) => outcome.fail(key, &format!("{reason}; {theirs}")),
             }
         }
-        Outcome { loaded, failed }
+        outcome
     }
 
     /// Takes what a peer has sent to where it is multiplied.
-    async fn place(&self, restored: Result<GatedFfn, String>) -> Result<GatedFfn, String> {
-        let (ffn, kernels) = (restored?, self.kernels.clone());
-        let placed = tokio::task::spawn_blocking(move || ffn.place(kernels.as_ref())).await;
-        let stopped = |error| format!("loading it stopped: {error}");
-        placed.map_err(stopped)?.map_err(|error| error.to_string())
+    async fn place(&self, key: ExpertKey, ffn: GatedFfn, outcome: &mut Outcome) {
+        let kernels = self.kernels.clone();
+        match tokio::task::spawn_blocking(move || ffn.place(kernels.as_ref())).await {
+            Ok(Ok(ffn)) => drop(outcome.loaded.insert(key, ffn)),
+            Ok(Err(error)) => {
+                outcome.fail(key, &error.to_string());
+                outcome.device = Some(error);
+            }
+            Err(stopped) => outcome.fail(key, &format!("loading it stopped: {stopped}")),
+        }
     }
 
-    /// All at once, and if that fails one by one, to know which is to blame.
+    /// All at once, and if that fails one by one, to know which is to blame; none any more once the
+    /// device takes none.
     fn load_now(&self, experts: &BTreeSet<ExpertKey>, kernels: &dyn ExpertKernels) -> Outcome {
         let load = |experts: &_| load_experts(&self.checkpoint, kernels, experts, &());
-        let together = load(experts);
-        if let Ok(loaded) = together {
-            return Outcome { loaded, failed: BTreeMap::new() };
+        if let Ok(loaded) = load(experts) {
+            return Outcome { loaded, ..Outcome::default() };
         }
-        let mut outcome = Outcome { loaded: BTreeMap::new(), failed: BTreeMap::new() };
+        let mut outcome = Outcome::default();
         for key in experts {
-            match load(&BTreeSet::from([*key])) {
+            let loaded = match &outcome.device {
+                Some(error) => Err(ModelError::Device(error.clone())),
+                None => load(&BTreeSet::from([*key])),
+            };
+            match loaded {
                 Ok(loaded) => outcome.loaded.extend(loaded),
-                Err(error) => drop(outcome.failed.insert(*key, short(&error.to_string()))),
+                Err(error) => {
+                    outcome.fail(*key, &error.to_string());
+                    if let ModelError::Device(error) = error {
+                        outcome.device = Some(error);
+                    }
+                }
             }
         }
         outcome
     }
 }
 
-fn short(reason: &str) -> String {
-    reason.chars().take(REASON_LEN_MAX).collect()
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use entente_model::kernels::{
+        DeviceMemory, FfnGroup, Kernels, Matrix, MatrixSource, WeightFormat, select,
+    };
+    use entente_proto::frame::Dtype;
+    use entente_proto::ids::{ExpertId, KernelClass, LayerId};
+
+    use super::*;
+
+    const FORMAT: WeightFormat = WeightFormat::F32;
+
+    /// Kernels with room for a number of matrices, or on a device that is lost.
+    struct Far {
+        near: Arc<dyn Kernels>,
+        places: Arc<AtomicU64>,
+        lost: bool,
+    }
+
+    /// One place, given back when it is dropped.
+    struct Place(usize, Arc<AtomicU64>);
+
+    impl DeviceMemory for Place {
+        fn bytes(&self) -> usize {
+            self.0
+        }
+
+        fn address(&self) -> u64 {
+            0
+        }
+
+        fn read(&self, _: usize, _: &mut [u8]) -> Result<(), DeviceError> {
+            Ok(())
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            self.1.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    impl ExpertKernels for Far {
+        fn class(&self) -> &KernelClass {
+            self.near.class()
+        }
+
+        fn format(&self) -> WeightFormat {
+            self.near.format()
+        }
+
+        fn row_dtype(&self) -> Dtype {
+            self.near.row_dtype()
+        }
+
+        fn pack(&self, source: MatrixSource<'_>) -> Result<Matrix, DeviceError> {
+            self.place(self.near.pack(source)?)
+        }
+
+        fn place(&self, matrix: Matrix) -> Result<Matrix, DeviceError> {
+            if self.lost {
+                return Err(DeviceError::Lost("it fell off the bus".to_owned()));
+            }
+            let less = |places: u64| places.checked_sub(1);
+            let full = DeviceError::OutOfMemory { wanted_bytes: 5, free_bytes: 4 };
+            self.places.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).map_err(|_| full)?;
+            let memory = Place(matrix.bytes(), self.places.clone());
+            Ok(matrix.moved_to(Arc::new(memory)))
+        }
+
+        fn gated_ffn_encoded(
+            &self,
+            _: &[&[u8]],
+            _: &[FfnGroup<'_>],
+            _: &mut [u8],
+        ) -> Result<(), DeviceError> {
+            unreachable!("nothing is computed here")
+        }
+    }
+
+    /// What comes of loading four experts with room for so many matrices.
+    async fn load_four(places: u64, lost: bool) -> Outcome {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/mixtral");
+        let places = Arc::new(AtomicU64::new(places));
+        let far = Far { near: select(FORMAT, 1).unwrap(), places, lost };
+        let checkpoint = Checkpoint::open(folder.as_ref()).unwrap();
+        let loader = Arc::new(Loader::new(checkpoint, FORMAT, Arc::new(far), None).unwrap());
+        let experts = (0..4).map(|expert| (LayerId(1), ExpertId(expert))).collect();
+        loader.load_or_restore(experts, Purpose::Starting).await
+    }
+
+    #[tokio::test]
+    async fn a_device_that_is_full_holds_what_fits_and_says_of_the_rest_what_was_lacking() {
+        let outcome = load_four(7, false).await;
+        let numbers = |keys: Vec<&ExpertKey>| keys.iter().map(|k| k.1.0).collect::<Vec<_>>();
+        assert_eq!(numbers(outcome.loaded.keys().collect()), [0, 1]);
+        assert_eq!(numbers(outcome.failed.keys().collect()), [2, 3]);
+        let sentence = "out of device memory: 5 bytes wanted, 4 free";
+        assert!(outcome.failed.values().all(|reason| reason == sentence), "{:?}", outcome.failed);
+        assert!(matches!(outcome.device, Some(DeviceError::OutOfMemory { .. })));
+        assert!(outcome.loaded.values().all(|ffn| ffn.down.device_memory().is_some()));
+    }
+
+    #[tokio::test]
+    async fn a_device_that_is_lost_while_loading_is_told_from_one_that_is_full() {
+        let outcome = load_four(100, true).await;
+        assert_eq!((outcome.loaded.len(), outcome.failed.len()), (0, 4));
+        assert!(matches!(outcome.device, Some(DeviceError::Lost(_))), "{:?}", outcome.device);
+    }
 }

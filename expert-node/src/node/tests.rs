@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::channel;
 
 use entente_membership::roster::{Roster, RosterNode};
-use entente_model::kernels::WeightFormat;
+use entente_model::kernels::{self, WeightFormat};
 use entente_proto::frame::{Assignment, Dtype};
 use entente_proto::ids::{ExchangeId, ExpertId, LayerId, RequestId};
 
@@ -182,6 +182,18 @@ fn rows_are_counted_for_each_expert_until_they_are_taken() {
 }
 
 /// The golden checkpoint with a manifest of f32 weights.
+#[test]
+fn a_node_whose_device_failed_refuses_before_it_looks_at_what_it_holds() {
+    let node = load();
+    let good = frame(&node, 0);
+    assert!(ask(&node, good.clone(), true).result.is_ok());
+    node.health().fail(DeviceError::Lost("first".to_owned()));
+    node.health().fail(DeviceError::Lost("second".to_owned()));
+    assert_eq!(ask(&node, good.clone(), true).result, Err(Refusal::Draining));
+    assert_eq!(ask(&node, good, false).result, Err(Refusal::Draining));
+    assert_eq!(node.health().failure(), Some(DeviceError::Lost("first".to_owned())));
+}
+
 fn named() -> (tempfile::TempDir, Checkpoint, Arc<dyn kernels::Kernels>) {
     let dir = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(CHECKPOINT).unwrap() {

@@ -21,7 +21,11 @@ const HIDDEN: usize = 4;
 /// A row that starts with this makes the kernels panic.
 const POISON: f32 = 666.0;
 
-/// Real kernels that count calls, can be held up, and panic at a poisonous row.
+/// A row that starts with this makes the device fail, whatever else is asked of it then.
+const FATAL: f32 = 667.0;
+
+/// Real kernels that count calls, can be held up, panic at a poisonous row and fail at a
+/// fatal one.
 struct Fragile {
     real: Arc<dyn Kernels>,
     calls: AtomicUsize,
@@ -57,8 +61,11 @@ impl ExpertKernels for Fragile {
     ) -> Result<(), DeviceError> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         drop(self.held_up.lock());
-        let poison = POISON.to_le_bytes();
-        assert!(!x.iter().any(|row| row.starts_with(&poison)), "poison, as the test wants it");
+        let any = |value: f32| x.iter().any(|row| row.starts_with(&value.to_le_bytes()));
+        assert!(!any(POISON), "poison, as the test wants it");
+        if any(FATAL) {
+            return Err(DeviceError::Lost("as the test wants it".to_owned()));
+        }
         self.real.gated_ffn_encoded(x, groups, y)
     }
 }
@@ -94,7 +101,7 @@ static STORE: LazyLock<ExpertStore> = LazyLock::new(|| {
 fn start() -> (Queue, Arc<Fragile>) {
     let real = select(WeightFormat::F32, 1).unwrap();
     let fragile = Arc::new(Fragile { real, calls: AtomicUsize::new(0), held_up: Mutex::new(()) });
-    (Queue::start(fragile.clone(), Arc::default()).unwrap(), fragile)
+    (Queue::start(fragile.clone(), Arc::default(), Arc::default()).unwrap(), fragile)
 }
 
 /// A frame of two rows, both through both experts of the layer.
@@ -186,6 +193,27 @@ fn a_frame_that_makes_the_kernels_panic_is_refused_and_no_other() {
     assert_eq!(first, expected);
     assert!(matches!(second.result, Err(Refusal::Invalid(_))), "{second:?}");
     assert_eq!(alone(&queue, frame(1, 0, 0.5)), expected, "the node lives on");
+}
+
+#[test]
+fn a_device_that_fails_is_asked_nothing_more_and_every_frame_is_for_others_to_compute() {
+    let (queue, fragile) = start();
+    let (answers, received) = channel();
+    let before = fragile.calls.load(Ordering::SeqCst);
+    while_held_up(&queue, &fragile, || {
+        // Two of the layer that fails, one of another layer behind them.
+        for (id, layer, value) in [(1, 1, 0.5), (2, 1, FATAL), (3, 0, 0.5)] {
+            assert!(queue.push(work(frame(id, layer, value), &answers)).is_ok());
+        }
+    });
+    let refused: Vec<Answer> =
+        (0..3).map(|_| received.recv_timeout(Duration::from_secs(10)).unwrap()).collect();
+    assert!(refused.iter().all(|a| a.result == Err(Refusal::Draining)), "{refused:?}");
+    assert_eq!(alone(&queue, frame(4, 0, 0.5)).result, Err(Refusal::Draining));
+    assert_eq!(fragile.calls.load(Ordering::SeqCst) - before, 2, "held up once, failed once");
+    let health = queue.0.worker.lock().unwrap().health.clone();
+    let failure = health.failure().map(|error| error.to_string());
+    assert_eq!(failure.as_deref(), Some("the device is lost: as the test wants it"));
 }
 
 #[test]

@@ -282,6 +282,25 @@ pub fn select(format: WeightFormat, threads: usize) -> Result<Arc<dyn Kernels>, 
     cpu::best(format, threads)
 }
 
+/// The kernels of an expert node on a device: those of [`select`] on the processor.
+///
+/// # Errors
+/// The device cannot be used: there is no driver, no such device, or no kernels for it or for the
+/// format.
+pub fn select_on(
+    device: DeviceId,
+    format: WeightFormat,
+    threads: usize,
+) -> Result<Arc<dyn ExpertKernels>, DeviceError> {
+    match device {
+        DeviceId::Cpu => match select(format, threads) {
+            Ok(kernels) => Ok(kernels),
+            Err(error) => Err(DeviceError::Unsupported(error.to_string())),
+        },
+        DeviceId::Cuda(_) => Err(DeviceError::Unavailable("this build has no CUDA".to_owned())),
+    }
+}
+
 /// Kernels of exactly this class, for reproducing what another machine computes.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! Expert nodes as child processes, for as long as a bench runs.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -84,6 +85,7 @@ impl Nodes {
             endpoints: Default::default(),
             roster,
             open: false,
+            devices: BTreeMap::new(),
         };
         let mut supervisor = Supervisor::new();
         let exe = std::env::current_exe().context("cannot find this program's own file")?;
