@@ -8,10 +8,18 @@
 //! - [`engine`] runs a kernel, and finds what a device would let pass: barriers that not all reach,
 //!   warps that diverge, copies that were not waited for.
 //!
+//! - [`driver`] is the machine behind the calls, [`api`] the calls themselves.
+//! - [`settings`] is what a test can choose, and the faults that it can plant.
+//! - [`stand_in`] is how a test has a program find it.
+//!
 //! What it cannot show: how fast anything is, the rounding inside of a tensor core, races that no
 //! order of whole warps between barriers brings out, and what only NVIDIA's compiler refuses.
 //!
 //! The product never depends on it.
 
+mod api;
+mod driver;
 pub mod engine;
 mod memory;
+pub mod settings;
+pub mod stand_in;

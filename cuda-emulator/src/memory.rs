@@ -51,6 +51,11 @@ impl Region {
         self.address
     }
 
+    /// Its bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Makes it look as if nobody had ever written to it.
     pub fn poison(&self) {
         // SAFETY: these bytes lie within the mapping, between its guards.

@@ -24,6 +24,15 @@ pub use order::Order;
 /// The most threads of a block, of any device.
 pub const BLOCK_THREADS_MAX: u32 = 1024;
 
+/// The most blocks of a grid in y and z, of any device.
+pub const GRID_SIDE_MAX: u32 = 65_535;
+
+/// Bytes of dynamic shared memory that a block may have, and such as it may have if it is told so
+/// first: compute capability 9.0, CUDA programming guide, technical specifications.
+pub const SHARED_BYTES_USUAL: usize = 48 << 10;
+/// See [`SHARED_BYTES_USUAL`].
+pub const SHARED_BYTES_MAX: usize = 227 << 10;
+
 /// Bytes of a fiber's stack. Kernels keep a few numbers each; below it lies a page that traps.
 const STACK_BYTES: usize = 64 * 1024;
 

@@ -1,0 +1,94 @@
+//! How a test puts the emulator where programs look for NVIDIA's libraries.
+//!
+//! - Another process: [`folder`] into its `LD_LIBRARY_PATH`.
+//! - The test's own process: [`load`] before anything asks for `libcuda.so`. The libraries bear the
+//!   names that are asked for, so that the dynamic linker, asked by name, gives what was loaded by
+//!   its path.
+//!
+//! Cargo builds the libraries with this crate, beside the tests' own executables.
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+/// The driver and the compiler library as files, and the names under which programs ask for them.
+const LIBRARIES: [(&str, &[&str]); 2] = [
+    ("libentente_cuda_emulator.so", &["libcuda.so", "libcuda.so.1"]),
+    ("libentente_nvrtc_emulator.so", &["libnvrtc.so", "libnvrtc.so.12"]),
+];
+
+/// `RTLD_NOW | RTLD_GLOBAL`.
+const NOW_AND_FOR_ALL: c_int = 0x102;
+
+unsafe extern "C" {
+    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+/// A folder in which the emulator is called as NVIDIA's libraries are.
+///
+/// # Panics
+/// When the libraries are not beside the test that asks, or the folder cannot be made.
+pub fn folder() -> PathBuf {
+    let built = built();
+    let folder = built.join("entente-cuda-emulator");
+    fs::create_dir_all(&folder).expect("the folder of the tests can be written");
+    for (library, names) in LIBRARIES {
+        for name in names {
+            // Many tests do this at once; the first one's link is as good as any.
+            let _ = std::os::unix::fs::symlink(Path::new("..").join(library), folder.join(name));
+            assert!(folder.join(name).is_file(), "{} is not built", built.join(library).display());
+        }
+    }
+    folder
+}
+
+/// An emulator that this process has loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Emulator {
+    set_seed: extern "C" fn(u64),
+}
+
+/// Loads the emulator into this process, whose searches for `libcuda.so` and `libnvrtc.so` find it
+/// from then on.
+///
+/// # Panics
+/// When the libraries are not beside the test that asks.
+pub fn load() -> Emulator {
+    let [driver, _] = LIBRARIES.map(|(library, _)| {
+        let path = built().join(library);
+        let name = CString::new(path.as_os_str().as_bytes()).expect("a path has no zeros");
+        // SAFETY: loading runs no code of these libraries.
+        let library = unsafe { dlopen(name.as_ptr(), NOW_AND_FOR_ALL) };
+        assert!(!library.is_null(), "{} cannot be loaded", path.display());
+        library
+    });
+    // SAFETY: a function of our own library, of this type.
+    let set_seed = unsafe {
+        let function = dlsym(driver, c"entente_emulator_set_seed".as_ptr());
+        std::mem::transmute::<*mut c_void, Option<extern "C" fn(u64)>>(function)
+    };
+    Emulator { set_seed: set_seed.expect("the library was built with this crate") }
+}
+
+impl Emulator {
+    /// Changes the order of blocks, warps and lanes; see [`crate::engine::Order`].
+    pub fn set_seed(&self, seed: u64) {
+        (self.set_seed)(seed);
+    }
+}
+
+/// Where cargo has put the libraries: beside the test's own executable.
+fn built() -> PathBuf {
+    let test = env::current_exe().expect("a running program has a path");
+    test.parent().expect("and a file is in a folder").to_owned()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn entente_emulator_set_seed(seed: u64) {
+    crate::driver::machine(|driver| {
+        driver.set_seed(seed);
+        Ok(())
+    });
+}
