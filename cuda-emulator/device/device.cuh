@@ -52,6 +52,8 @@ template <int groups_left> static inline void copy_wait() {
     entente_emulator_copy_wait(groups_left);
 }
 
+static inline void prefetch_l2(const void*, int) {}
+
 static inline uint4 load_stream(const uint4* global) { return *global; }
 
 static inline void* dynamic_shared() { return entente_emulator_dynamic_shared(); }

@@ -10,9 +10,10 @@
 //   kept in shared memory, 128 KB of it; it is touched at three borders only.
 //
 // Weights need no shared memory: a panel is one warp's alone, and lies such that a lane's 16 bytes
-// are parts of its own fragments. They go from the cache to registers one chunk ahead. Rows are
-// every warp's; they pass through a ring of stages, copied asynchronously, three chunks ahead. A
-// warp reads 8 rows of 64 bytes, which follow one another: no two lanes meet in a bank.
+// are parts of its own fragments. They go from memory to the cache four chunks ahead, 64 KB an SM,
+// and from there to registers one chunk ahead. Rows are every warp's; they pass through a ring of
+// stages, copied asynchronously, three chunks ahead. A warp reads 8 rows of 64 bytes, which follow
+// one another: no two lanes meet in a bank.
 #pragma once
 
 #include "panel.cuh"
@@ -75,6 +76,15 @@ struct PanelStream {
             if (piece.pair < pairs) w[j] = load_stream(panel + piece.at);
         }
     }
+
+    // Asks for chunks from `chunk` on, so that what comes from memory is in the cache once it is
+    // loaded: at tiles of few rows a chunk takes less time than memory does. A chunk lies in one
+    // piece; one lane asks for all of it.
+    __device__ void prefetch(int chunk, int count) const {
+        const int first = min(chunk * (CHUNK / 2), pairs);
+        const int here = min(count * (CHUNK / 2), pairs - first);
+        if (lane() == 0 && here > 0) prefetch_l2(panel + first * PAIR_PIECES, here * PAIR_PIECES * 16);
+    }
 };
 
 // The sums of the segments so far, each value touched by its own thread only until the end.
@@ -104,6 +114,8 @@ struct PrefillWarp {
     // Tiles whose rows are read together.
     static constexpr int GROUP = 4;
     static constexpr int AHEAD = PREFILL_STAGES - 1;
+    // Chunks of weights that are asked for before they are loaded.
+    static constexpr int FAR = 4;
 
     const RowRing<ROWS>& ring;
     const PanelStream& panel;
@@ -160,6 +172,7 @@ struct PrefillWarp {
         }
         // After the last chunk these are any bytes, and not used.
         read_rows(chunk + 1, 0, first_rows);
+        panel.prefetch(chunk + FAR, 1);
         if (chunk + 1 == border) end_segment();
     }
 
@@ -171,6 +184,7 @@ struct PrefillWarp {
         }
         uint4 next[4];
         panel.load(0, next);
+        panel.prefetch(1, FAR - 1);
         copy_wait<AHEAD - 1>();
         block_sync();
         read_rows(0, 0, first_rows);
