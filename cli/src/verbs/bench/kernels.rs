@@ -12,11 +12,12 @@ use comfy_table::Table;
 use entente_model::Checkpoint;
 use entente_model::config::FfnSpec;
 use entente_model::kernels::{
-    self, Activation, FfnGroup, GatedFfn, Kernels, Matrix, MatrixSource, SourceDtype,
+    self, Activation, DeviceId, FfnGroup, GatedFfn, Kernels, Matrix, MatrixSource, SourceDtype,
 };
 use half::bf16;
 use serde::Serialize;
 
+use super::device::{self, Shape};
 use super::limits::{self, Measured, Probe};
 use crate::cluster::columns;
 use crate::cluster::plan::Weights;
@@ -48,7 +49,23 @@ pub struct KernelsArgs {
 
     /// Weight format.
     #[arg(long, env = "ENTENTE_WEIGHTS", value_enum, default_value = "bf16")]
-    weights: Weights,
+    pub weights: Weights,
+
+    /// Where to measure: cpu, or cuda:N.
+    #[arg(long, env = "ENTENTE_DEVICE", value_name = "DEVICE", default_value_t)]
+    pub device: DeviceId,
+
+    /// On a device: the layers of experts, as HIDDENxINNERxEXPERTSxTOP. Those of Mixtral 8x7B and
+    /// Mistral Small 4 if absent.
+    #[arg(long, env = "ENTENTE_SHAPES", value_name = "SHAPE,…", value_delimiter = ',')]
+    #[arg(default_values = device::SHAPES)]
+    pub shapes: Vec<Shape>,
+
+    /// On a device: rows of the calls.
+    #[arg(long, env = "ENTENTE_ROWS", value_name = "N,…", value_delimiter = ',')]
+    #[arg(default_values_t = [1, 8, 64, 512, 4_096])]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub rows: Vec<u32>,
 
     /// Compute threads; all cores if absent.
     #[arg(long, env = "ENTENTE_THREADS", value_name = "N")]

@@ -1,12 +1,13 @@
 //! `entente bench`: how fast things are, beside how fast they could be.
 //!
-//! [`kernels`] and [`engine`] measure the machine's limits in the same run, since a shared machine
+//! [`kernels`], [`device`] and [`engine`] measure the machine's limits in the same run, since a shared machine
 //! changes from one minute to the next and only ratios last. [`exchange`] measures a bare echo of
 //! the same bytes beside the real link. [`serve`] asks a running cluster over its public API.
 //!
 //! Each prints a table for people, or with `-o json` one object for scripts.
 
 mod cluster;
+mod device;
 mod engine;
 mod exchange;
 mod kernels;
@@ -19,6 +20,7 @@ use std::io::{self, Write};
 
 use clap::{Args, Subcommand, ValueEnum};
 use comfy_table::Table;
+use entente_model::kernels::DeviceId;
 use serde::Serialize;
 
 use crate::logging::LogArgs;
@@ -37,7 +39,8 @@ pub struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum BenchVerb {
-    /// Every kernel at 1 to 512 rows beside memory bandwidth and multiply peak.
+    /// Every kernel at 1 to 512 rows beside memory bandwidth and multiply peak; with --device the
+    /// experts of a layer beside the device's own copies.
     Kernels(kernels::KernelsArgs),
     /// Prefill and decode of a checkpoint, in this process or over local nodes.
     Engine(engine::EngineArgs),
@@ -69,7 +72,10 @@ trait Report: Serialize {
 /// Measures and prints.
 pub fn run(args: BenchArgs, logging: &LogArgs) -> anyhow::Result<()> {
     match args.verb {
-        BenchVerb::Kernels(kernels) => print(&kernels::run(&kernels)?, args.output),
+        BenchVerb::Kernels(kernels) => match kernels.device {
+            DeviceId::Cpu => print(&kernels::run(&kernels)?, args.output),
+            DeviceId::Cuda(ordinal) => print(&device::run(ordinal, &kernels)?, args.output),
+        },
         BenchVerb::Engine(engine) => print(&engine::run(&engine, logging)?, args.output),
         BenchVerb::Exchange(exchange) => print(&exchange::run(&exchange)?, args.output),
         BenchVerb::Quality(quality) => print(&quality::run(&quality, logging)?, args.output),

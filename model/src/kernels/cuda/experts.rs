@@ -113,7 +113,8 @@ impl ExpertKernels for Experts {
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         work.upload_rows(x, hidden)?;
         for pass in passes(groups, hidden, self.device.fits(Kernel::FfnGateUp128)) {
-            work.compute(&pass, x.len(), hidden)?;
+            work.prepare(&pass, x.len(), hidden)?;
+            work.launch(&pass, hidden)?;
             work.download(&pass, hidden, y)?;
         }
         Ok(())
@@ -133,7 +134,7 @@ type Tile = [u64; 4];
 type Assignment = u64;
 
 /// What one round of launches computes.
-struct Pass {
+pub(super) struct Pass {
     inner: usize,
     /// Of at most 16 rows, and of at most 128.
     tiles: [Vec<Tile>; 2],
@@ -178,7 +179,7 @@ fn rows_max(hidden: usize, inner: usize) -> usize {
 }
 
 /// Cuts the rows of a call into passes, and those into tiles.
-fn passes(groups: &[FfnGroup<'_>], hidden: usize, large: bool) -> Vec<Pass> {
+pub(super) fn passes(groups: &[FfnGroup<'_>], hidden: usize, large: bool) -> Vec<Pass> {
     let mut passes: Vec<Pass> = Vec::new();
     for FfnGroup { ffn, rows } in groups {
         let inner = ffn.gate.out_features();
@@ -209,8 +210,8 @@ fn passes(groups: &[FfnGroup<'_>], hidden: usize, large: bool) -> Vec<Pass> {
 }
 
 /// Memory of calls, which grows to what the largest takes.
-struct Work {
-    stream: Stream,
+pub(super) struct Work {
+    stream: Arc<Stream>,
     /// For rows and results; for tiles and assignments.
     staging: [Staging; 2],
     x: Buffer<u8>,
@@ -221,9 +222,9 @@ struct Work {
 }
 
 impl Work {
-    fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+    pub fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
         Ok(Self {
-            stream: Stream::new(device)?,
+            stream: Arc::new(Stream::new(device)?),
             staging: [Staging::new(device)?, Staging::new(device)?],
             x: Buffer::new(device, 0)?,
             h: Buffer::new(device, 0)?,
@@ -233,7 +234,7 @@ impl Work {
     }
 
     /// Gathers the rows of a call and copies them, each padded with zeros.
-    fn upload_rows(&mut self, x: &[&[u8]], hidden: usize) -> Result<(), DeviceError> {
+    pub fn upload_rows(&mut self, x: &[&[u8]], hidden: usize) -> Result<(), DeviceError> {
         let (len, stride) = (hidden * Dtype::Bf16.size(), 4 * row_pairs(hidden));
         self.x.reserve(x.len() * stride)?;
         let to = self.x.slice_mut(0..x.len() * stride);
@@ -245,14 +246,24 @@ impl Work {
         })
     }
 
-    /// Starts both halves of the feed-forward for all tiles of a pass.
-    fn compute(&mut self, pass: &Pass, x_rows: usize, hidden: usize) -> Result<(), DeviceError> {
-        let (rows, inner) = (pass.assignments.len(), pass.inner);
+    /// Makes room for a pass and copies what says which rows go where.
+    pub fn prepare(
+        &mut self,
+        pass: &Pass,
+        x_rows: usize,
+        hidden: usize,
+    ) -> Result<(), DeviceError> {
         let in_call = |&assignment: &Assignment| (assignment as u32 as usize) < x_rows;
         assert!(pass.assignments.iter().all(in_call), "rows of the call");
         self.upload_plan(pass)?;
-        self.h.reserve(rows * 4 * row_pairs(inner))?;
-        self.y.reserve(rows * 4 * row_pairs(hidden))?;
+        let rows = pass.assignments.len();
+        self.h.reserve(rows * 4 * row_pairs(pass.inner))?;
+        self.y.reserve(rows * 4 * row_pairs(hidden))
+    }
+
+    /// Starts both halves of the feed-forward for all tiles of the pass that was prepared.
+    pub fn launch(&mut self, pass: &Pass, hidden: usize) -> Result<(), DeviceError> {
+        let (rows, inner) = (pass.assignments.len(), pass.inner);
         let [few, many] = pass.tiles.each_ref().map(|tiles| tiles.as_flattened().len());
         let tiles = [self.plan.slice(0..few), self.plan.slice(few..few + many)];
         let assignments = self.plan.slice(few + many..few + many + rows);
@@ -287,6 +298,11 @@ impl Work {
                 to = later;
             }
         })
+    }
+
+    /// The queue that everything goes through.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.stream
     }
 
     /// Waits for a pass and puts its rows where they belong.
