@@ -52,7 +52,8 @@ pub struct Config {
     /// Threads for arithmetic; all cores when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
-    /// Bytes that expert weights may take here; not limited when absent. Like all that follows but
+    /// Bytes that expert weights may take here; when absent as many as the device has room for, and
+    /// without a device not limited. Like all that follows but
     /// `metrics_listen` and `tls`, it matters in a cluster with voters only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,

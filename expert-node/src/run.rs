@@ -10,7 +10,7 @@ use bytes::Bytes;
 use entente_membership::client::Client;
 use entente_membership::enrolment::keep_fresh;
 use entente_membership::net::Dialler;
-use entente_model::kernels::DeviceId;
+use entente_model::kernels::{DeviceFacts, DeviceId};
 use entente_model::{Checkpoint, Progress};
 use entente_proto::placement::ExpertKey;
 use entente_proto::wire;
@@ -203,13 +203,16 @@ fn open(
     let region = credentials.identity().region;
     let node = ExpertNode::empty(&config.name, region, &checkpoint, kernels.clone())?;
     let (model_digest, kernel_class) = node.model();
+    let on_device = kernels.device();
     let registration = wire::RegisterRequest {
         address: config.reached_at(address),
         site: config.site.clone().unwrap_or_default(),
-        memory_bytes: config.memory_bytes,
+        // What the operator gives expert weights, and no more than a device has room for.
+        memory_bytes: smaller(config.memory_bytes, on_device.map(|d| d.weights_bytes_max)),
         kernel_class: kernel_class.to_string(),
         model_digest: Bytes::copy_from_slice(&model_digest.0),
         manifest_sha256: node.manifest().map(|m| Bytes::copy_from_slice(&m.sha256())),
+        device: on_device.map(device_out),
     };
     let settings = Settings {
         heartbeat_ms: config.heartbeat_ms(),
@@ -230,6 +233,20 @@ fn open(
     node.lend_from(loader.clone());
     let name = config.name.clone();
     Ok(Member { name, node, client, states, registration, loader, settings, spoilt })
+}
+
+/// The bound that binds, of two that may be absent.
+fn smaller(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    one.into_iter().chain(other).min()
+}
+
+fn device_out(device: &DeviceFacts) -> wire::NodeDevice {
+    wire::NodeDevice {
+        name: device.name.clone(),
+        uuid: device.uuid.clone(),
+        memory_bytes: device.memory_bytes,
+        bandwidth_bytes_s: device.bandwidth_bytes_s,
+    }
 }
 
 /// Does something that blocks, unless it is not wanted any more: what is not done then ends with the
@@ -264,5 +281,23 @@ struct Telling<F>(F);
 impl<F: Fn(u64, u64)> Progress for Telling<F> {
     fn advance(&self, done: u64, total: u64) {
         (self.0)(done, total);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_has_room_for_what_its_operator_and_its_device_both_allow() {
+        for (configured, on_device, room) in [
+            (None, None, None),
+            (Some(5), None, Some(5)),
+            (None, Some(7), Some(7)),
+            (Some(5), Some(7), Some(5)),
+            (Some(9), Some(7), Some(7)),
+        ] {
+            assert_eq!(smaller(configured, on_device), room, "{configured:?}, {on_device:?}");
+        }
     }
 }

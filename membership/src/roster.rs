@@ -239,6 +239,7 @@ impl Roster {
             address: address.to_owned(),
             memory_bytes: None,
             kernel_class: String::new(),
+            device: None,
         };
         let voter = |voter: &RosterVoter| match voter.role {
             VoterRole::Coordinator => Role::Coordinator,

@@ -26,7 +26,7 @@ pub use command::{
     Applied, Command, Expect, Outcome, RecordKind, Refused, RefusedCode, Request, SessionId,
     VoterId,
 };
-pub use node::{Node, NodeSpec, NodeState, Role};
+pub use node::{Node, NodeDevice, NodeSpec, NodeState, Role};
 use session::Sessions;
 
 use crate::checkpoint;
@@ -281,9 +281,13 @@ impl State {
                 Err(Refused::new(RefusedCode::NotFounded, "the cluster is not founded"))
             }
             Command::AddNode(spec) => self.add(spec),
-            Command::Register(id) => self.register(id, None),
-            Command::RegisterWith { node, address, memory_bytes, kernel_class } => {
-                self.register(node, Some((address, memory_bytes, kernel_class)))
+            Command::Register(id) => self.register(id, NodeSpec::clone),
+            Command::RegisterWith { node, address, memory_bytes, kernel_class, device } => {
+                let said = |spec: &NodeSpec| {
+                    let spec = spec.clone();
+                    NodeSpec { address, memory_bytes, kernel_class, device, ..spec }
+                };
+                self.register(node, said)
             }
             Command::SetState(id, state) => self.set_state(id, state),
             Command::Cordon(id, cordoned) => self.cordon(id, cordoned),
@@ -340,19 +344,16 @@ impl State {
         id
     }
 
-    fn register(&mut self, id: NodeId, said: Option<(String, Option<u64>, String)>) -> Outcome {
+    /// `said` makes of what is known of the node what it says of itself now.
+    fn register(&mut self, id: NodeId, said: impl FnOnce(&NodeSpec) -> NodeSpec) -> Outcome {
         let (incarnation, now_ms) = (Incarnation(self.incarnations_minted + 1), self.clock_ms);
-        if let Some((address, _, kernel_class)) = &said {
-            check_text("address", address)?;
-            check_text("kernel class", kernel_class)?;
-        }
         let node = self.member_mut(id)?;
+        let spec = said(&node.spec);
+        check_spec(&spec)?;
         if node.state == NodeState::Removed {
             return Err(transition(node, NodeState::Joining));
         }
-        if let Some((address, memory_bytes, kernel_class)) = said {
-            node.spec = NodeSpec { address, memory_bytes, kernel_class, ..node.spec.clone() };
-        }
+        node.spec = spec;
         node.state = NodeState::Joining;
         node.changed_at_ms = now_ms;
         node.incarnation = Some(incarnation);
@@ -534,7 +535,11 @@ impl State {
 fn check_spec(spec: &NodeSpec) -> Result<(), Refused> {
     check_text("address", &spec.address)?;
     check_text("site", &spec.site)?;
-    check_text("kernel class", &spec.kernel_class)
+    check_text("kernel class", &spec.kernel_class)?;
+    spec.device.iter().try_for_each(|device| {
+        check_text("name of its device", &device.name)?;
+        check_text("UUID of its device", &device.uuid)
+    })
 }
 
 fn check_text(what: &str, text: &str) -> Result<(), Refused> {

@@ -240,6 +240,7 @@ mod tests {
             address: "a:1".to_owned(),
             memory_bytes: None,
             kernel_class: String::new(),
+            device: None,
         };
         let specs = [
             spec("se-expert-1", "se", Role::ExpertNode),

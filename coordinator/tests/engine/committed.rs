@@ -100,9 +100,11 @@ fn id(number: usize) -> NodeId {
 
 fn register(state: &mut State, number: usize, listener: &TcpListener) {
     let address = listener.local_addr().unwrap().to_string();
-    let (memory_bytes, kernel_class) = (None, String::new());
+    let (memory_bytes, kernel_class, device) = (None, String::new(), None);
     let node = id(number);
-    state.apply(Command::RegisterWith { node, address, memory_bytes, kernel_class }).unwrap();
+    state
+        .apply(Command::RegisterWith { node, address, memory_bytes, kernel_class, device })
+        .unwrap();
 }
 
 pub fn finish(running: Vec<Running>) -> Vec<String> {

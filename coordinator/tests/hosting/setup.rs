@@ -149,6 +149,7 @@ impl Lonely {
             scrub_interval_s: None,
             metrics_listen: None,
             tls: Some(self.issue("expert", name)),
+            device: Default::default(),
             membership: Default::default(),
             cluster: self.roster.clone(),
         };

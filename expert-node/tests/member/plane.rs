@@ -133,6 +133,7 @@ impl Plane {
             address: address.to_owned(),
             memory_bytes: None,
             kernel_class: String::new(),
+            device: None,
         })) else {
             panic!("{name} was not added")
         };
@@ -216,6 +217,7 @@ impl Membership for Control {
                 address: said.address.clone(),
                 memory_bytes: said.memory_bytes,
                 kernel_class: said.kernel_class.clone(),
+                device: None,
             }));
         }
         let applied = plane.commit(Command::RegisterWith {
@@ -223,6 +225,7 @@ impl Membership for Control {
             address: said.address,
             memory_bytes: said.memory_bytes,
             kernel_class: said.kernel_class,
+            device: None,
         });
         let Applied::Registered(incarnation) = applied else { panic!("{applied:?}") };
         let node = plane.node().0;

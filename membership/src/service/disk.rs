@@ -106,6 +106,7 @@ impl Own<'_> {
             address: self.address.to_owned(),
             memory_bytes: None,
             kernel_class: String::new(),
+            device: None,
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::guard::caller;
 use crate::net::Reason;
 use crate::raft::{self, NotProposed};
 use crate::served::ServedModel;
-use crate::state::codec::outcome_out;
+use crate::state::codec::{device_in, outcome_out};
 use crate::state::{self, Applied, Command, Expect, NodeSpec, Outcome, Refused, State};
 
 const PROPOSE: &str = "/entente.v1.Membership/Propose";
@@ -60,6 +60,7 @@ impl membership_server::Membership for Members {
             address: said.address,
             memory_bytes: said.memory_bytes,
             kernel_class: said.kernel_class,
+            device: said.device.map(device_in),
         };
         match self.propose_here(command).await? {
             Applied::Registered(incarnation) => {
@@ -159,6 +160,7 @@ impl Members {
             address: said.address.clone(),
             memory_bytes: said.memory_bytes,
             kernel_class: said.kernel_class.clone(),
+            device: said.device.clone().map(device_in),
         };
         match self.propose_here(Command::AddNode(spec)).await? {
             Applied::Added(node) => Ok(node),

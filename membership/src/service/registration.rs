@@ -39,6 +39,7 @@ async fn register(shared: &Shared) -> Result<(), ClientError> {
         address: shared.own.address.clone(),
         memory_bytes: None,
         kernel_class: String::new(),
+        device: None,
     };
     let applied = shared.client.propose(ATTEMPT_MAX, Expect::default(), command).await?;
     let Applied::Registered(incarnation) = applied else { return Ok(()) };

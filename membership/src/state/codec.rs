@@ -11,8 +11,8 @@ use prost::{DecodeError, Message};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Applied, Command, Expect, Node, NodeSpec, NodeState, Outcome, RecordKind, Refused, RefusedCode,
-    Request, Role, SessionId, VoterId,
+    Applied, Command, Expect, Node, NodeDevice, NodeSpec, NodeState, Outcome, RecordKind, Refused,
+    RefusedCode, Request, Role, SessionId, VoterId,
 };
 
 /// Longest encoded request in bytes; a placement of 65,536 replicas fits.
@@ -136,8 +136,9 @@ fn command_out(command: &Command) -> membership_request::Command {
         Command::Register(node) => {
             Out::Register(wire::Register { node: node.0, ..Default::default() })
         }
-        Command::RegisterWith { node, address, memory_bytes, kernel_class } => {
-            Out::Register(wire::Register { node: node.0, address, memory_bytes, kernel_class })
+        Command::RegisterWith { node, address, memory_bytes, kernel_class, device } => {
+            let (node, device) = (node.0, device.map(device_out));
+            Out::Register(wire::Register { node, address, memory_bytes, kernel_class, device })
         }
         Command::SetState(node, state) => {
             Out::SetLife(wire::SetLife { node: node.0, life: life_out(state) })
@@ -177,6 +178,7 @@ fn command_in(command: membership_request::Command) -> Result<Command, Malformed
             address: said.address,
             memory_bytes: said.memory_bytes,
             kernel_class: said.kernel_class,
+            device: said.device.map(device_in),
         },
         In::SetLife(set) => Command::SetState(NodeId(set.node), life_in(set.life)?),
         In::Cordon(cordon) => Command::Cordon(NodeId(cordon.node), cordon.cordoned),
@@ -227,7 +229,18 @@ pub(crate) fn spec_out(spec: &NodeSpec) -> wire::NodeSpec {
         address: spec.address.clone(),
         memory_bytes: spec.memory_bytes,
         kernel_class: spec.kernel_class.clone(),
+        device: spec.device.clone().map(device_out),
     }
+}
+
+pub(crate) fn device_out(device: NodeDevice) -> wire::NodeDevice {
+    let NodeDevice { name, uuid, memory_bytes, bandwidth_bytes_s } = device;
+    wire::NodeDevice { name, uuid, memory_bytes, bandwidth_bytes_s }
+}
+
+pub(crate) fn device_in(device: wire::NodeDevice) -> NodeDevice {
+    let wire::NodeDevice { name, uuid, memory_bytes, bandwidth_bytes_s } = device;
+    NodeDevice { name, uuid, memory_bytes, bandwidth_bytes_s }
 }
 
 pub(crate) fn spec_in(spec: wire::NodeSpec) -> Result<NodeSpec, Malformed> {
@@ -240,6 +253,7 @@ pub(crate) fn spec_in(spec: wire::NodeSpec) -> Result<NodeSpec, Malformed> {
         address: spec.address,
         memory_bytes: spec.memory_bytes,
         kernel_class: spec.kernel_class,
+        device: spec.device.map(device_in),
     })
 }
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use entente_proto::ids::{Incarnation, MembershipEpoch, NodeId, PlacementEpoch, Region};
 use entente_proto::placement::Placement;
 
-use super::node::{NodeSpec, NodeState};
+use super::node::{NodeDevice, NodeSpec, NodeState};
 
 /// Names a disk that takes part in raft. Minted by the log, never used again: a voter that lost
 /// its disk has forgotten its votes and must come back under another number.
@@ -51,6 +51,8 @@ pub enum Command {
         memory_bytes: Option<u64>,
         /// What its kernels are.
         kernel_class: String,
+        /// What they run on, if not the processor.
+        device: Option<NodeDevice>,
     },
     /// Moves a node on in its life.
     SetState(NodeId, NodeState),

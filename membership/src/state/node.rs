@@ -88,6 +88,19 @@ impl NodeState {
     }
 }
 
+/// A device that a node computes on, as its driver describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeDevice {
+    /// What it is called, such as `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Which one of its kind it is.
+    pub uuid: String,
+    /// Bytes of memory that it has.
+    pub memory_bytes: u64,
+    /// Bytes a second that its memory delivers; 0 when it does not tell.
+    pub bandwidth_bytes_s: u64,
+}
+
 /// What is said about a node when it becomes a member.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeSpec {
@@ -105,6 +118,8 @@ pub struct NodeSpec {
     pub memory_bytes: Option<u64>,
     /// Instruction set, weight format and kernel version; empty until the node has told it.
     pub kernel_class: String,
+    /// What it computes on, if that is not its processor.
+    pub device: Option<NodeDevice>,
 }
 
 impl NodeSpec {

@@ -13,6 +13,7 @@ fn spec(name: &str) -> NodeSpec {
         address: "127.0.0.1:1".to_owned(),
         memory_bytes: None,
         kernel_class: String::new(),
+        device: None,
     }
 }
 
@@ -108,10 +109,26 @@ fn what_is_refused_names_the_cause_and_changes_nothing() {
     state.apply(Command::AddNode(spec("d"))).unwrap();
     state.apply(Command::Cordon(NodeId(3), true)).unwrap();
     let long = "x".repeat(TEXT_LEN_MAX + 1);
+    let device = NodeDevice {
+        name: "GPU".to_owned(),
+        uuid: long.clone(),
+        memory_bytes: 1,
+        bandwidth_bytes_s: 0,
+    };
+    let with_device = NodeSpec { device: Some(device.clone()), ..spec("e") };
+    let registered = Command::RegisterWith {
+        node: NodeId(0),
+        address: "h:1".to_owned(),
+        memory_bytes: None,
+        kernel_class: String::new(),
+        device: Some(device),
+    };
     let cases = [
         (Command::Found(Vec::new()), "founded already"),
         (Command::AddNode(spec("b")), "node b is, or was, a member already"),
         (Command::AddNode(NodeSpec { site: long, ..spec("e") }), "site has 261 bytes"),
+        (Command::AddNode(with_device), "UUID of its device has 261 bytes"),
+        (registered, "UUID of its device has 261 bytes"),
         (Command::Register(NodeId(9)), "node 9 is not a member"),
         (Command::Register(NodeId(1)), "cannot become Joining"),
         (Command::SetState(NodeId(0), NodeState::Active), "is Down and cannot become Active"),
@@ -276,7 +293,13 @@ fn full() -> State {
             node: NodeId(1),
             address: "10.0.0.1:7".to_owned(),
             memory_bytes: Some(1 << 40),
-            kernel_class: "bf16/avx2/1".to_owned(),
+            kernel_class: "bf16/cuda-sm90/1".to_owned(),
+            device: Some(NodeDevice {
+                name: "GPU".to_owned(),
+                uuid: "GPU-1".to_owned(),
+                memory_bytes: 1 << 41,
+                bandwidth_bytes_s: 3_350_000_000_000,
+            }),
         },
         Command::Cordon(NodeId(1), true),
         Command::SetReplicas("se".parse().unwrap(), 2),

@@ -12,6 +12,7 @@ fn coordinator(name: &str) -> NodeSpec {
         address: "127.0.0.1:1".to_owned(),
         memory_bytes: None,
         kernel_class: String::new(),
+        device: None,
     }
 }
 

@@ -62,6 +62,7 @@ fn history() -> Vec<State> {
         address: format!("{name}:7000"),
         memory_bytes: None,
         kernel_class: String::new(),
+        device: None,
     };
     let mut state = State::genesis(vec![spec("fr-1", "fr"), spec("se-1", "se")]).unwrap();
     let mut history = vec![state.clone()];

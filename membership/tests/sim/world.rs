@@ -147,6 +147,7 @@ fn spec(name: String, role: Role) -> NodeSpec {
         address: format!("{name}:7000"),
         memory_bytes: None,
         kernel_class: String::new(),
+        device: None,
     }
 }
 

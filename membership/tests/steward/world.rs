@@ -442,6 +442,7 @@ pub fn spec(name: &str, region: Region, role: Role, room: Option<usize>) -> Node
         address: "127.0.0.1:1".to_owned(),
         memory_bytes: room.map(|room| room as u64 * EXPERT_BYTES),
         kernel_class: String::new(),
+        device: None,
     }
 }
 

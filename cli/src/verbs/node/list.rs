@@ -75,6 +75,7 @@ fn table(members: &Members) -> String {
         "INCARNATION",
         "LAST-SEEN",
         "ADDRESS",
+        "DEVICE",
     ];
     let mut table = columns(header);
     for row in &members.nodes {
@@ -91,6 +92,7 @@ fn table(members: &Members) -> String {
             or_dash(row.incarnation),
             or_dash(row.heartbeat_age_ms.map(|age| format!("{age} ms"))),
             row.address.clone(),
+            or_dash(row.device_name()),
         ]);
     }
     let text = table.trim_fmt();
@@ -117,7 +119,7 @@ mod tests {
         };
         let text = table(&members);
         let cells: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
-        assert_eq!(cells[0].len(), 11, "{text}");
+        assert_eq!(cells[0].len(), 12, "{text}");
         assert_eq!(cells[2][..6], ["fr-expert-1", "fr", "expert-node", "active", "yes", "2"]);
         assert!(text.ends_with("replicas are loaded"), "{text}");
 
@@ -136,6 +138,7 @@ mod tests {
             "address",
             "memory_bytes",
             "kernel_class",
+            "device",
             "changed_at_ms",
             "placed",
             "held",

@@ -1,6 +1,6 @@
 //! One member as it is shown, with the names that its JSON has.
 
-use entente_membership::state::{Node, NodeState, Role, State};
+use entente_membership::state::{Node, NodeDevice, NodeState, Role, State};
 use entente_proto::wire;
 use serde::Serialize;
 
@@ -31,6 +31,8 @@ pub struct NodeRow {
     pub memory_bytes: Option<u64>,
     /// Instruction set, weight format and kernel version; empty until it told them.
     pub kernel_class: String,
+    /// What it computes on; null for the processor.
+    pub device: Option<DeviceRow>,
     /// When its state last changed, milliseconds since 1970.
     pub changed_at_ms: u64,
     /// Replicas that are placed on it.
@@ -41,6 +43,30 @@ pub struct NodeRow {
     pub wanted: Option<u32>,
     /// Milliseconds since its last heartbeat.
     pub heartbeat_age_ms: Option<u64>,
+}
+
+/// A device that a node computes on, as its driver describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DeviceRow {
+    /// What it is called.
+    pub name: String,
+    /// Which one of its kind it is.
+    pub uuid: String,
+    /// Bytes of memory that it has.
+    pub memory_bytes: u64,
+    /// Bytes a second that its memory delivers; null when it does not tell.
+    pub bandwidth_bytes_s: Option<u64>,
+}
+
+impl DeviceRow {
+    fn of(device: &NodeDevice) -> Self {
+        Self {
+            name: device.name.clone(),
+            uuid: device.uuid.clone(),
+            memory_bytes: device.memory_bytes,
+            bandwidth_bytes_s: Some(device.bandwidth_bytes_s).filter(|rate| *rate > 0),
+        }
+    }
 }
 
 impl NodeRow {
@@ -61,12 +87,19 @@ impl NodeRow {
             address: spec.address.clone(),
             memory_bytes: spec.memory_bytes,
             kernel_class: spec.kernel_class.clone(),
+            device: spec.device.as_ref().map(DeviceRow::of),
             changed_at_ms: node.changed_at_ms,
             placed: u32::try_from(placed).unwrap_or(u32::MAX),
             held: None,
             wanted: None,
             heartbeat_age_ms: None,
         }
+    }
+
+    /// What it computes on, once it has told what its kernels are.
+    pub fn device_name(&self) -> Option<&str> {
+        let on_processor = (!self.kernel_class.is_empty()).then_some("cpu");
+        self.device.as_ref().map(|device| &*device.name).or(on_processor)
     }
 
     /// The same with what the leader knows of it beyond that.
@@ -136,6 +169,7 @@ pub mod testing {
             address: format!("{name}:1"),
             memory_bytes: None,
             kernel_class: String::new(),
+            device: None,
         }
     }
 

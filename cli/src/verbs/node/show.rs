@@ -63,6 +63,12 @@ fn table(shown: &Shown) -> String {
     row("address", node.address.clone());
     row("memory_bytes", or_dash(node.memory_bytes));
     row("kernel_class", or_dash((!node.kernel_class.is_empty()).then_some(&node.kernel_class)));
+    if let Some(device) = &node.device {
+        row("device", device.name.clone());
+        row("device_uuid", device.uuid.clone());
+        row("device_memory_bytes", device.memory_bytes.to_string());
+        row("device_bandwidth_bytes_s", or_dash(device.bandwidth_bytes_s));
+    }
     row("placed", node.placed.to_string());
     for (layer, experts) in &shown.experts {
         let experts: Vec<String> = experts.iter().map(ToString::to_string).collect();

@@ -191,6 +191,7 @@ mod tests {
             address: format!("{name}:1"),
             memory_bytes: None,
             kernel_class: String::new(),
+            device: None,
         };
         let members = [
             ("a-fr", "fr", Role::Coordinator),
