@@ -8,7 +8,7 @@
 //! - [`engine`] runs a kernel, and finds what a device would let pass: barriers that not all reach,
 //!   warps that diverge, copies that were not waited for.
 //!
-//! - [`driver`] is the machine behind the calls, [`api`] the calls themselves.
+//! - `driver` is the machine behind the calls, `api` the calls themselves.
 //! - [`settings`] is what a test can choose, and the faults that it can plant.
 //! - [`stand_in`] is how a test has a program find it.
 //!

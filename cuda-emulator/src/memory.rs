@@ -8,8 +8,7 @@ use std::io;
 use std::ptr::null_mut;
 
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
-
-const PAGE_BYTES: usize = 4096;
+use rustix::param::page_size;
 
 /// What every region begins at a multiple of: the widest load of a kernel.
 pub const ALIGNMENT_BYTES: usize = 16;
@@ -29,18 +28,19 @@ impl Region {
     /// # Errors
     /// When the machine has no more memory.
     pub fn new(bytes: usize) -> io::Result<Self> {
+        let page_bytes = page_size();
         let needed = bytes.next_multiple_of(ALIGNMENT_BYTES);
-        let pages = needed.next_multiple_of(PAGE_BYTES);
-        let mapping_bytes = pages + 2 * PAGE_BYTES;
+        let pages = needed.next_multiple_of(page_bytes);
+        let mapping_bytes = pages + 2 * page_bytes;
         let rights = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at no particular place touches nobody's memory.
         let mapping =
             unsafe { mmap_anonymous(null_mut(), mapping_bytes, rights, MapFlags::PRIVATE) }?;
-        let address = mapping as usize + PAGE_BYTES + pages - needed;
+        let address = mapping as usize + page_bytes + pages - needed;
         let region = Self { mapping: mapping as usize, mapping_bytes, address, bytes };
-        for guard in [region.mapping, region.mapping + mapping_bytes - PAGE_BYTES] {
+        for guard in [region.mapping, region.mapping + mapping_bytes - page_bytes] {
             // SAFETY: the first and the last page of the mapping that was just made.
-            unsafe { mprotect(guard as *mut _, PAGE_BYTES, MprotectFlags::empty()) }?;
+            unsafe { mprotect(guard as *mut _, page_bytes, MprotectFlags::empty()) }?;
         }
         region.poison();
         Ok(region)

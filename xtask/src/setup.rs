@@ -26,7 +26,7 @@ pub fn run_all() -> Result<(), String> {
     if !works("protoc --version") || !works("test -f /usr/include/google/protobuf/any.proto") {
         debian_package("protobuf-compiler libprotobuf-dev")?;
     }
-    // libFuzzer is C++.
+    // libFuzzer is C++, and so are the kernels for GPUs as tests run them.
     if !works("c++ --version") {
         debian_package("g++")?;
     }

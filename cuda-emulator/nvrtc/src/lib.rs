@@ -10,7 +10,7 @@ use std::ffi::{CStr, c_char, c_int};
 /// Bytes of an image.
 pub const IMAGE_BYTES: usize = 64;
 
-/// What an image begins with; then comes the architecture, as `sm_90`, and spaces up to [`END`].
+/// What an image begins with; then comes the architecture, as `sm_90`, and spaces up to [`IMAGE_END`].
 pub const IMAGE_BEGIN: &str = "entente-cuda-emulator image for ";
 
 /// What an image ends with.
