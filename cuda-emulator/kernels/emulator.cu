@@ -114,6 +114,9 @@ extern "C" __global__ void emulator_fresh_shared(float* y) {
     fresh[threadIdx.x] = dynamic[threadIdx.x] = 0.0f;
 }
 
+// One number too far.
+extern "C" __global__ void emulator_beyond(float* y) { y[threadIdx.x + 1] = 1.0f; }
+
 // What an argument of each kind arrives as, and where a thread stands.
 struct EmulatorPair { float scale; unsigned char offset; };
 

@@ -1,7 +1,7 @@
 //! Memory that ends at a page which traps.
 //!
-//! The end of a region lies at the end of a page, so that a kernel which goes too far by 16 bytes
-//! ends the process there and then; so does one that goes too far back, by up to a page less.
+//! The end of a region lies at the end of a page, so that a kernel which goes too far by 16 bytes is
+//! stopped there and then; so is one that goes too far back, by up to a page less.
 //! Fresh memory is poisoned with all ones, which is a NaN in f32 and in bf16 and a far address.
 
 use std::io;

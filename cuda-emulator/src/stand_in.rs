@@ -7,7 +7,7 @@
 //!
 //! Cargo builds the libraries with this crate, beside the tests' own executables.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CString, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -17,14 +17,6 @@ const LIBRARIES: [(&str, &[&str]); 2] = [
     ("libentente_cuda_emulator.so", &["libcuda.so", "libcuda.so.1"]),
     ("libentente_nvrtc_emulator.so", &["libnvrtc.so", "libnvrtc.so.12"]),
 ];
-
-/// `RTLD_NOW | RTLD_GLOBAL`.
-const NOW_AND_FOR_ALL: c_int = 0x102;
-
-unsafe extern "C" {
-    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
-    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
-}
 
 /// A folder in which the emulator is called as NVIDIA's libraries are.
 ///
@@ -60,13 +52,13 @@ pub fn load() -> Emulator {
         let path = built().join(library);
         let name = CString::new(path.as_os_str().as_bytes()).expect("a path has no zeros");
         // SAFETY: loading runs no code of these libraries.
-        let library = unsafe { dlopen(name.as_ptr(), NOW_AND_FOR_ALL) };
+        let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW) };
         assert!(!library.is_null(), "{} cannot be loaded", path.display());
         library
     });
     // SAFETY: a function of our own library, of this type.
     let set_seed = unsafe {
-        let function = dlsym(driver, c"entente_emulator_set_seed".as_ptr());
+        let function = libc::dlsym(driver, c"entente_emulator_set_seed".as_ptr());
         std::mem::transmute::<*mut c_void, Option<extern "C" fn(u64)>>(function)
     };
     Emulator { set_seed: set_seed.expect("the library was built with this crate") }

@@ -33,6 +33,14 @@ fn a_mistake_of_a_kernel_is_told_and_loses_the_device() {
 }
 
 #[test]
+fn memory_beyond_an_allocation_is_no_kernels() {
+    let (lines, told) = run(&mut probe(&["launch=emulator_beyond", "memory"]));
+    assert_eq!(lines, ["CUDA_ERROR_ILLEGAL_ADDRESS"; 2]);
+    let place = "kernel emulator_beyond, block [0, 0, 0]: thread [63, 0, 0] touches address 0x";
+    assert!(told.contains(place), "{told}");
+}
+
+#[test]
 fn a_device_can_be_lost_from_the_start() {
     let (lines, _) = run(probe(&["memory"]).env("ENTENTE_CUDA_EMULATOR_FAULTS", "lost"));
     assert_eq!(lines, ["CUDA_ERROR_ECC_UNCORRECTABLE"]);

@@ -37,6 +37,7 @@ codes! {
     ERROR_INVALID_HANDLE = 400, "invalid resource handle";
     ERROR_NOT_FOUND = 500, "named symbol not found";
     ERROR_NOT_READY = 600, "device not ready";
+    ERROR_ILLEGAL_ADDRESS = 700, "an illegal memory access was encountered";
     ERROR_LAUNCH_FAILED = 719, "unspecified launch failure";
     ERROR_NOT_SUPPORTED = 801, "operation not supported";
 }

@@ -236,8 +236,12 @@ impl Driver {
         // SAFETY: as for the other work; the host has promised it for the kernel's pointers.
         unsafe { launch.run(&mut self.order) }.map_err(|fault| {
             eprintln!("entente-cuda-emulator: {fault}");
-            self.devices[device].lose(Code::ERROR_LAUNCH_FAILED);
-            Code::ERROR_LAUNCH_FAILED
+            let code = match fault.trapped {
+                true => Code::ERROR_ILLEGAL_ADDRESS,
+                false => Code::ERROR_LAUNCH_FAILED,
+            };
+            self.devices[device].lose(code);
+            code
         })
     }
 

@@ -5,11 +5,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
-use std::ptr::null;
+use std::ptr::{null, null_mut};
 use std::sync::atomic::Ordering;
 
 use corosensei::Coroutine;
-use corosensei::stack::DefaultStack;
+use corosensei::stack::{DefaultStack, Stack};
 
 use super::lane::{Arrival, Kind, Lane, RUNNING, Running};
 use super::order::Order;
@@ -48,8 +48,12 @@ impl<'a> Block<'a> {
     pub fn new(launch: &Launch<'a>, dynamic_shared: *mut u8) -> Self {
         // SAFETY: it reads three numbers of each.
         unsafe { entente_emulator_set_shape(launch.grid.as_ptr(), launch.block.as_ptr()) };
-        let running =
-            Running { lane: Cell::new(null()), mistake: RefCell::default(), dynamic_shared };
+        let running = Running {
+            lane: Cell::new(null()),
+            mistake: RefCell::default(),
+            trapped: Cell::default(),
+            dynamic_shared,
+        };
         let lanes = super::blocks(launch.block).into_iter().map(Lane::new).collect();
         Self { kernel: launch.kernel, arguments: launch.arguments, lanes, running }
     }
@@ -78,8 +82,10 @@ impl<'a> Block<'a> {
             unsafe { fiber.force_reset() };
             stacks.push(fiber.into_stack());
         }
+        RUNNING.store(null_mut(), Ordering::Relaxed);
+        let trapped = self.running.trapped.take();
         let kernel = self.kernel.name().to_string_lossy();
-        outcome.map_err(|what| Fault { kernel: kernel.into_owned(), block: place, what })
+        outcome.map_err(|what| Fault { kernel: kernel.into_owned(), block: place, what, trapped })
     }
 
     /// A fiber that will run one thread.
@@ -87,6 +93,7 @@ impl<'a> Block<'a> {
         lane.arrival.set(None);
         lane.copies.borrow_mut().clear();
         let stack = stack.expect("there are as many stacks as threads of a block");
+        lane.stack.set((stack.limit().get(), stack.base().get()));
         let (kernel, lane) = (self.kernel, &raw const *lane);
         let arguments = self.arguments.as_ptr();
         Coroutine::with_stack(stack, move |yielder, ()| {

@@ -81,6 +81,8 @@ pub struct Lane {
     pub arrival: Cell<Option<Arrival>>,
     /// Copies that it has begun.
     pub copies: RefCell<Copies>,
+    /// Addresses of its fiber's stack.
+    pub stack: Cell<(usize, usize)>,
 }
 
 impl Lane {
@@ -91,6 +93,7 @@ impl Lane {
             yielder: Cell::new(null()),
             arrival: Cell::new(None),
             copies: RefCell::default(),
+            stack: Cell::default(),
         }
     }
 
@@ -108,6 +111,8 @@ pub struct Running {
     pub lane: Cell<*const Lane>,
     /// The first mistake that a lane made by itself.
     pub mistake: RefCell<Option<String>>,
+    /// Whether that was to touch memory which is not its own.
+    pub trapped: Cell<bool>,
     /// Where the block's dynamic shared memory begins.
     pub dynamic_shared: *mut u8,
 }
@@ -131,6 +136,24 @@ fn fail(what: String) {
     loop {
         lane().suspend();
     }
+}
+
+/// Whether an address lies on the stack of the fiber that runs, if any.
+pub fn is_on_fiber(address: usize) -> bool {
+    // SAFETY: null, or a block that has not been left.
+    let running = unsafe { RUNNING.load(Ordering::Relaxed).as_ref() };
+    // SAFETY: as in `lane`; null before the first one.
+    let lane = running.and_then(|running| unsafe { running.lane.get().as_ref() });
+    lane.is_some_and(|lane| {
+        let (start, end) = lane.stack.get();
+        (start..end).contains(&address)
+    })
+}
+
+/// Notes that the running thread has touched memory which is not its own.
+pub fn fail_by_trap(address: usize) {
+    running().trapped.set(true);
+    fail(format!("touches address {address:#x}, where it has no memory"));
 }
 
 #[unsafe(no_mangle)]

@@ -8,6 +8,7 @@ mod copies;
 mod kernel;
 mod lane;
 mod order;
+mod trap;
 mod warp;
 
 use std::ffi::c_void;
@@ -61,6 +62,8 @@ pub struct Fault {
     pub block: [u32; 3],
     /// The thread and what it did.
     pub what: String,
+    /// Whether that was to touch memory which is not its own.
+    pub trapped: bool,
 }
 
 /// Stacks that wait for the next launch. The lock is also the engine's turn: shared memory of all
@@ -81,6 +84,7 @@ pub unsafe fn run(launch: &Launch<'_>, order: &mut Order) -> Result<(), Fault> {
     while stacks.len() < threads {
         stacks.push(DefaultStack::new(STACK_BYTES).expect("memory for one more stack"));
     }
+    trap::find();
     let shared = Region::new(launch.shared_bytes).expect("memory for one block's shared memory");
     let mut block = Block::new(launch, shared.address() as *mut u8);
     for at in order.all(blocks(launch.grid)) {
