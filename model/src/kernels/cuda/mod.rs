@@ -17,6 +17,7 @@
 
 mod buffer;
 mod compile;
+mod dense;
 mod device;
 mod driver;
 mod experts;
@@ -34,6 +35,7 @@ mod survey;
 
 pub use buffer::{Buffer, Value, View, ViewMut};
 pub use compile::Cache;
+pub use dense::DenseFfn;
 pub use device::{Architecture, Device, DeviceReport};
 pub use experts::{experts, select};
 pub use loader::Loader;
