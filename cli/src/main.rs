@@ -105,7 +105,7 @@ enum Verb {
     /// Work with checkpoint folders.
     Model(verbs::model::ModelArgs),
     /// Run one coordinator: attention, gating, sampling and the public API of its region.
-    Coordinator(role::RoleArgs),
+    Coordinator(verbs::coordinator::CoordinatorArgs),
     /// Run one expert node: holds the experts that are placed on it and computes nothing else.
     ExpertNode(verbs::expert_node::ExpertNodeArgs),
     /// Run one witness: a voter without a model.

@@ -70,7 +70,8 @@ pub struct MachineArgs {
     #[arg(long, env = "ENTENTE_MEMORY_BYTES", value_name = "N")]
     pub memory_bytes: Option<u64>,
 
-    /// Where an expert node computes: cpu, or cuda:N for the CUDA device of this number.
+    /// Where an expert node or a coordinator computes: cpu, or cuda:N for the CUDA device of this
+    /// number.
     #[arg(long, env = "ENTENTE_DEVICE", value_name = "DEVICE", default_value_t)]
     pub device: DeviceId,
 
@@ -241,6 +242,7 @@ impl Folder {
         let (listen, advertise) = (Some(&*machine.listen), machine.advertise.as_deref());
         let is_expert_node = role == Role::ExpertNode;
         let is_coordinator = role == Role::Coordinator;
+        let computes = is_expert_node || is_coordinator;
         let file = RoleFile {
             name: &process.name,
             region: process.region,
@@ -250,7 +252,7 @@ impl Folder {
             metrics_listen: machine.metrics.as_deref().filter(|_| !is_coordinator),
             site: machine.site.as_deref().filter(|_| is_expert_node),
             memory_bytes: machine.memory_bytes.filter(|_| is_expert_node),
-            device: Some(machine.device).filter(|d| is_expert_node && *d != DeviceId::Cpu),
+            device: Some(machine.device).filter(|d| computes && *d != DeviceId::Cpu),
             model,
             weights: model.map(|_| machine.weights.into()),
             tls: self.files(&process.name),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use entente_membership::net::http;
 use entente_membership::roster::Roster;
-use entente_model::kernels::{KvDtype, WeightFormat};
+use entente_model::kernels::{DeviceId, KvDtype, WeightFormat};
 use entente_proto::ids::{NodeName, Region};
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,10 @@ pub struct Config {
     /// Threads for arithmetic; all cores when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// Where the coordinator's part of the model is computed: `cpu`, or `cuda:N` for the CUDA device
+    /// of this number.
+    #[serde(default, skip_serializing_if = "is_cpu")]
+    pub device: DeviceId,
     /// How expert nodes are reached.
     #[serde(default)]
     pub transport: Transport,
@@ -55,6 +59,10 @@ pub struct Config {
     pub membership: Option<entente_membership::service::Config>,
     /// The cluster's founders, and the expert nodes that it begins with.
     pub cluster: Roster,
+}
+
+fn is_cpu(device: &DeviceId) -> bool {
+    *device == DeviceId::Cpu
 }
 
 /// The public API.
@@ -166,8 +174,10 @@ pub struct EngineConfig {
     pub waiting_max: usize,
     /// Sequences of one tenant that wait; more of its own are refused with 429.
     pub tenant_waiting_max: usize,
-    /// Memory of the KV cache in MiB; it bounds prompt and answer together.
-    pub kv_cache_mib: usize,
+    /// Memory of the KV cache in MiB; it bounds prompt and answer together. When absent 256, and on
+    /// a device most of the memory that is free once everything else is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_mib: Option<usize>,
     /// How keys and values are kept: `f32` or `bf16`; what goes with the weights when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_dtype: Option<KvDtype>,
@@ -190,7 +200,7 @@ impl Default for EngineConfig {
             running_max: 128,
             waiting_max: 1_024,
             tenant_waiting_max: 256,
-            kv_cache_mib: 256,
+            kv_cache_mib: None,
             kv_dtype: None,
             exchange_deadline_ms: 10_000,
             request_wait_max_ms: 30_000,
@@ -212,7 +222,7 @@ impl EngineConfig {
             ("running_max", self.running_max as u64, 1, 4_096),
             ("waiting_max", self.waiting_max as u64, 1, 65_536),
             ("tenant_waiting_max", self.tenant_waiting_max as u64, 1, 65_536),
-            ("kv_cache_mib", self.kv_cache_mib as u64, 1, 1 << 20),
+            ("kv_cache_mib", self.kv_cache_mib.unwrap_or(1) as u64, 1, 1 << 20),
             ("exchange_deadline_ms", self.exchange_deadline_ms, 1, 600_000),
             ("request_wait_max_ms", self.request_wait_max_ms, 0, 600_000),
             ("draft_tokens_max", self.draft_tokens_max as u64, 1, 64),

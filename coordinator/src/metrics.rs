@@ -58,6 +58,7 @@ pub struct Metrics {
     pub ttft_seconds: Histogram,
     gate_rows: IntCounterVec,
     cache_config: IntGaugeVec,
+    device: IntGaugeVec,
 }
 
 /// Gauges of the control plane.
@@ -112,6 +113,11 @@ fn cosigned() -> Result<IntGaugeVec, prometheus::Error> {
     let help = "Records of the audit log that a witness has cosigned a checkpoint of.";
     let name = "audit_cosigned_records";
     IntGaugeVec::new(Opts::new(format!("entente_{name}"), help), &["witness"])
+}
+
+fn device() -> Result<IntGaugeVec, prometheus::Error> {
+    let help = "Where the coordinator's part of the model is computed.";
+    IntGaugeVec::new(Opts::new("entente_device_info", help), &["device", "kernel_class"])
 }
 
 /// From a small model's step on one machine to a large prefill over a network.
@@ -204,6 +210,7 @@ impl Metrics {
                 &["layer", "expert"],
             ),
             cache_config: cache_config(&registry),
+            device: register(&registry, device()),
             registry,
         }
     }
@@ -212,6 +219,12 @@ impl Metrics {
     /// in their output too. The value is always 1.
     pub fn tell_cache(&self, dtype: &str, block_len: usize) {
         self.cache_config.with_label_values(&[dtype, &block_len.to_string()]).set(1);
+    }
+
+    /// Tells where the coordinator's part of the model is computed, and which bits that gives. The
+    /// value is always 1.
+    pub fn tell_device(&self, device: &str, kernel_class: &str) {
+        self.device.with_label_values(&[device, kernel_class]).set(1);
     }
 
     /// Counts what the gate of one layer chose.
@@ -259,12 +272,17 @@ mod tests {
     use entente_proto::ids::ExpertId;
 
     #[test]
-    fn the_dtype_of_the_cache_is_told() {
+    fn what_decides_bits_of_the_output_is_told() {
         let metrics = Metrics::new();
         metrics.tell_cache("bf16", 16);
-        let line = "entente_cache_config_info{block_size=\"16\",cache_dtype=\"bf16\"} 1";
+        metrics.tell_device("cuda:0", "bf16/cuda-sm90/1");
         let text = metrics.render();
-        assert!(text.contains(line), "{text}");
+        for line in [
+            "entente_cache_config_info{block_size=\"16\",cache_dtype=\"bf16\"} 1",
+            "entente_device_info{device=\"cuda:0\",kernel_class=\"bf16/cuda-sm90/1\"} 1",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
     }
 
     #[test]

@@ -178,7 +178,7 @@ where
         };
         serve(api, listener, bounds, until).await;
         let failure = failure.borrow().clone();
-        failure.map_or(Ok(()), |error| Err(error.into()))
+        failure.map_or(Ok(()), |source| Err(Error::Device { device: config.device, source }))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Puts a coordinator together: model, links, engine.
 
+mod trunk;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -8,11 +10,14 @@ use crossbeam_channel::Sender;
 use entente_audit::record;
 use entente_expert_node::{ExpertNode, NodeHandle};
 use entente_membership::served::ServedModel;
-use entente_membership::state::State;
-use entente_model::kernels::{self, BLOCK_LEN, DeviceError, Kernels, KvDtype, KvLayer};
+use entente_membership::state::{Node, State};
+use entente_model::kernels::cuda::{self, Device};
+use entente_model::kernels::{
+    self, BLOCK_LEN, DeviceError, DeviceId, ExpertKernels, Kernels, KvDtype,
+};
 use entente_model::{
-    Architecture, ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError,
-    Progress, Tokenizer, expert_bytes,
+    ChatTemplate, Checkpoint, CoordinatorWeights, GenerationConfig, ModelError, Progress,
+    Tokenizer, expert_bytes,
 };
 use entente_proto::identity::Role;
 use entente_proto::ids::{KernelClass, ModelDigest, NodeId};
@@ -28,7 +33,7 @@ use crate::engine::exchanger::Exchanger;
 use crate::engine::forward::Forward;
 use crate::engine::scheduler::SchedulerConfig;
 use crate::engine::tally::Closed;
-use crate::engine::trunk::{CacheShape, CpuTrunk};
+use crate::engine::trunk::Trunk;
 use crate::engine::{Engine, Parts};
 use crate::ledger::requests::Facts;
 use crate::ledger::{Books, Ledger, LedgerError};
@@ -45,9 +50,14 @@ pub enum Error {
     /// The model cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The device that computes cannot be used, or can no longer be used.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
+    /// The device of the configuration cannot be used, or can no longer be used.
+    #[error("{device}: {source}")]
+    Device {
+        /// Which one.
+        device: DeviceId,
+        /// Why.
+        source: DeviceError,
+    },
     /// An expert node in this process could not start.
     #[error("expert node in this process: {0}")]
     ExpertNode(#[from] entente_expert_node::Error),
@@ -90,11 +100,19 @@ pub enum Error {
 /// What is read from the model folder.
 struct Loaded {
     checkpoint: Checkpoint,
-    weights: CoordinatorWeights,
+    trunk: Box<dyn Trunk>,
+    /// Blocks of the trunk's cache.
+    blocks: usize,
+    /// Bytes of the coordinator's own weights, and of those the ones that every step reads.
+    own_bytes: u64,
+    step_weights_bytes: u64,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     generation: GenerationConfig,
+    /// The processor's.
     kernels: Arc<dyn Kernels>,
+    /// What experts are computed with.
+    expert_class: KernelClass,
     served: ServedModel,
     states: watch::Receiver<Arc<State>>,
     /// Expert nodes that run in this process.
@@ -185,9 +203,8 @@ pub async fn start_wired(
         .await
         .map_err(|error| Error::Start(error.to_string()))??;
     let local: Vec<_> = loaded.local.values().map(NodeHandle::info).collect();
-    let own_bytes = loaded.weights.bytes() as u64;
-    let step_weights_bytes = own_bytes - loaded.weights.embed.bytes() as u64;
-    let kernel_class = loaded.kernels.class().clone();
+    let Loaded { own_bytes, step_weights_bytes, .. } = loaded;
+    let kernel_class = loaded.trunk.class().clone();
     let served = loaded.served.clone();
     let metrics = Arc::new(Metrics::new());
     let books = ledger.map(|ledger| books(config, ledger, credentials.clone(), &loaded));
@@ -200,10 +217,11 @@ pub async fn start_wired(
         _ => closings,
     };
     let exchanger = connect(config, opener, &loaded, &metrics)?;
-    let kv_dtype = config.engine.kv_dtype.unwrap_or(KvDtype::of(config.weights));
+    let kv_dtype = trunk::kv_dtype(config);
     metrics.tell_cache(kv_dtype.name(), BLOCK_LEN);
+    metrics.tell_device(&config.device.to_string(), &kernel_class.0);
     let door = (access, books, credentials);
-    let api = start_engine(config, loaded, kv_dtype, (exchanger, closings), door, metrics)?;
+    let api = start_engine(config, loaded, (exchanger, closings), door, metrics)?;
     Ok(Started {
         api: Arc::new(api),
         served,
@@ -247,6 +265,7 @@ fn load(
     states: Option<watch::Receiver<Arc<State>>>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<Loaded, Error> {
+    let device = trunk::open_device(config)?;
     let checkpoint = Checkpoint::open(&config.model)?;
     let kernels = kernels::select(config.weights, threads(config))
         .map_err(|error| Error::Config(format!("weights: {error}")))?;
@@ -268,27 +287,62 @@ fn load(
         shape,
         manifest_sha256: checkpoint.manifest(config.weights).map(|manifest| manifest.sha256()),
     };
-    let mut local = BTreeMap::new();
-    if config.transport == Transport::Inproc {
-        let state = states.borrow().clone();
-        for node in state.nodes().filter(|node| node.spec.region == config.region) {
-            // They share the kernels' threads: the engine waits while they compute.
-            let kernels = kernels.clone();
-            let started = ExpertNode::start(&node.spec.name, &state, &checkpoint, kernels, &())?;
-            local.insert(node.id, started);
-        }
-    }
+    let own_bytes = weights.bytes() as u64;
+    let step_weights_bytes = own_bytes - weights.embed.bytes() as u64;
+    let experts = expert_kernels(config, &kernels, device.as_ref())?;
+    // Before the trunk, whose cache may take all that is left of a device.
+    let local = local_nodes(config, &states.borrow().clone(), &checkpoint, &experts)?;
+    let architecture = checkpoint.architecture();
+    let (trunk, blocks) = trunk::trunk(config, architecture, weights, kernels.clone(), device)?;
     Ok(Loaded {
-        tokenizer: Tokenizer::open(&config.model, checkpoint.architecture())?,
+        tokenizer: Tokenizer::open(&config.model, architecture)?,
         template: ChatTemplate::open(&config.model)?,
-        generation: GenerationConfig::open(&config.model, checkpoint.architecture())?,
-        weights,
+        generation: GenerationConfig::open(&config.model, architecture)?,
+        trunk,
+        blocks,
+        own_bytes,
+        step_weights_bytes,
         kernels,
+        expert_class: experts.class().clone(),
         served,
         states,
         local,
         checkpoint,
     })
+}
+
+/// What experts are computed with, here or elsewhere.
+fn expert_kernels(
+    config: &Config,
+    kernels: &Arc<dyn Kernels>,
+    device: Option<&Arc<Device>>,
+) -> Result<Arc<dyn ExpertKernels>, Error> {
+    match device {
+        Some(device) if config.transport == Transport::Inproc => {
+            let experts = cuda::experts(device, config.weights);
+            experts.map_err(|source| trunk::device_error(config, source))
+        }
+        // Nodes of this process share the kernels' threads: the engine waits while they compute.
+        _ => Ok(kernels.clone()),
+    }
+}
+
+/// The expert nodes of the region, if they run in this process.
+fn local_nodes(
+    config: &Config,
+    state: &State,
+    checkpoint: &Checkpoint,
+    kernels: &Arc<dyn ExpertKernels>,
+) -> Result<BTreeMap<NodeId, NodeHandle>, Error> {
+    if config.transport != Transport::Inproc {
+        return Ok(BTreeMap::new());
+    }
+    let nodes = state.nodes().filter(|node| node.spec.region == config.region);
+    let start = |node: &Node| {
+        let kernels = kernels.clone();
+        Ok((node.id, ExpertNode::start(&node.spec.name, state, checkpoint, kernels, &())?))
+    };
+    nodes.map(start).collect()
 }
 
 fn threads(config: &Config) -> usize {
@@ -318,7 +372,7 @@ fn connect(
     let kernels = loaded.kernels.clone();
     let model = Model {
         digest: loaded.checkpoint.digest(),
-        kernel_class: kernels.class().clone(),
+        kernel_class: loaded.expert_class.clone(),
         layers: loaded.checkpoint.architecture().moe_layers().collect(),
     };
     let states = loaded.states.clone();
@@ -347,7 +401,7 @@ fn books(
     let facts = Facts {
         coordinator: record::Coordinator { node, region, certificate: None },
         model: record::Digest(loaded.checkpoint.digest().0),
-        kernel_class: loaded.kernels.class().to_string(),
+        kernel_class: loaded.trunk.class().to_string(),
     };
     Books::new(ledger, facts, credentials)
 }
@@ -355,22 +409,16 @@ fn books(
 fn start_engine(
     config: &Config,
     loaded: Loaded,
-    kv_dtype: KvDtype,
     (exchanger, closings): (Exchanger, Option<Sender<Closed>>),
     (access, books, credentials): (Access, Option<Books>, Option<Credentials>),
     metrics: Arc<Metrics>,
 ) -> Result<Api, Error> {
-    let architecture = loaded.checkpoint.architecture().clone();
-    let blocks = kv_blocks(&architecture, kv_dtype, config.engine.kv_cache_mib)?;
+    let (architecture, blocks) = (loaded.checkpoint.architecture(), loaded.blocks);
     let vocab = architecture.vocab;
     let context_len = architecture.max_positions.min(blocks * BLOCK_LEN);
     let tokenizer = Arc::new(loaded.tokenizer);
-    let cache = CacheShape { blocks, dtype: kv_dtype };
-    let kernels = loaded.kernels;
-    let trunk = CpuTrunk::new(architecture.clone(), loaded.weights, kernels.clone(), cache);
     let micro_batch_rows_min = config.engine.micro_batch_rows_min;
-    let forward =
-        Forward::new(&architecture, Box::new(trunk), micro_batch_rows_min, metrics.clone());
+    let forward = Forward::new(architecture, loaded.trunk, micro_batch_rows_min, metrics.clone());
     let scheduler = SchedulerConfig {
         step_rows_max: config.engine.step_rows_max,
         prefill_rows_beside_decode_max: config.engine.prefill_rows_beside_decode_max,
@@ -388,7 +436,7 @@ fn start_engine(
         draft_tokens_max,
         forward,
         exchanger,
-        kernels,
+        kernels: loaded.kernels,
         tokenizer: tokenizer.clone(),
         vocab,
         request_wait_max: Duration::from_millis(config.engine.request_wait_max_ms),
@@ -415,23 +463,6 @@ fn start_engine(
         strangers: Mutex::default(),
         body_wait_max: Duration::from_millis(config.api.body_wait_max_ms),
     })
-}
-
-/// Blocks that fit the configured memory: keys and values of every layer.
-fn kv_blocks(
-    architecture: &Architecture,
-    dtype: KvDtype,
-    kv_cache_mib: usize,
-) -> Result<usize, Error> {
-    let Architecture { kv_heads, head_dim, ref layers, .. } = *architecture;
-    let block_bytes = layers.len() * KvLayer::block_bytes(kv_heads, head_dim, dtype);
-    match (kv_cache_mib << 20) / block_bytes {
-        0 => Err(Error::Config(format!(
-            "engine.kv_cache_mib is {kv_cache_mib}, one block of {BLOCK_LEN} positions takes \
-             {block_bytes} bytes"
-        ))),
-        blocks => Ok(blocks),
-    }
 }
 
 fn model_name(config: &Config) -> String {

@@ -16,7 +16,7 @@ use entente_coordinator::engine::sampler::Sampling;
 use entente_coordinator::engine::{Event, Readiness, Request};
 use entente_coordinator::{Config, Started, start};
 use entente_membership::roster::{Roster, RosterNode};
-use entente_model::kernels::{BLOCK_LEN, WeightFormat};
+use entente_model::kernels::{BLOCK_LEN, DeviceId, WeightFormat};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::Receiver;
 
@@ -39,6 +39,7 @@ fn engine(runtime: &Runtime, weights: WeightFormat, engine: EngineConfig) -> Sta
         model: CHECKPOINT.into(),
         weights,
         threads: Some(1),
+        device: DeviceId::Cpu,
         transport: Transport::Inproc,
         served_model_name: None,
         tls: None,
@@ -57,7 +58,7 @@ fn engine(runtime: &Runtime, weights: WeightFormat, engine: EngineConfig) -> Sta
 }
 
 fn speculation(speculation: Speculation, kv_cache_mib: usize) -> EngineConfig {
-    EngineConfig { speculation, kv_cache_mib, ..EngineConfig::default() }
+    EngineConfig { speculation, kv_cache_mib: Some(kv_cache_mib), ..EngineConfig::default() }
 }
 
 /// Greedy and sampled requests whose prompts repeat a phrase, each once with an end by length and

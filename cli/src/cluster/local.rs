@@ -65,7 +65,7 @@ pub struct Wanted {
     pub certificate_life: Duration,
     /// Whether the public API asks for no key.
     pub open: bool,
-    /// Where expert nodes compute that do not compute on the processor.
+    /// Where processes compute that do not compute on the processor.
     pub devices: Vec<DeviceOf>,
 }
 

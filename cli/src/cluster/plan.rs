@@ -257,6 +257,10 @@ pub struct Common {
 }
 
 impl Common {
+    fn device_of(&self, member: &Member) -> DeviceId {
+        self.devices.get(&member.name).copied().unwrap_or_default()
+    }
+
     fn tls_files(&self, member: &Member) -> Option<entente_tls::Files> {
         self.tls.as_ref().map(|folder| pki::files(folder, &member.name))
     }
@@ -369,7 +373,7 @@ fn expert_node(
         metrics_listen: addresses.metrics.map(|address| address.to_string()),
         membership: entente_expert_node::MembershipConfig { via, ..Default::default() },
         threads: common.threads.map(usize::from),
-        device: common.devices.get(&member.name).copied().unwrap_or_default(),
+        device: common.device_of(member),
         tls: common.tls_files(member),
         ..entente_expert_node::Config::new(
             member.name.clone(),
@@ -395,6 +399,7 @@ pub fn coordinator(
         model: common.model.clone(),
         weights: common.weights.into(),
         threads: common.threads.map(usize::from),
+        device: common.device_of(member),
         transport: common.transport.into(),
         served_model_name: None,
         api: ApiConfig {

@@ -105,8 +105,8 @@ pub struct UpArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
-    /// Where an expert node computes, as NODE=DEVICE: fr-expert-1=cuda:0. May be given several times;
-    /// all others compute on the processor.
+    /// Where an expert node or a coordinator computes, as NODE=DEVICE: fr-expert-1=cuda:0. May be given
+    /// several times; all others compute on the processor.
     #[arg(long, env = "ENTENTE_DEVICES", value_name = "NODE=DEVICE", value_delimiter = ',')]
     device: Vec<DeviceOf>,
 }
@@ -163,14 +163,18 @@ async fn up(args: &UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
 
 impl UpArgs {
     fn check_devices(&self) -> anyhow::Result<()> {
-        let inproc = self.transport == Transport::Inproc;
-        let members = if inproc { Vec::new() } else { self.regions.members() };
-        let is_there = |of: &&DeviceOf| {
-            members.iter().any(|m| (&m.name, m.role) == (&of.name, Role::ExpertNode))
+        let members = self.regions.members();
+        let computes = |role| match role {
+            // Those of a coordinator's own process compute where it does.
+            Role::ExpertNode => self.transport != Transport::Inproc,
+            Role::Coordinator => true,
+            Role::Witness => false,
         };
+        let is_there =
+            |of: &&DeviceOf| members.iter().any(|m| m.name == of.name && computes(m.role));
         match self.device.iter().find(|of| !is_there(of)) {
             Some(DeviceOf { name, .. }) => {
-                let text = format!("--device {name}: there is no process of an expert node {name}");
+                let text = format!("--device {name}: there is no process {name} that computes");
                 Err(Misuse(text).into())
             }
             None => Ok(()),

@@ -5,6 +5,7 @@ use std::ops::Range;
 use entente_membership::roster::{Roster, RosterNode};
 use entente_model::kernels::{self, WeightFormat};
 use entente_model::{Architecture, Checkpoint};
+use entente_proto::ids::KernelClass;
 use entente_router::view::{ClusterView, Model};
 
 use super::cluster::{Cluster, committed};
@@ -16,13 +17,17 @@ const CHECKPOINT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/m
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A device that is lost when it is first asked for something.
-struct Lost;
+struct Lost(KernelClass);
 
 fn lost() -> DeviceError {
     DeviceError::Lost("it fell off the bus".to_owned())
 }
 
 impl Trunk for Lost {
+    fn class(&self) -> &KernelClass {
+        &self.0
+    }
+
     fn begin(&mut self, _: &[Chunk], _: &[Range<usize>]) -> Result<(), DeviceError> {
         Err(lost())
     }
@@ -87,7 +92,12 @@ fn engine() -> EngineHandle {
             blocks: 64,
         },
         draft_tokens_max: 0,
-        forward: Forward::new(architecture, Box::new(Lost), 128, metrics.clone()),
+        forward: Forward::new(
+            architecture,
+            Box::new(Lost(kernels.class().clone())),
+            128,
+            metrics.clone(),
+        ),
         exchanger: exchanger(&checkpoint, kernels.clone()),
         kernels,
         tokenizer: Arc::new(Tokenizer::open(CHECKPOINT.as_ref(), architecture).unwrap()),

@@ -20,7 +20,7 @@ use entente_expert_node::{ExpertNode, NodeHandle, serve};
 use entente_membership::roster::{Roster, RosterNode};
 use entente_membership::state::State;
 use entente_model::Checkpoint;
-use entente_model::kernels::{WeightFormat, select};
+use entente_model::kernels::{DeviceId, WeightFormat, select};
 use entente_proto::ids::NodeName;
 use entente_tls::Credentials;
 use tokio::runtime::Runtime;
@@ -110,6 +110,7 @@ pub fn config(roster: &Roster, transport: Transport, engine: EngineConfig) -> Co
         model: CHECKPOINT.into(),
         weights: WEIGHTS,
         threads: Some(1),
+        device: DeviceId::Cpu,
         transport,
         served_model_name: None,
         api: ApiConfig::default(),

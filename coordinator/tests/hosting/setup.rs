@@ -12,7 +12,7 @@ use entente_membership::client::Client;
 use entente_membership::roster::Roster;
 use entente_membership::service;
 use entente_membership::state::State;
-use entente_model::kernels::WeightFormat;
+use entente_model::kernels::{DeviceId, WeightFormat};
 use entente_tls::{Authority, Files};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -94,6 +94,7 @@ impl Lonely {
             model: checkpoint(model),
             weights: WeightFormat::Bf16,
             threads: Some(1),
+            device: DeviceId::Cpu,
             transport: Transport::Stream,
             served_model_name: None,
             api: ApiConfig { open: true, ..ApiConfig::default() },
@@ -147,6 +148,7 @@ impl Lonely {
             advertise: None,
             drain_deadline_ms: None,
             scrub_interval_s: None,
+            device: DeviceId::Cpu,
             metrics_listen: None,
             tls: Some(self.issue("expert", name)),
             device: Default::default(),

@@ -203,7 +203,7 @@ pub fn run(args: &EngineArgs, logging: &LogArgs) -> anyhow::Result<Found> {
 
 fn measure(args: &EngineArgs, nodes: &Nodes, runtime: &Runtime) -> anyhow::Result<Found> {
     let mut config = nodes.coordinator.clone();
-    config.engine.kv_cache_mib = KV_CACHE_MIB;
+    config.engine.kv_cache_mib = Some(KV_CACHE_MIB);
     if let Some(rows_min) = args.micro_batch_rows_min {
         config.engine.micro_batch_rows_min = rows_min.into();
     }

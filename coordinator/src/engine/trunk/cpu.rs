@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use entente_model::kernels::{AttentionShape, DeviceError, FfnGroup, Kernels, KvDtype, KvLayer};
 use entente_model::{Architecture, CoordinatorWeights, FfnWeights, Rope};
+use entente_proto::ids::KernelClass;
 
 use super::super::scheduler::Chunk;
 use super::Trunk;
@@ -86,6 +87,10 @@ fn values(rows: &Range<usize>, hidden: usize) -> Range<usize> {
 }
 
 impl Trunk for CpuTrunk {
+    fn class(&self) -> &KernelClass {
+        self.kernels.class()
+    }
+
     fn begin(&mut self, chunks: &[Chunk], _batches: &[Range<usize>]) -> Result<(), DeviceError> {
         self.positions = Positions::of(chunks);
         let Buffers { x, cos, sin, .. } = &mut self.buffers;

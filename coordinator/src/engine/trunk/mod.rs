@@ -13,13 +13,16 @@
 //! that the device cannot compute any more, and with it this process.
 
 mod cpu;
+mod cuda;
 mod positions;
 
 use std::ops::Range;
 
 use entente_model::kernels::DeviceError;
+use entente_proto::ids::KernelClass;
 
 pub use self::cpu::{CacheShape, CpuTrunk};
+pub use self::cuda::{CudaTrunk, StepBounds};
 use super::scheduler::Chunk;
 
 /// Computes a step on one device. A step is [`Trunk::begin`], then for each layer and micro-batch
@@ -30,6 +33,9 @@ use super::scheduler::Chunk;
 /// chunk come first.
 /// Every method fails only with its device, for good.
 pub trait Trunk: Send {
+    /// Which bits it gives.
+    fn class(&self) -> &KernelClass;
+
     /// Takes the rows of a step, whatever became of the step before, and embeds their tokens. They
     /// will come in these micro-batches, which are all the rows in their order.
     fn begin(&mut self, chunks: &[Chunk], batches: &[Range<usize>]) -> Result<(), DeviceError>;

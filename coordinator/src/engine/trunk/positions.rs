@@ -13,7 +13,7 @@ use super::super::scheduler::Chunk;
 #[derive(Debug, Default)]
 pub(super) struct Positions {
     /// Blocks of the first chunk's sequence, then those of the next.
-    tables: Vec<u32>,
+    pub tables: Vec<u32>,
     /// For each row which of the tables' entries are its sequence's.
     table_of_row: Vec<Range<usize>>,
     /// The position that each row has in its sequence.
@@ -42,6 +42,11 @@ impl Positions {
     /// Rows of the step.
     pub fn len(&self) -> usize {
         self.positions.len()
+    }
+
+    /// Where a row's blocks begin in the tables, and its position.
+    pub fn place(&self, row: usize) -> (usize, usize) {
+        (self.table_of_row[row].start, self.positions[row])
     }
 
     /// Some of the rows with their sequences' blocks.
