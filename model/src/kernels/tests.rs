@@ -2,6 +2,7 @@
 //! a row may not depend on its company, the number of threads, or how the work was cut.
 
 mod attention;
+mod cuda;
 
 use half::bf16;
 
