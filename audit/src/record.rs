@@ -200,6 +200,9 @@ pub struct Node {
     pub certificate: Option<Digest>,
     /// Assignments of a row to an expert that were sent to it, those sent again included.
     pub rows: u64,
+    /// Which bits its kernels give, where they are others than the coordinator's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_class: Option<String>,
 }
 
 /// A request that was not taken.
@@ -330,6 +333,8 @@ fn check_integers(value: &serde_json::Value) -> Result<(), String> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use entente_proto::ids::KERNEL_CLASS_LEN_MAX;
+
     use super::*;
 
     /// A request of one node in `region`, for tests.
@@ -354,6 +359,7 @@ pub(crate) mod tests {
                 incarnation: 3,
                 certificate: None,
                 rows: 64,
+                kernel_class: None,
             }],
             nodes_omitted: 0,
             membership_epochs: [4, 4],
@@ -411,6 +417,7 @@ pub(crate) mod tests {
             incarnation: INTEGER_MAX,
             certificate: Some(Digest([1; 32])),
             rows: INTEGER_MAX,
+            kernel_class: Some("x".repeat(KERNEL_CLASS_LEN_MAX)),
         };
         many.nodes = vec![node; NODES_MAX];
         assert!(Record::Request(Box::new(many)).encode().is_ok(), "{NODES_MAX} nodes fit");

@@ -46,6 +46,8 @@ pub struct Metrics {
     pub hedged_rows: IntCounter,
     /// (row, expert) pairs sent again because the first attempt came to nothing.
     pub retried_rows: IntCounter,
+    /// Rows that another kernel class computed than the one that their expert's rows belong to.
+    pub crossed_rows: IntCounter,
     /// What the cluster has agreed on, as this process knows it.
     pub cluster: ClusterMetrics,
     /// Whether a step waits for experts that are missing.
@@ -196,6 +198,7 @@ impl Metrics {
             link_breaks: counter("exchange_link_breaks_total", "Links broken during an exchange."),
             hedged_rows: counter("hedged_rows_total", "Rows asked of a second, faster replica."),
             retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),
+            crossed_rows: counter("crossed_rows_total", "Rows sent to another kernel class."),
             cluster: ClusterMetrics::new(&registry, &gauge, &counter),
             step_waiting: gauge("step_waiting", "1 while a step waits for missing experts."),
             steps_held: counter(

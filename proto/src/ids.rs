@@ -217,9 +217,25 @@ impl fmt::Debug for ModelDigest {
 }
 
 /// Instruction set, weight format and kernel version, such as `bf16/avx512bf16/1`. Replicas of one
-/// class give bit-equal rows; replicas of different classes never stand in for each other.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+/// class give bit-equal rows; those of another stand in for them only where none is left, and count.
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct KernelClass(pub String);
+
+/// Longest name of a kernel class in bytes.
+pub const KERNEL_CLASS_LEN_MAX: usize = 64;
+
+impl KernelClass {
+    /// How weights are kept, which also says how rows travel: what comes before the first slash.
+    /// Processes whose kernels differ in it do not speak of the same weights.
+    pub fn format(&self) -> &str {
+        self.0.split('/').next().unwrap_or_default()
+    }
+
+    /// Whether its kernels run on a device and not on the processor.
+    pub fn is_of_device(&self) -> bool {
+        self.0.split('/').nth(1).is_some_and(|on| on.starts_with("cuda-"))
+    }
+}
 
 impl fmt::Display for KernelClass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -30,6 +30,11 @@ const LAYER: LayerId = LayerId(0);
 /// Decoding alone, decoding together, prefill.
 const ROWS: [usize; 3] = [1, 32, 512];
 
+/// The kernels of everybody here.
+fn class() -> KernelClass {
+    KernelClass("f32/test/1".to_owned())
+}
+
 fn view() -> ClusterView {
     let home: Region = "fr".parse().expect("a region");
     let nodes: Vec<PlacementNode> = (0..NODES)
@@ -39,14 +44,15 @@ fn view() -> ClusterView {
     let placement = placement::plan(&nodes, &shape, 1).expect("room for all");
     let live = |node: &PlacementNode| {
         let name = format!("fr-expert-{}", node.id).parse().expect("a name");
-        let member = Member { name, region: home, serves: true, incarnation: None };
-        (node.id, NodeView { member, linked: Some(Incarnation(1)) })
+        let member =
+            Member { name, region: home, serves: true, incarnation: None, kernel_class: class() };
+        (node.id, NodeView { member, linked: Some(Incarnation(1)), kernel_class: class(), rank: 0 })
     };
     ClusterView {
         home,
         model: Model {
             digest: ModelDigest([1; 32]),
-            kernel_class: KernelClass("bf16/test/1".to_owned()),
+            kernel_class: class(),
             layers: [(LAYER, GATE.experts as u16)].into(),
         },
         membership_epoch: MembershipEpoch(1),

@@ -15,8 +15,9 @@
 //! ```
 //!
 //! How a replica is chosen: permitted by the row's policy, live, and not out of favour; of those
-//! one that is not suspected of being slow, with the fewest slots of this exchange, then the lowest
-//! id. A node falls out of favour in two ways:
+//! one that is not suspected of being slow, of the kernel class that comes first, with the fewest
+//! slots of this exchange, then the lowest id. For a replica of an earlier class that only rests,
+//! slots wait. A node falls out of favour in two ways:
 //! - it *rests* for a while after something that may pass (busy, not sent, link broken);
 //! - it is *excluded under its fence* after something that will not (draining, stale fence, expert
 //!   not held, nonsense). A restarted node has another fence, and so has every node once the view

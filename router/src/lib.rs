@@ -17,8 +17,9 @@
 //!
 //! Invariants:
 //! - **The result does not depend on who computed it.** Placement, choice of replica, order of
-//!   answers, failures and retries change no bit: each (row, expert) is added once, in ascending
-//!   order of experts, from the first valid answer.
+//!   answers, failures and retries change no bit as long as a replica of the first kernel class is
+//!   left: each (row, expert) is added once, in ascending order of experts, from the first valid
+//!   answer. Rows that another class had to compute are counted.
 //! - **A row is offered only to nodes that may see it**: in the home region, in a region that the
 //!   row's policy allows, also while failing over.
 //! - **An answer counts only if it was asked for**: by this exchange, of that node, under that

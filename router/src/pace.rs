@@ -11,8 +11,9 @@
 //! - A suspect node is left alone until it has answered what it owes, then for a pause that doubles
 //!   each time; a timely answer clears it. Suspicion is local; only a commit changes membership.
 //!
-//! The p95 is that of the fastest node, by size of frame, so that a node that is always slow counts
-//! as slow instead of setting the measure. Everything is of a fixed size, and times come in as data:
+//! The p95 is that of the fastest node of the same kernel class, by size of frame, so that a node that
+//! is always slow counts as slow instead of setting the measure, and one with a processor is not held
+//! against one with a GPU. Everything is of a fixed size, and times come in as data:
 //! the same events give the same decisions.
 //!
 //! What it does not know: experts, policies, which replicas there are.
@@ -83,6 +84,8 @@ struct Record {
     paused_until_us: u64,
     /// Overdue frames that it has not answered.
     owed: usize,
+    /// Of its kernel class: nodes are measured by the fastest of their own.
+    rank: u16,
 }
 
 /// A frame on its way.
@@ -114,6 +117,8 @@ pub struct Work {
     pub hedged: u64,
     /// Sent again because the first attempt came to nothing.
     pub retried: u64,
+    /// Given to a replica of another kernel class than the one that the expert's rows belong to.
+    pub crossed: u64,
 }
 
 /// Work that had to be done more than once for one owner of rows, in (row, expert) pairs.
@@ -189,12 +194,13 @@ impl Pace {
     pub(crate) fn on_sent(
         &mut self,
         id: ExchangeId,
-        node: NodeId,
+        (node, rank): (NodeId, u16),
         rows: usize,
         now_us: u64,
     ) -> Patience {
         let class = class_of(rows);
-        let patience = match self.p95_us(class) {
+        self.nodes.entry(node).or_default().rank = rank;
+        let patience = match self.p95_us(rank, class) {
             Some(p95_us) => {
                 let overdue_us = p95_us.saturating_mul(OVERDUE_FACTOR).max(OVERDUE_MIN_US);
                 Patience {
@@ -276,6 +282,12 @@ impl Pace {
         self.repeats.entry(owner).or_default().hedged += 1;
     }
 
+    /// Takes note of a row that is given to a replica, which may be of another kernel class than it
+    /// should be.
+    pub(crate) fn count_crossed(&mut self, is_crossed: bool) {
+        self.work.crossed += u64::from(is_crossed);
+    }
+
     /// Pays for hedged rows. Unless they are overdue, false when too little is saved.
     pub(crate) fn pay(&mut self, rows: usize, overdue: bool) -> bool {
         let cost = (rows as i64).saturating_mul(ROWS_PER_HEDGED_ROW as i64);
@@ -287,12 +299,13 @@ impl Pace {
         true
     }
 
-    /// The p95 of the node that answers frames of the class fastest. While nothing is known of the
-    /// class, it is told from a neighbour: time grows no faster than the number of rows.
-    fn p95_us(&self, class: usize) -> Option<u64> {
-        let fastest = |class: usize| {
-            self.nodes.values().filter_map(|record| record.windows[class].p95_us).min()
-        };
+    /// The p95 of the node of a kernel class that answers frames of the size class fastest. While
+    /// nothing is known of the size, it is told from a neighbour: time grows no faster than the number
+    /// of rows.
+    fn p95_us(&self, rank: u16, class: usize) -> Option<u64> {
+        let alike = || self.nodes.values().filter(|record| record.rank == rank);
+        let fastest =
+            |class: usize| alike().filter_map(|record| record.windows[class].p95_us).min();
         let from_smaller = |smaller: usize| Some(fastest(smaller)? << (class - smaller));
         fastest(class)
             .or_else(|| (0..class).rev().find_map(from_smaller))
@@ -315,7 +328,7 @@ mod tests {
     /// Lets a node answer `count` frames of `rows` rows after `time_us` each.
     fn answers(pace: &mut Pace, node: NodeId, rows: usize, time_us: u64, count: u64) {
         for id in 0..count {
-            pace.on_sent(ExchangeId(id), node, rows, 0);
+            pace.on_sent(ExchangeId(id), (node, 0), rows, 0);
             pace.on_answer(node, &answer(id), time_us);
         }
     }
@@ -326,7 +339,7 @@ mod tests {
         answers(&mut pace, SLOW, 8, 20_000, 64);
         answers(&mut pace, FAST, 8, 9_000, 4);
         answers(&mut pace, FAST, 8, 4_000, 60);
-        let patience = pace.on_sent(ExchangeId(100), SLOW, 8, 1_000);
+        let patience = pace.on_sent(ExchangeId(100), (SLOW, 0), 8, 1_000);
         assert_eq!(patience.hedge_at_us - 1_000, 9_000, "4 of 64 are more than 5 %");
         assert_eq!(patience.overdue_at_us - 1_000, 36_000);
     }
@@ -334,7 +347,8 @@ mod tests {
     #[test]
     fn an_unknown_size_is_told_from_its_neighbours() {
         let mut pace = Pace::new();
-        let wait = |pace: &mut Pace, rows| pace.on_sent(ExchangeId(99), FAST, rows, 0).hedge_at_us;
+        let wait =
+            |pace: &mut Pace, rows| pace.on_sent(ExchangeId(99), (FAST, 0), rows, 0).hedge_at_us;
         assert_eq!(wait(&mut pace, 8), OVERDUE_UNMEASURED_US);
         answers(&mut pace, FAST, 8, 3_000, 8);
         assert_eq!(wait(&mut pace, 32), 12_000, "four times the rows, four times the time");
@@ -347,7 +361,7 @@ mod tests {
         answers(&mut pace, SLOW, 8, 3_000, 8);
         let mut now_us = 0;
         for (round, pause_us) in [(100, PAUSE_MIN_US), (101, 2 * PAUSE_MIN_US)] {
-            let at = pace.on_sent(ExchangeId(round), SLOW, 8, now_us).overdue_at_us;
+            let at = pace.on_sent(ExchangeId(round), (SLOW, 0), 8, now_us).overdue_at_us;
             pace.blame_overdue(at - 1);
             assert!(!pace.is_suspect(SLOW, at - 1));
             pace.blame_overdue(at);
@@ -357,7 +371,7 @@ mod tests {
             assert!(!pace.is_suspect(SLOW, at + pause_us));
             now_us = at + pause_us;
         }
-        pace.on_sent(ExchangeId(102), SLOW, 8, now_us);
+        pace.on_sent(ExchangeId(102), (SLOW, 0), 8, now_us);
         pace.on_answer(SLOW, &answer(102), now_us + 1);
         assert_eq!(pace.nodes[&SLOW].strikes, 0, "a timely answer clears it");
     }
@@ -375,14 +389,14 @@ mod tests {
         assert!(!pace.pay(1, false), "100 are owed");
         pace.earn(1);
         assert!(pace.pay(1, false));
-        assert_eq!(pace.take_work(), Work { sent: 320, hedged: 16, retried: 0 });
+        assert_eq!(pace.take_work(), Work { sent: 320, hedged: 16, retried: 0, crossed: 0 });
     }
 
     #[test]
     fn what_is_remembered_is_bounded() {
         let mut pace = Pace::new();
         for id in 0..3 * OUTSTANDING_MAX as u64 {
-            pace.on_sent(ExchangeId(id), FAST, 1, 0);
+            pace.on_sent(ExchangeId(id), (FAST, 0), 1, 0);
             pace.blame_overdue(2 * OVERDUE_UNMEASURED_US);
         }
         assert_eq!(pace.outstanding.len(), OUTSTANDING_MAX);

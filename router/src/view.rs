@@ -8,17 +8,19 @@
 //! > the link is up ∧ the committed state takes traffic ∧ both speak of the same incarnation
 //!
 //! A node is taken up only after it has said the same about itself as the view does, so that no row
-//! leaves for a node of another model, kernel class or region. Its epochs need not be the view's:
+//! leaves for a node of another model, weight format or region. Kernel classes may differ: processors
+//! and devices serve side by side. As they give other bits, the view puts them in one order, in which
+//! every exchange prefers them (`docs/decisions/0019`). Its epochs need not be the view's:
 //! commits reach processes at different moments, and the node itself refuses a frame that is too old.
 //!
 //! The view permits only nodes of the **home** region: a border is never crossed by default.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use entente_proto::ids::{
-    ExpertId, Fence, Incarnation, KernelClass, LayerId, MembershipEpoch, ModelDigest, NodeId,
-    NodeName, PlacementEpoch, Region, RegionSet,
+    ExpertId, Fence, Incarnation, KERNEL_CLASS_LEN_MAX, KernelClass, LayerId, MembershipEpoch,
+    ModelDigest, NodeId, NodeName, PlacementEpoch, Region, RegionSet,
 };
 use entente_proto::link::NodeInfo;
 use entente_proto::placement::{ExpertKey, Placement};
@@ -47,6 +49,8 @@ pub struct Member {
     pub serves: bool,
     /// Which start of the node takes it. Absent where the cluster mints none: then any does.
     pub incarnation: Option<Incarnation>,
+    /// The kernels that it registered with; empty where it has not told.
+    pub kernel_class: KernelClass,
 }
 
 /// An expert node as the view knows it.
@@ -56,6 +60,11 @@ pub struct NodeView {
     pub member: Member,
     /// The start of the node that the link leads to; absent while the link is down.
     pub linked: Option<Incarnation>,
+    /// The kernels that compute its rows, as was committed or as it said last; empty while neither.
+    pub kernel_class: KernelClass,
+    /// Where its kernel class stands in the order in which classes are preferred, 0 first; nodes of
+    /// one class have one rank. Follows from the classes that there are.
+    pub rank: u16,
 }
 
 impl NodeView {
@@ -71,7 +80,7 @@ impl NodeView {
 pub struct Model {
     /// The model that all must hold.
     pub digest: ModelDigest,
-    /// The kernels that all must compute with: replicas of another class give other bits.
+    /// The kernels that the coordinator computes with. Nodes keep weights in the same format.
     pub kernel_class: KernelClass,
     /// The layers that have experts, with their number.
     pub layers: BTreeMap<LayerId, u16>,
@@ -150,11 +159,16 @@ impl ClusterView {
             return false;
         }
         let mut before = std::mem::take(&mut self.nodes);
-        let known = |(id, member)| {
-            let linked = before.remove(&id).and_then(|node: NodeView| node.linked);
-            (id, NodeView { member, linked })
+        let known = |(id, member): (NodeId, Member)| {
+            let before = before.remove(&id);
+            let (linked, said) =
+                before.map_or_else(Default::default, |n| (n.linked, n.kernel_class));
+            let told = member.kernel_class.clone();
+            let kernel_class = if told == KernelClass::default() { said } else { told };
+            (id, NodeView { member, linked, kernel_class, rank: 0 })
         };
         self.nodes = members.into_iter().map(known).collect();
+        self.rank_classes();
         (self.membership_epoch, self.placement_epoch) = theirs;
         self.placement = placement;
         true
@@ -174,7 +188,12 @@ impl ClusterView {
         same("name", info.name.to_string(), member.name.to_string())?;
         same("region", info.region.to_string(), member.region.to_string())?;
         same("model digest", fence.model_digest.to_string(), self.model.digest.to_string())?;
-        same("kernel class", info.kernel_class.to_string(), self.model.kernel_class.to_string())?;
+        let formats = [&info.kernel_class, &self.model.kernel_class].map(KernelClass::format);
+        same("weight format", formats[0].to_owned(), formats[1].to_owned())?;
+        if info.kernel_class.0.len() > KERNEL_CLASS_LEN_MAX {
+            let have = format!("{} bytes", info.kernel_class.0.len());
+            return same("kernel class", have, format!("at most {KERNEL_CLASS_LEN_MAX}"));
+        }
         // Where starts are minted, whoever minted this one has seen to what the node holds, and
         // what is placed on it may have changed since. Elsewhere nobody else looks.
         let lacking = self.placement.experts_of(id).difference(&info.experts).count();
@@ -184,8 +203,46 @@ impl ClusterView {
         }
         if let Some(node) = self.nodes.get_mut(&id) {
             node.linked = Some(info.fence.incarnation);
+            if node.kernel_class != info.kernel_class {
+                node.kernel_class = info.kernel_class.clone();
+                self.rank_classes();
+            }
         }
         Ok(())
+    }
+
+    /// Puts the classes of the home region in order: devices first, as they are there to be used;
+    /// then the coordinator's own, and the others by name. All coordinators with one kernel class
+    /// come to the same order, and nothing that nodes do or links see changes it.
+    fn rank_classes(&mut self) {
+        let (home, own) = (self.home, self.model.kernel_class.clone());
+        let preference =
+            |class: &KernelClass| (!class.is_of_device(), *class != own, class.clone());
+        let told = |node: &&NodeView| {
+            node.member.region == home && node.kernel_class != KernelClass::default()
+        };
+        let classes: BTreeSet<_> =
+            self.nodes.values().filter(told).map(|node| preference(&node.kernel_class)).collect();
+        for node in self.nodes.values_mut() {
+            let class = preference(&node.kernel_class);
+            let before = classes.iter().position(|other| *other == class);
+            node.rank = before.and_then(|rank| u16::try_from(rank).ok()).unwrap_or(u16::MAX);
+        }
+    }
+
+    /// Where the node's kernel class stands, see [`NodeView::rank`].
+    pub fn rank(&self, id: NodeId) -> u16 {
+        self.nodes.get(&id).map_or(u16::MAX, |node| node.rank)
+    }
+
+    /// The rank of the first class that an expert is placed with on nodes that may see rows of this
+    /// policy, live or not: whose replicas compute it as long as there is one.
+    pub fn first_rank(&self, expert: ExpertKey, policy: &RegionSet) -> u16 {
+        let permitted = |node: &&NodeView| {
+            node.member.region == self.home && policy.contains(&node.member.region)
+        };
+        let placed = self.placement.replicas(expert).filter_map(|id| self.nodes.get(&id));
+        placed.filter(permitted).map(|node| node.rank).min().unwrap_or(u16::MAX)
     }
 
     /// Takes note that no link leads to the node.

@@ -263,7 +263,7 @@ fn sent_to(number: u64, nodes: &[(&str, u64)]) -> Record {
     let node = |(text, rows): &(&str, u64)| {
         let (node, region) = identity_in(text).unwrap();
         let certificate = Some(Digest::of(text.as_bytes()));
-        Node { node, region, incarnation: 1, certificate, rows: *rows }
+        Node { node, region, incarnation: 1, certificate, rows: *rows, kernel_class: None }
     };
     let nodes = nodes.iter().map(node).collect();
     Record::Request(Box::new(Request { nodes, ..request(number, "fr") }))
@@ -318,6 +318,7 @@ fn records_that_contradict_the_policy_or_the_certificates_are_named() {
             incarnation: 1,
             certificate: Some(Digest::of(a.as_bytes())),
             rows: 1,
+            kernel_class: None,
         }],
         ..request(1, "fr")
     }));

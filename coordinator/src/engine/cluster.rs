@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use entente_membership::state::{Node, NodeState, Role, State};
 use entente_proto::frame::Dispatch;
-use entente_proto::ids::{Incarnation, NodeId, Region};
+use entente_proto::ids::{Incarnation, KernelClass, NodeId, Region};
 use entente_proto::link::{LinkEvent, NodeInfo, NotSent};
 use entente_router::view::{ClusterView, Committed, Member, Model};
 use prometheus::IntCounter;
@@ -94,7 +94,9 @@ fn serves(node: &Node) -> bool {
 pub fn committed(state: &State) -> Committed {
     let member = |node: &Node| {
         let (name, region) = (node.spec.name.clone(), node.spec.region);
-        (node.id, Member { name, region, serves: serves(node), incarnation: node.incarnation })
+        let (serves, incarnation) = (serves(node), node.incarnation);
+        let kernel_class = KernelClass(node.spec.kernel_class.clone());
+        (node.id, Member { name, region, serves, incarnation, kernel_class })
     };
     let is_member =
         |node: &&Node| node.spec.role == Role::ExpertNode && node.state != NodeState::Removed;
@@ -211,11 +213,12 @@ impl Cluster {
             region: info.region,
             incarnation: info.fence.incarnation,
             certificate_sha256,
+            kernel_class: info.kernel_class.clone(),
         });
         let rows = self.metrics.expert_rows.with_label_values(&[info.region.as_str()]);
         self.peers.insert(node, Peer { touched, rows });
         let live = self.view.fence(node).is_some();
-        tracing::info!(node = %info.name, live, "expert node is up");
+        tracing::info!(node = %info.name, kernel_class = %info.kernel_class, live, "expert node is up");
         self.changes += u64::from(live);
         self.publish();
         live

@@ -301,6 +301,7 @@ impl Exchanger {
         let work = self.exchanges.take_work();
         self.metrics.hedged_rows.inc_by(work.hedged);
         self.metrics.retried_rows.inc_by(work.retried);
+        self.metrics.crossed_rows.inc_by(work.crossed);
         self.tally.repeated(self.exchanges.take_repeats());
     }
 }

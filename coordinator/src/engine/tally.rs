@@ -14,7 +14,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use entente_proto::ids::{Incarnation, MembershipEpoch, NodeName, PlacementEpoch, Region};
+use entente_proto::ids::{
+    Incarnation, KernelClass, MembershipEpoch, NodeName, PlacementEpoch, Region,
+};
 use entente_router::pace::Repeats;
 
 use super::origin::Origin;
@@ -31,6 +33,8 @@ pub struct Touched {
     pub incarnation: Incarnation,
     /// SHA-256 of its certificate in DER; zeros where none is shown.
     pub certificate_sha256: [u8; 32],
+    /// The kernels that compute its rows.
+    pub kernel_class: KernelClass,
 }
 
 /// What was committed when a step began.
@@ -155,6 +159,7 @@ mod tests {
             region: "fr".parse().unwrap(),
             incarnation: Incarnation(7),
             certificate_sha256: [certificate; 32],
+            kernel_class: KernelClass::default(),
         })
     }
 

@@ -108,7 +108,7 @@ impl Complete {
         let Self { opened, closed } = self;
         let Opened { origin, policy, begun_ms, generations, facts, .. } = opened;
         let sum = |of: fn(&Closed) -> u64| closed.iter().map(of).sum::<u64>();
-        let (nodes, nodes_omitted) = nodes(&closed);
+        let (nodes, nodes_omitted) = nodes(&closed, &facts.kernel_class);
         let epochs = |of: fn(&Closed) -> [u64; 2]| span(closed.iter().map(of));
         record::Request {
             id: origin.id,
@@ -139,8 +139,9 @@ impl Complete {
     }
 }
 
-/// The nodes that any of the generations touched, in the order of their names.
-fn nodes(closed: &[Closed]) -> (Vec<record::Node>, u64) {
+/// The nodes that any of the generations touched, in the order of their names; with their kernel
+/// class where it is not `own`.
+fn nodes(closed: &[Closed], own: &str) -> (Vec<record::Node>, u64) {
     let mut rows: BTreeMap<&Touched, u64> = BTreeMap::new();
     for (touched, count) in closed.iter().flat_map(|closed| &closed.tally.touched) {
         *rows.entry(touched).or_default() += count;
@@ -154,6 +155,7 @@ fn nodes(closed: &[Closed]) -> (Vec<record::Node>, u64) {
             incarnation: touched.incarnation.0,
             certificate: (shown != [0; 32]).then_some(Digest(shown)),
             rows,
+            kernel_class: Some(touched.kernel_class.0.clone()).filter(|class| class != own),
         }
     };
     (rows.into_iter().take(NODES_MAX).map(node).collect(), omitted)

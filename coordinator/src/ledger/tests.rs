@@ -11,7 +11,7 @@ use entente_audit::proof::Proof;
 use entente_audit::record::{Coordinator, Digest, Record};
 use entente_audit::verify;
 use entente_audit::witness::{Answer, Witness};
-use entente_proto::ids::Incarnation;
+use entente_proto::ids::{Incarnation, KernelClass};
 use entente_proto::statement::STATEMENT_CONTEXT;
 use entente_proto::wire;
 use entente_tls::Authority;
@@ -219,6 +219,7 @@ async fn a_statement_is_written_after_the_records_of_its_requests_with_its_certi
         region: "fr".parse().unwrap(),
         incarnation: Incarnation(1),
         certificate_sha256: [5; 32],
+        kernel_class: KernelClass::default(),
     };
     let mut end = closed(&request);
     end.tally.touched.insert(touched, 3);

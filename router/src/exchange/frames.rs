@@ -15,31 +15,44 @@ use crate::view::ClusterView;
 pub(super) type Groups = BTreeMap<(NodeId, u16), Vec<u32>>;
 
 /// The replicas that may compute a row of a policy through an expert, looked up once.
-type Replicas = BTreeMap<(u16, ExpertId), Vec<NodeId>>;
+type Known = BTreeMap<(u16, ExpertId), Replicas>;
+
+struct Replicas {
+    /// Those that may be asked now, with the ranks of their kernel classes.
+    usable: Vec<(u16, NodeId)>,
+    /// The rank of the class that the expert's rows belong to.
+    first: u16,
+    /// The first rank of a replica that will be usable in a moment.
+    returning: Option<u16>,
+}
 
 impl Exchange {
-    /// Gives each missing slot to a replica that is not suspect, of those to the one with the fewest
-    /// slots, of equals to the lowest node. Slots that nobody may compute now stay missing; they are
-    /// the second value.
+    /// Gives each missing slot to a replica that is not suspect, of those to one of the first kernel
+    /// class, of those to the one with the fewest slots, of equals to the lowest node. Slots that
+    /// nobody may compute now stay missing, and so do those for which a replica of an earlier class
+    /// is back in a moment; they are the second value.
     pub(super) fn assign(
         &mut self,
         view: &ClusterView,
-        pace: &Pace,
+        pace: &mut Pace,
         now_us: u64,
     ) -> (Groups, Vec<u32>) {
-        let mut known = Replicas::new();
+        let mut known = Known::new();
         let (mut groups, mut left) = (Groups::new(), Vec::new());
         for i in 0..self.slots.len() {
             if self.slots[i] != Slot::Missing {
                 continue;
             }
             let policy = self.job.policy_of(i);
-            let replicas = self.usable(view, &mut known, i, now_us);
-            let key = |node: &NodeId| {
-                (pace.is_suspect(*node, now_us), self.standing.assigned(*node), *node)
+            let Replicas { usable, first, returning } =
+                self.replicas(view, pace, &mut known, i, now_us);
+            let key = |(rank, node): &(u16, NodeId)| {
+                (pace.is_suspect(*node, now_us), *rank, self.standing.assigned(*node), *node)
             };
-            match replicas.iter().copied().min_by_key(key) {
-                Some(node) => {
+            let in_time = |(rank, _): &(u16, NodeId)| returning.is_none_or(|r| *rank <= r);
+            match usable.iter().copied().min_by_key(key).filter(in_time) {
+                Some((rank, node)) => {
+                    pace.count_crossed(rank > *first);
                     self.standing.assign(node);
                     groups.entry((node, policy)).or_default().push(i as u32);
                 }
@@ -61,7 +74,9 @@ impl Exchange {
     }
 
     /// Gives slots that are late in every frame that carries them to one more replica: one that
-    /// does not have them yet and is not suspect itself. Nothing, when the budget is short of it.
+    /// does not have them yet and is not suspect itself. While they are not overdue it is one of the
+    /// same kernel class: to be early is not worth another result. Nothing, when the budget is short
+    /// of it.
     pub(super) fn hedge(&mut self, view: &ClusterView, pace: &mut Pace, now_us: u64) -> Groups {
         let late = |sent: &&InFlight| now_us >= sent.patience.hedge_at_us;
         let mut asked: BTreeMap<u32, (BTreeSet<NodeId>, bool)> = BTreeMap::new();
@@ -73,7 +88,7 @@ impl Exchange {
                 *all_overdue &= overdue;
             }
         }
-        let mut known = Replicas::new();
+        let mut known = Known::new();
         let mut groups = [Groups::new(), Groups::new()];
         for (slot, (nodes, overdue)) in asked {
             let i = slot as usize;
@@ -81,10 +96,14 @@ impl Exchange {
                 continue;
             }
             let policy = self.job.policy_of(i);
-            let replicas = self.usable(view, &mut known, i, now_us);
-            let other = |node: &&NodeId| !nodes.contains(node) && !pace.is_suspect(**node, now_us);
-            let key = |node: &&NodeId| (self.standing.assigned(**node), **node);
-            if let Some(node) = replicas.iter().filter(other).min_by_key(key).copied() {
+            let Replicas { usable, first, .. } = self.replicas(view, pace, &mut known, i, now_us);
+            let fits = |rank| overdue || nodes.iter().any(|asked| view.rank(*asked) == rank);
+            let other = |(rank, node): &&(u16, NodeId)| {
+                fits(*rank) && !nodes.contains(node) && !pace.is_suspect(*node, now_us)
+            };
+            let key = |(rank, node): &&(u16, NodeId)| (*rank, self.standing.assigned(*node), *node);
+            if let Some((rank, node)) = usable.iter().filter(other).min_by_key(key).copied() {
+                pace.count_crossed(rank > *first);
                 self.standing.assign(node);
                 groups[usize::from(overdue)].entry((node, policy)).or_default().push(slot);
             }
@@ -105,22 +124,33 @@ impl Exchange {
         paid
     }
 
-    /// The replicas that may compute a slot now.
-    fn usable<'a>(
+    /// The replicas that may compute a slot.
+    fn replicas<'a>(
         &self,
         view: &ClusterView,
-        known: &'a mut Replicas,
+        pace: &Pace,
+        known: &'a mut Known,
         slot: usize,
         now_us: u64,
-    ) -> &'a [NodeId] {
+    ) -> &'a Replicas {
         let policy = self.job.policy_of(slot);
         let expert = self.job.choices[slot].expert;
-        let in_favour = |node: &NodeId| {
-            view.fence(*node).is_some_and(|fence| self.standing.in_favour(*node, &fence, now_us))
-        };
         known.entry((policy, expert)).or_insert_with(|| {
-            let regions = self.job.regions(policy);
-            view.replicas((self.job.layer, expert), regions).filter(in_favour).collect()
+            let (regions, key) = (self.job.regions(policy), (self.job.layer, expert));
+            let (mut usable, mut returning) = (Vec::new(), None::<u16>);
+            for node in view.replicas(key, regions) {
+                let Some(fence) = view.fence(node) else { continue };
+                let rank = view.rank(node);
+                if self.standing.in_favour(node, &fence, now_us) {
+                    usable.push((rank, node));
+                } else if !self.standing.is_excluded(node, &fence)
+                    && self.standing.returns_soon(node, now_us)
+                    && !pace.is_suspect(node, now_us)
+                {
+                    returning = Some(returning.map_or(rank, |earlier| earlier.min(rank)));
+                }
+            }
+            Replicas { usable, first: view.first_rank(key, regions), returning }
         })
     }
 
@@ -145,7 +175,8 @@ impl Exchange {
                         _ => Slot::InFlight(1),
                     };
                 }
-                let patience = pace.on_sent(frame.exchange, node, slots.len(), now_us);
+                let patience =
+                    pace.on_sent(frame.exchange, (node, view.rank(node)), slots.len(), now_us);
                 let answer_len = frame.answer_len();
                 let sent = InFlight { node, fence, answer_len, patience, slots };
                 self.in_flight.insert(frame.exchange, sent);

@@ -32,6 +32,14 @@ impl Standing {
         !rests && !self.is_excluded(node, fence)
     }
 
+    /// Whether the node rests for a moment, and may be waited for: not one that has come to rest for
+    /// as long as nodes do, time and again.
+    pub(super) fn returns_soon(&self, node: NodeId, now_us: u64) -> bool {
+        self.nodes.get(&node).is_some_and(|record| {
+            now_us < record.rest_until_us && REST_MIN_US << record.failures.min(16) <= REST_MAX_US
+        })
+    }
+
     /// Whether the node is not asked again while it has this fence.
     pub(super) fn is_excluded(&self, node: NodeId, fence: &Fence) -> bool {
         let record = self.nodes.get(&node);

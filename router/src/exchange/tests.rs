@@ -1,5 +1,6 @@
 //! The exchange against simulated nodes that are slow, busy, broken, restarted and lying.
 
+mod classes;
 mod epochs;
 mod hedging;
 
@@ -24,6 +25,11 @@ pub(crate) fn region(code: &str) -> Region {
     code.parse().unwrap()
 }
 
+/// The kernels of everybody here.
+fn class() -> KernelClass {
+    KernelClass("f32/test/1".to_owned())
+}
+
 /// A view of live nodes `0..fr` in fr (home) and `100..100 + se` in se.
 pub(crate) fn view(fr: u32, se: u32, experts: u16, replicas: u16) -> ClusterView {
     let nodes: Vec<PlacementNode> = (0..fr)
@@ -39,14 +45,20 @@ pub(crate) fn view(fr: u32, se: u32, experts: u16, replicas: u16) -> ClusterView
     let placement = placement::plan(&nodes, &shape, replicas).unwrap();
     let live = |node: &PlacementNode| {
         let name = format!("{}-expert-{}", node.region, node.id).parse().unwrap();
-        let member = Member { name, region: node.region, serves: true, incarnation: None };
-        (node.id, NodeView { member, linked: Some(Incarnation(1)) })
+        let member = Member {
+            name,
+            region: node.region,
+            serves: true,
+            incarnation: None,
+            kernel_class: class(),
+        };
+        (node.id, NodeView { member, linked: Some(Incarnation(1)), kernel_class: class(), rank: 0 })
     };
     ClusterView {
         home: region("fr"),
         model: Model {
             digest: ModelDigest([1; 32]),
-            kernel_class: KernelClass("f32/test/1".to_owned()),
+            kernel_class: class(),
             layers: [(LAYER, experts)].into(),
         },
         membership_epoch: MembershipEpoch(1),
@@ -161,7 +173,7 @@ fn warm(pace: &mut Pace, view: &ClusterView, time_us: u64) {
     for node in view.nodes.keys() {
         for id in 0..64 {
             let exchange = ExchangeId(id);
-            pace.on_sent(exchange, *node, 8, 0);
+            pace.on_sent(exchange, (*node, 0), 8, 0);
             pace.on_answer(
                 *node,
                 &Answer { exchange, fence: None, result: Ok(Bytes::new()) },

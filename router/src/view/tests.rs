@@ -22,7 +22,9 @@ fn committed(incarnation: Option<u64>) -> Committed {
         placement.add(EXPERT, id);
         let name = format!("{code}-expert-1").parse().unwrap();
         let incarnation = incarnation.map(Incarnation);
-        members.insert(id, Member { name, region: region(code), serves: true, incarnation });
+        let kernel_class = KernelClass::default();
+        let region = region(code);
+        members.insert(id, Member { name, region, serves: true, incarnation, kernel_class });
     }
     Committed {
         membership_epoch: MembershipEpoch(1),
@@ -82,7 +84,7 @@ fn a_node_is_taken_up_only_if_it_is_what_the_view_expects() {
         ("name", |i| i.name = "se-expert-1".parse().unwrap()),
         ("region", |i| i.region = "se".parse().unwrap()),
         ("model digest", |i| i.fence.model_digest = ModelDigest([2; 32])),
-        ("kernel class", |i| i.kernel_class = KernelClass("bf16/test/1".to_owned())),
+        ("weight format", |i| i.kernel_class = KernelClass("bf16/test/1".to_owned())),
         ("lacks", |i| i.experts.clear()),
     ];
     for (what, spoil) in cases {
@@ -195,4 +197,45 @@ fn only_live_nodes_of_the_home_region_serve_and_only_where_the_policy_allows_it(
     assert_eq!((view.missing(&both()), view.missing(&abroad)), (None, Some(EXPERT)));
     view.node_down(HERE);
     assert_eq!(view.missing(&both()), Some(EXPERT));
+}
+
+#[test]
+fn kernel_classes_stand_in_one_order_whoever_is_up() {
+    let classes = ["bf16/avx2/3", "bf16/cuda-sm90/1", "bf16/avx512bf16/3", "bf16/cuda-sm90/1"];
+    let mut members = BTreeMap::new();
+    let mut placement = Placement::new();
+    for (id, class) in (0..).map(NodeId).zip(classes) {
+        let (name, region) = (format!("fr-expert-{id}").parse().unwrap(), region("fr"));
+        let kernel_class = KernelClass(class.to_owned());
+        members.insert(id, Member { name, region, serves: true, incarnation: None, kernel_class });
+        placement.add((LayerId(0), ExpertId(u16::from(id.0 == 1))), id);
+    }
+    let (membership_epoch, placement_epoch) = (MembershipEpoch(1), PlacementEpoch(1));
+    let placement = Arc::new(placement);
+    let committed = Committed { membership_epoch, placement_epoch, members, placement };
+    let model = Model {
+        digest: ModelDigest([1; 32]),
+        kernel_class: KernelClass("bf16/avx512bf16/3".to_owned()),
+        layers: [(LayerId(0), 2)].into(),
+    };
+    let mut view = ClusterView::new(region("fr"), model, committed.clone());
+    let ranks = |view: &ClusterView| (0..4).map(|id| view.rank(NodeId(id))).collect::<Vec<_>>();
+    // Devices, then the coordinator's own, then the others.
+    assert_eq!(ranks(&view), [2, 0, 1, 0]);
+    assert_eq!(view.first_rank((LayerId(0), ExpertId(0)), &both()), 0);
+    assert_eq!(view.first_rank((LayerId(0), ExpertId(0)), &[region("se")].into()), u16::MAX);
+
+    let info = info(&view, NodeId(0), 5);
+    let info = NodeInfo { kernel_class: KernelClass("bf16/avx2/3".to_owned()), ..info };
+    view.node_up(NodeId(0), &info).unwrap();
+    assert_eq!(ranks(&view), [2, 0, 1, 0], "a link that comes up changes nothing");
+    let now = NodeInfo { kernel_class: KernelClass("bf16/avx512bf16/3".to_owned()), ..info };
+    view.node_up(NodeId(0), &now).unwrap();
+    assert_eq!(ranks(&view), [1, 0, 1, 0], "a node says best what it computes with");
+
+    let mut later = committed;
+    later.membership_epoch.0 += 1;
+    later.members.get_mut(&NodeId(0)).unwrap().kernel_class = KernelClass::default();
+    view.follow(later);
+    assert_eq!(ranks(&view), [1, 0, 1, 0], "and what nobody has committed is not forgotten");
 }

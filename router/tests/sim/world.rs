@@ -507,8 +507,14 @@ fn view(random: &mut Random, count: u32, experts: u16) -> ClusterView {
     let placement: Placement = placement::plan(&nodes, &shape, replicas).unwrap();
     let live = |node: &PlacementNode| {
         let name = format!("{}-expert-{}", node.region, node.id).parse().unwrap();
-        let member = Member { name, region: node.region, serves: true, incarnation: None };
-        (node.id, NodeView { member, linked: Some(Incarnation(1)) })
+        let member = Member {
+            name,
+            region: node.region,
+            serves: true,
+            incarnation: None,
+            kernel_class: class(),
+        };
+        (node.id, NodeView { member, linked: Some(Incarnation(1)), kernel_class: class(), rank: 0 })
     };
     ClusterView {
         home: "fr".parse().unwrap(),
@@ -516,12 +522,17 @@ fn view(random: &mut Random, count: u32, experts: u16) -> ClusterView {
         placement_epoch: PlacementEpoch(1),
         model: Model {
             digest: ModelDigest([1; 32]),
-            kernel_class: KernelClass("test".to_owned()),
+            kernel_class: class(),
             layers: (0..LAYERS).map(|layer| (LayerId(layer), experts)).collect(),
         },
         nodes: nodes.iter().map(live).collect(),
         placement: Arc::new(placement),
     }
+}
+
+/// The kernels of everybody here.
+fn class() -> KernelClass {
+    KernelClass("f32/test/1".to_owned())
 }
 
 /// Random rows through random experts.

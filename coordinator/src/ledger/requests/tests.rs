@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use entente_proto::ids::{Incarnation, MembershipEpoch, PlacementEpoch, Region};
+use entente_proto::ids::{Incarnation, KernelClass, MembershipEpoch, PlacementEpoch, Region};
 
 use super::*;
 use crate::engine::tally::{Epochs, Tally};
@@ -30,6 +30,9 @@ fn closed(origin: &Arc<Origin>, nodes: &[(&str, u8, u64)], epoch: u64, how: How)
             region: name[..2].parse::<Region>().unwrap(),
             incarnation: Incarnation(1),
             certificate_sha256: [*certificate; 32],
+            kernel_class: KernelClass(
+                if *name == "fr-b" { "bf16/cuda-sm90/1" } else { "f32" }.to_owned(),
+            ),
         };
         (touched, *rows)
     };
@@ -68,6 +71,8 @@ fn a_record_is_made_once_all_generations_are_closed_whoever_comes_first() {
         .map(|node| (node.node.as_str(), node.certificate.is_some(), node.rows))
         .collect();
     assert_eq!(nodes, [("fr-a", true, 15), ("fr-a", true, 1), ("fr-b", false, 6)]);
+    let classes = record.nodes.iter().map(|node| node.kernel_class.as_deref());
+    assert_eq!(classes.collect::<Vec<_>>(), [None, None, Some("bf16/cuda-sm90/1")]);
     assert_eq!((record.membership_epochs, record.placement_epochs), ([3, 5], [13, 15]));
     assert_eq!((record.prompt_tokens, record.completion_tokens), (14, 6));
     assert_eq!((record.retried_rows, record.hedged_rows), (2, 4));
