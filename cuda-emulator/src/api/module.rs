@@ -9,6 +9,8 @@ use crate::driver::{Code, Handle, Launch, Work, current};
 
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
 const MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int = 8;
+/// `CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT`: a hint, per cent or -1.
+const PREFERRED_SHARED_MEMORY_CARVEOUT: c_int = 9;
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuModuleLoadData(to: *mut Handle, image: *const [u8; IMAGE_BYTES]) -> Code {
@@ -41,6 +43,7 @@ unsafe extern "C" fn cuModuleGetFunction(
 extern "C" fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: c_int) -> Code {
     current(|driver, _| match attribute {
         MAX_DYNAMIC_SHARED_SIZE_BYTES => driver.set_shared_bytes_max(function, value),
+        PREFERRED_SHARED_MEMORY_CARVEOUT if (-1..=100).contains(&value) => Ok(()),
         _ => Err(Code::ERROR_NOT_SUPPORTED),
     })
 }

@@ -20,8 +20,6 @@
 #include "geometry.cuh"
 #include "math.cuh"
 
-// Queries of a tile: rows of a fragment.
-constexpr int QUERIES = 16;
 // Blocks that the registers are shared out for.
 constexpr int BLOCKS_PER_SM = 2;
 constexpr int WARPS = ATTENTION_THREADS / WARP;
@@ -95,9 +93,9 @@ struct Queries {
 struct Shared {
     // Fragments of the queries, [chunk][step of 16][rounded, rest][lane].
     uint4 queries[HEAD_DIM_MAX / KEY_CHUNK][2][2][WARP];
-    float largest[WARPS][QUERIES];
-    float weights[WARPS][QUERIES];
-    float sums[WARPS][QUERIES][SUMS_STRIDE];
+    float largest[WARPS][ATTENTION_QUERIES];
+    float weights[WARPS][ATTENTION_QUERIES];
+    float sums[WARPS][ATTENTION_QUERIES][SUMS_STRIDE];
 };
 
 // Two values as bf16, and what rounding took from them as bf16.
@@ -275,7 +273,7 @@ __device__ inline void attend(const Slice& slice, const Queries& queries, const 
     for (int at = 0; at < dim; at += VALUE_CHUNK) {
         sum_values(slice, values, at, weights, shared);
         block_sync();
-        for (int i = thread(); i < QUERIES * VALUE_CHUNK; i += ATTENTION_THREADS) {
+        for (int i = thread(); i < ATTENTION_QUERIES * VALUE_CHUNK; i += ATTENTION_THREADS) {
             const int query = i / VALUE_CHUNK, value = i % VALUE_CHUNK;
             if (!queries.valid(query) || at + value >= dim) continue;
             float sum = shared.sums[0][query][value];
@@ -284,7 +282,7 @@ __device__ inline void attend(const Slice& slice, const Queries& queries, const 
         }
         block_sync();
     }
-    if (thread() < QUERIES && queries.valid(thread())) {
+    if (thread() < ATTENTION_QUERIES && queries.valid(thread())) {
         float sum = shared.weights[0][thread()];
         for (int w = 1; w < WARPS; w++) sum += shared.weights[w][thread()];
         float* to = partial + queries.head(thread()) * splits * stride;
@@ -296,30 +294,30 @@ __device__ inline void attend(const Slice& slice, const Queries& queries, const 
 
 // The part of each row's attention that falls into one split: largest score, sum of the weights,
 // weighted sum of the values. q is `[rows, heads, head_dim]`, keys and values are
-// `[block][kv_head][16][head_dim]`, partial is `[rows, heads, splits, 2 + head_dim]`. An entry of
-// `rows` is one row, or neighbours in a sequence: first index into `tables`, position, number of the
-// row, number of rows (0 means 1); the best are as many as have 16 heads for a key-value head. Key j
-// is seen from position i iff 0 <= i - j, and < window if there is one. head_dim is a multiple of 8.
-// The grid is [entries, kv_heads, splits]; a split that a row sees nothing of is left with the sum 0.
+// `[block][kv_head][16][head_dim]`, partial is `[rows, heads, splits, 2 + head_dim]`. A run is one
+// row, or neighbours in a sequence: first index into `tables`, position and number of the first row,
+// number of rows (0 means 1). Key j is seen from position i iff 0 <= i - j, and < window if there is
+// one. head_dim is a multiple of 8. The grid is [runs, kv_heads, splits]; a split that a row sees
+// nothing of is left with the sum 0.
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, BLOCKS_PER_SM)
 attention_split(const float* q, const u16* keys, const u16* values, const u32* tables,
-                const uint4* rows, int heads, int kv_heads, int head_dim, int window, float scale,
+                const uint4* runs, int heads, int kv_heads, int head_dim, int window, float scale,
                 int splits, float* partial) {
     __shared__ Shared shared;
-    const uint4 row = rows[blockIdx.x];
+    const uint4 run = runs[blockIdx.x];
     const int kv_head = static_cast<int>(blockIdx.y), split = static_cast<int>(blockIdx.z);
     const int start = split * SPLIT_POSITIONS, group = heads / kv_heads;
-    const int count = max(static_cast<int>(row.w), 1);
-    const Slice slice(tables + row.x, kv_head, kv_heads, head_dim, window, start,
-                      static_cast<int>(row.y), count);
-    const u64 first_head = static_cast<u64>(row.z) * heads;
+    const int count = max(static_cast<int>(run.w), 1);
+    const Slice slice(tables + run.x, kv_head, kv_heads, head_dim, window, start,
+                      static_cast<int>(run.y), count);
+    const u64 first_head = static_cast<u64>(run.z) * heads;
     partial += (first_head * splits + split) * (2 + head_dim);
     Queries queries = {0, count * group, heads, group, kv_head};
-    for (; queries.first < queries.count; queries.first += QUERIES) {
+    for (; queries.first < queries.count; queries.first += ATTENTION_QUERIES) {
         if (slice.any_seen()) {
             attend(slice, queries, q + first_head * head_dim, keys, values, scale, splits, partial,
                    shared);
-        } else if (thread() < QUERIES && queries.valid(thread())) {
+        } else if (thread() < ATTENTION_QUERIES && queries.valid(thread())) {
             float* to = partial + queries.head(thread()) * splits * (2 + head_dim);
             to[0] = minus_infinity();
             to[1] = 0.0f;

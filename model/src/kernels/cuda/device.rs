@@ -24,6 +24,13 @@ const ARCHITECTURE_MIN: Architecture = Architecture { major: 8, minor: 0 };
 const RESERVE_BYTES: u64 = 768 << 20;
 const RESERVE_SHARE: u64 = 8;
 
+/// How much dynamic shared memory blocks of a function may have.
+const SHARED_BYTES: CUfunction_attribute =
+    CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+/// How many per cent of an SM's memory are shared memory while it runs.
+const CARVEOUT: CUfunction_attribute =
+    CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+
 /// Dynamic shared memory that a block may have without asking.
 const SHARED_BYTES_USUAL: usize = 48 << 10;
 
@@ -247,12 +254,14 @@ impl Device {
             let shared_bytes = kernel.shared_bytes();
             // What does not fit is not started ([`Device::fits`]).
             if shared_bytes > SHARED_BYTES_USUAL && self.fits(kernel) {
-                let attribute =
-                    CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                // SAFETY: the function was found above.
-                self.call("cuFuncSetAttribute", || unsafe {
-                    sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32)
-                })?;
+                // An SM divides its memory between blocks and L1. All goes to blocks: these kernels
+                // are fast by what is on its way to shared memory.
+                for (attribute, value) in [(SHARED_BYTES, shared_bytes as i32), (CARVEOUT, 100)] {
+                    // SAFETY: the function was found above.
+                    self.call("cuFuncSetAttribute", || unsafe {
+                        sys::cuFuncSetAttribute(function, attribute, value)
+                    })?;
+                }
             }
         }
         Ok(())

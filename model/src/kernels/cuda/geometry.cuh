@@ -36,6 +36,8 @@ constexpr int KV_BLOCK = 16;
 // Positions of a split of attention.
 constexpr int SPLIT_POSITIONS = 256;
 constexpr int ATTENTION_THREADS = 128;
+// Queries, that is heads of rows, that a block multiplies at once.
+constexpr int ATTENTION_QUERIES = 16;
 constexpr int HEAD_DIM_MAX = 256;
 // Threads of a block of `attention_join`, which is one row and one head.
 constexpr int JOIN_THREADS = 128;

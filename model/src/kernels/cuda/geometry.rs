@@ -47,6 +47,8 @@ pub const KV_BLOCK: usize = 16;
 pub const SPLIT_POSITIONS: usize = 256;
 /// Threads of a block of `attention_split`.
 pub const ATTENTION_THREADS: usize = 128;
+/// Queries, that is heads of rows, that a block multiplies at once.
+pub const ATTENTION_QUERIES: usize = 16;
 /// The most values of a head.
 pub const HEAD_DIM_MAX: usize = 256;
 /// Threads of a block of `attention_join`, which is one row and one head.

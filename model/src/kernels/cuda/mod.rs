@@ -39,7 +39,9 @@ pub use dense::DenseFfn;
 pub use device::{Architecture, Device, DeviceReport};
 pub use experts::{experts, select};
 pub use loader::Loader;
-pub use ops::{KvView, attention_partial_len, attention_splits, check_attention, row_pairs};
+pub use ops::{
+    KvView, attention_partial_len, attention_run_len, attention_splits, check_attention, row_pairs,
+};
 pub use probe::Probe;
 pub use staging::Staging;
 pub use stream::{Event, Stream};

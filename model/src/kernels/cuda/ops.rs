@@ -157,9 +157,9 @@ impl Stream {
     }
 
     /// Grouped-query attention of each row over its own keys, as
-    /// [`crate::kernels::Kernels::attention`]. `q` and `out` are `[rows, heads * head_dim]`; a row
-    /// is `[index of its first block in tables, position, row in q and out, 0]`. A split is a fixed
-    /// range of positions, and `partial` takes what [`attention_partial_len`] says for them.
+    /// [`crate::kernels::Kernels::attention`]. `q` and `out` are `[rows, heads * head_dim]`, each row
+    /// in one run of `cache`. A split is a fixed range of positions, and `partial` takes what
+    /// [`attention_partial_len`] says for them.
     ///
     /// # Errors
     /// The device is lost.
@@ -176,19 +176,18 @@ impl Stream {
         out: ViewMut<'_, f32>,
     ) -> Result<(), DeviceError> {
         let AttentionShape { heads, kv_heads, head_dim, window, scale } = *shape;
-        let rows = cache.rows.len();
+        let rows = rows_of(q.len(), heads * head_dim);
         assert_eq!(check_attention(shape), Ok(()), "a shape that the model was refused for");
-        let len = rows * heads * head_dim;
-        assert_eq!((q.len(), out.len()), (len, len), "{rows} rows of {heads} heads");
+        assert_eq!(out.len(), q.len(), "{rows} rows of {heads} heads");
         assert_eq!(cache.keys.len(), cache.values.len(), "a value for each key");
         let partial_len = attention_partial_len(shape, rows, splits);
         assert!(partial.len() >= partial_len, "{partial_len} partial values");
         let launch = Launch::new(Kernel::AttentionSplit).input(q).input(cache.keys);
-        let launch = launch.input(cache.values).input(cache.tables).input(cache.rows);
+        let launch = launch.input(cache.values).input(cache.tables).input(cache.runs);
         let launch = launch.int(heads).int(kv_heads).int(head_dim).int(window.unwrap_or(0));
         let launch = launch.float(scale).int(splits).output(&partial);
         // SAFETY: the arguments of the kernel in their order; lengths are compared above.
-        unsafe { launch.start(self, [rows, kv_heads, splits]) }?;
+        unsafe { launch.start(self, [cache.runs.len(), kv_heads, splits]) }?;
         let launch = Launch::new(Kernel::AttentionJoin).input(partial.as_view());
         let launch = launch.int(rows).int(heads).int(head_dim).int(splits).output(&out);
         // SAFETY: the same.
@@ -241,9 +240,11 @@ pub struct KvView<'a> {
     pub values: View<'a, u16>,
     /// Numbers of blocks, those of a sequence one after the other in the order of positions.
     pub tables: View<'a, u32>,
-    /// For each row the index of its sequence's first block in `tables`, its position, its number
-    /// in `q` and in the result, and zero.
-    pub rows: View<'a, [u32; 4]>,
+    /// Rows that are neighbours in `q` and in their sequence: the index of the sequence's first block
+    /// in `tables`, the position of the first row, its number in `q` and in the result, how many they
+    /// are. Those of a run of [`attention_run_len`] share what is read; a row's bits are the same in
+    /// any run.
+    pub runs: View<'a, [u32; 4]>,
 }
 
 /// Values to whose multiple rows of bf16 are padded with zeros: the inputs that a tensor core's
@@ -274,6 +275,11 @@ pub fn check_attention(shape: &AttentionShape) -> Result<(), DeviceError> {
         return Err(DeviceError::Unsupported(text));
     }
     Ok(())
+}
+
+/// Rows of a run that are computed together.
+pub fn attention_run_len(shape: &AttentionShape) -> usize {
+    (geometry::ATTENTION_QUERIES / (shape.heads / shape.kv_heads)).max(1)
 }
 
 /// Splits that cover `positions` positions.

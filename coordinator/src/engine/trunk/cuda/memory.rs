@@ -6,7 +6,7 @@ use entente_model::kernels::cuda::{Buffer, Device, Staging, Stream};
 use entente_model::kernels::{BLOCK_LEN, DeviceError, ExpertKernels, Matrix};
 use entente_model::{Architecture, FfnWeights, LayerWeights};
 
-use super::plan::{self, Lengths, StepBounds};
+use super::plan::{self, Lengths, Run, StepBounds};
 
 /// The weights of one layer, placed.
 pub(super) struct Layer {
@@ -70,9 +70,8 @@ pub(super) struct StepMemory {
     pub rotations: Buffer<f32>,
     /// The slot of each row, then the blocks of all sequences.
     pub places: Buffer<u32>,
-    /// For each row where its sequence's blocks begin among all, its position, and its number among
-    /// the rows that attend with it.
-    pub rows: Buffer<[u32; 4]>,
+    /// Rows that follow one another in their sequence; never more runs than rows.
+    pub runs: Buffer<Run>,
 }
 
 impl StepMemory {
@@ -87,7 +86,7 @@ impl StepMemory {
             x: Buffer::new(device, lengths.hidden)?,
             rotations: Buffer::new(device, 2 * lengths.rotations)?,
             places: Buffer::new(device, lengths.rows + tables)?,
-            rows: Buffer::new(device, lengths.rows)?,
+            runs: Buffer::new(device, lengths.rows)?,
         })
     }
 }
@@ -132,7 +131,7 @@ pub(super) struct Stagings {
     pub x: Staging,
     pub rotations: Staging,
     pub places: Staging,
-    pub rows: Staging,
+    pub runs: Staging,
     pub delta: Staging,
     pub back: Staging,
 }
@@ -143,7 +142,7 @@ impl Stagings {
             x: Staging::new(device)?,
             rotations: Staging::new(device)?,
             places: Staging::new(device)?,
-            rows: Staging::new(device)?,
+            runs: Staging::new(device)?,
             delta: Staging::new(device)?,
             back: Staging::new(device)?,
         })

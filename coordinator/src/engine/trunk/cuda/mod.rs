@@ -40,8 +40,9 @@ pub struct CudaTrunk {
     cache: Vec<KvCache>,
     blocks: usize,
     positions: Positions,
-    /// Rows that attend in one launch, those of one micro-batch after those of another.
-    pieces: Vec<Piece>,
+    /// Rows that attend in one launch, those of one micro-batch after those of another, and their
+    /// runs among those of the step.
+    pieces: Vec<(Piece, Range<usize>)>,
     /// As they were copied back last.
     gate_logits: Vec<f32>,
     step: StepMemory,
@@ -154,16 +155,16 @@ impl CudaTrunk {
         pieces.clear();
         for batch in batches {
             let cut = plan::pieces(architecture, &positions.positions, batch.clone(), partial_len);
-            pieces.extend(cut);
+            pieces.extend(cut.into_iter().map(|piece| (piece, 0..0)));
         }
-        stagings.rows.upload(stream, step.rows.slice_mut(0..rows), |all| {
-            for piece in pieces {
-                for (row, to) in all[piece.rows.clone()].iter_mut().enumerate() {
-                    let (first, position) = positions.place(piece.rows.start + row);
-                    *to = [first as u32, position as u32, row as u32, 0];
-                }
-            }
-        })
+        let mut all = Vec::new();
+        for (piece, runs) in pieces {
+            let first = all.len();
+            all.extend(plan::runs(architecture, piece.rows.clone().map(|r| positions.place(r))));
+            *runs = first..all.len();
+        }
+        let to = step.runs.slice_mut(0..all.len());
+        stagings.runs.upload(stream, to, |to| to.copy_from_slice(&all))
     }
 
     /// Queries, keys and values of some rows, turned to their positions; keys and values go into the
@@ -200,14 +201,15 @@ impl CudaTrunk {
         let Self { architecture: arch, stream, step, activations: a, positions, .. } = self;
         let shape = plan::shape(arch, arch.layers[layer].window);
         let tables = positions.len()..positions.len() + positions.tables.len();
-        for piece in self.pieces.iter().filter(|piece| rows.contains(&piece.rows.start)) {
+        let own = self.pieces.iter().filter(|(piece, _)| rows.contains(&piece.rows.start));
+        for (piece, runs) in own {
             let within = piece.rows.start - rows.start..piece.rows.end - rows.start;
             let len = values(&within, arch.heads * arch.head_dim);
             let cache = KvView {
                 keys: self.cache[layer].keys.view(),
                 values: self.cache[layer].values.view(),
                 tables: step.places.slice(tables.clone()),
-                rows: step.rows.slice(piece.rows.clone()),
+                runs: step.runs.slice(runs.clone()),
             };
             let (partial, out) = (a.partial.view_mut(), a.attended.slice_mut(len.clone()));
             stream.attention(&shape, a.q.slice(len), &cache, piece.splits, partial, out)?;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use entente_model::Architecture;
 use entente_model::config::FfnSpec;
 use entente_model::kernels::cuda::{
-    attention_partial_len, attention_splits, check_attention, row_pairs,
+    attention_partial_len, attention_run_len, attention_splits, check_attention, row_pairs,
 };
 use entente_model::kernels::{AttentionShape, BLOCK_LEN, DeviceError};
 
@@ -119,6 +119,28 @@ pub(super) struct Piece {
     pub splits: usize,
 }
 
+/// Neighbours in a sequence, as the kernel takes them: where the blocks of the sequence begin among
+/// all, the position of the first row, its number in its piece, how many rows.
+pub(super) type Run = [u32; 4];
+
+/// The runs of a piece whose rows stand at `places`, that is where the blocks begin and the position.
+pub(super) fn runs(arch: &Architecture, places: impl Iterator<Item = (usize, usize)>) -> Vec<Run> {
+    let len_max = attention_run_len(&shape(arch, None)) as u32;
+    let mut runs: Vec<Run> = Vec::new();
+    for (row, (first, position)) in places.enumerate() {
+        let [first, position, row] = [first, position, row].map(|n| n as u32);
+        match runs.last_mut() {
+            Some([last_first, start, _, len])
+                if *last_first == first && *start + *len == position && *len < len_max =>
+            {
+                *len += 1;
+            }
+            _ => runs.push([first, position, row, 1]),
+        }
+    }
+    runs
+}
+
 /// Cuts rows so that the partial sums of each piece fit `partial` values. `positions` are those of
 /// all rows of the step.
 pub(super) fn pieces(
@@ -190,6 +212,17 @@ mod tests {
                 assert!(rows.clone().all(reaches), "{rows:?} of {splits} splits");
             }
         }
+    }
+
+    #[test]
+    fn rows_run_together_where_they_follow_one_another_in_a_sequence() {
+        let arch = architecture();
+        // Two heads share keys, so that eight rows fill a tile.
+        let prompt = (5..15).map(|position| (0, position));
+        let places = prompt.chain([(7, 15), (7, 17), (9, 18)]);
+        let want = [[0, 5, 0, 8], [0, 13, 8, 2], [7, 15, 10, 1], [7, 17, 11, 1], [9, 18, 12, 1]];
+        assert_eq!(runs(&arch, places), want);
+        assert_eq!(runs(&arch, std::iter::empty()), [[0; 4]; 0]);
     }
 
     #[test]
