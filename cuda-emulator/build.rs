@@ -71,6 +71,10 @@ fn compiler(out: &Path) -> cc::Build {
         "-fno-strict-aliasing",
         // A product is rounded before it is added unless the source says fmaf.
         "-ffp-contract=off",
+        // What a device faults on or leaves undefined: an address that is not aligned, an index
+        // beyond an array, a sum that overflows.
+        "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero",
+        "-fsanitize-undefined-trap-on-error",
         "-Wno-unknown-pragmas",
     ];
     for flag in flags {

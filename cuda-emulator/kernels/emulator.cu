@@ -117,6 +117,18 @@ extern "C" __global__ void emulator_fresh_shared(float* y) {
 // One number too far.
 extern "C" __global__ void emulator_beyond(float* y) { y[threadIdx.x + 1] = 1.0f; }
 
+// An access that is not aligned.
+extern "C" __global__ void emulator_unaligned(u32* y) {
+    *reinterpret_cast<uint2*>(y + threadIdx.x) = {0, 0};
+}
+
+// An index beyond an array in shared memory.
+extern "C" __global__ void emulator_beyond_shared(u32* y) {
+    __shared__ u32 values[63];
+    values[threadIdx.x] = 0;
+    y[threadIdx.x] = values[0];
+}
+
 // What an argument of each kind arrives as, and where a thread stands.
 struct EmulatorPair { float scale; unsigned char offset; };
 

@@ -41,6 +41,17 @@ fn memory_beyond_an_allocation_is_no_kernels() {
 }
 
 #[test]
+fn what_the_compiler_can_check_is_checked() {
+    for (kernel, thread) in [("emulator_unaligned", 1), ("emulator_beyond_shared", 63)] {
+        let (lines, told) = run(&mut probe(&[&format!("launch={kernel}")]));
+        assert_eq!(lines, ["CUDA_ERROR_ILLEGAL_ADDRESS"]);
+        let place =
+            format!("kernel {kernel}, block [0, 0, 0]: thread [{thread}, 0, 0] goes beyond");
+        assert!(told.contains(&place), "{told}");
+    }
+}
+
+#[test]
 fn a_device_can_be_lost_from_the_start() {
     let (lines, _) = run(probe(&["memory"]).env("ENTENTE_CUDA_EMULATOR_FAULTS", "lost"));
     assert_eq!(lines, ["CUDA_ERROR_ECC_UNCORRECTABLE"]);

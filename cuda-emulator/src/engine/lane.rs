@@ -111,7 +111,7 @@ pub struct Running {
     pub lane: Cell<*const Lane>,
     /// The first mistake that a lane made by itself.
     pub mistake: RefCell<Option<String>>,
-    /// Whether that was to touch memory which is not its own.
+    /// Whether a trap has told of it.
     pub trapped: Cell<bool>,
     /// Where the block's dynamic shared memory begins.
     pub dynamic_shared: *mut u8,
@@ -150,10 +150,10 @@ pub fn is_on_fiber(address: usize) -> bool {
     })
 }
 
-/// Notes that the running thread has touched memory which is not its own.
-pub fn fail_by_trap(address: usize) {
+/// Notes a mistake of the running thread that a trap has told of.
+pub fn fail_by_trap(what: String) {
     running().trapped.set(true);
-    fail(format!("touches address {address:#x}, where it has no memory"));
+    fail(what);
 }
 
 #[unsafe(no_mangle)]

@@ -62,7 +62,7 @@ pub struct Fault {
     pub block: [u32; 3],
     /// The thread and what it did.
     pub what: String,
-    /// Whether that was to touch memory which is not its own.
+    /// Whether a trap told of it: memory that is not its own, an array's end, an address.
     pub trapped: bool,
 }
 
