@@ -126,7 +126,7 @@ pub(super) fn kernels(
     };
     for name in &names {
         if let Some(code) = cache.and_then(|cache| cache.read(name)) {
-            return Ok(Image { code, origin: format!("the compiled kernels {name}") });
+            return Ok(Image { code, origin: format!("file {name}") });
         }
     }
     let (major, minor) = compiler?;
@@ -136,7 +136,7 @@ pub(super) fn kernels(
         // the next start takes as long as this one.
         let _ = cache.write(name, &code);
     }
-    Ok(Image { code, origin: format!("what NVRTC {major}.{minor} made for {architecture}") })
+    Ok(Image { code, origin: format!("code of NVRTC {major}.{minor} for {architecture}") })
 }
 
 /// The program: every kernel, one source after the other.

@@ -112,7 +112,7 @@ pub fn report(ordinal: u32) -> Result<DeviceReport, DeviceError> {
 fn find(ordinal: u32) -> Result<sys::CUdevice, DeviceError> {
     let count = count()?;
     if ordinal >= count {
-        let text = format!("there is no cuda:{ordinal}: the CUDA driver shows {count} devices");
+        let text = format!("there is no cuda:{ordinal}; devices that the CUDA driver shows: {count}");
         return Err(DeviceError::Unavailable(text));
     }
     let mut handle = 0;
@@ -272,7 +272,7 @@ impl Device {
         match code {
             CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => DeviceError::WrongArchitecture {
                 have: self.architecture.to_string(),
-                wanted: format!("what {} was compiled for", image.origin()),
+                wanted: format!("the driver refuses {}", image.origin()),
             },
             CUresult::CUDA_ERROR_INVALID_IMAGE | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
                 let (origin, driver) = (image.origin(), driver::version().unwrap_or_default());

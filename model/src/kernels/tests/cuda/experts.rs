@@ -131,6 +131,24 @@ fn rows_have_the_same_bits_in_any_company_and_grouping_and_others_are_left_alone
 }
 
 #[test]
+fn as_many_rows_as_a_frame_may_have_go_through_in_several_passes() {
+    let ((_gpu, kernels), mut rng) = (kernels(), Rng::new(26));
+    let (hidden, rows, experts) = (8, 4_096, 16);
+    let expert = Expert::new(&mut rng, &*kernels, hidden, 8);
+    let x = bf16_bytes(&rng.values(rows * hidden));
+    // One more than there may be tiles in a launch.
+    let lists: Vec<Vec<(u32, u32)>> = (0..experts)
+        .map(|e| (0..rows as u32).map(|row| (row, e * rows as u32 + row)).collect())
+        .collect();
+    let groups: Vec<_> = lists.iter().map(|list| (&expert, &list[..])).collect();
+    let y = compute(&*kernels, &x, hidden, &groups, experts as usize * rows);
+    let alone = compute(&*kernels, &x, hidden, &[(&expert, &lists[0])], rows);
+    for (e, y) in y.chunks_exact(alone.len()).enumerate() {
+        assert!(y == alone, "group {e}");
+    }
+}
+
+#[test]
 fn the_order_in_which_a_device_runs_threads_changes_no_bit() {
     let (hidden, inner) = (96, 300);
     let compute = |seed| {

@@ -84,7 +84,7 @@ fn a_driver_without_devices_is_told_in_a_sentence() {
 fn a_device_that_is_not_there_is_named() {
     drop(Gpu::new());
     let told = Device::open_cached(1, None).err().unwrap().to_string();
-    assert!(told.contains("there is no cuda:1: the CUDA driver shows 1 devices"), "{told}");
+    assert!(told.contains("there is no cuda:1; devices that the CUDA driver shows: 1"), "{told}");
     let told = cuda::select(0, WeightFormat::Q8).err();
     assert!(matches!(told, Some(DeviceError::Unsupported(_))), "{told:?}");
 }

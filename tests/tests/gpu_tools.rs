@@ -1,0 +1,153 @@
+//! Goal: what measures a GPU runs, keeps what it compiled, and says in a sentence why it cannot.
+//! Method: the binary with a stand-in for the driver, whose libraries are there, missing or broken.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use entente_cuda_emulator::stand_in;
+use entente_tests::cluster::{Finished, entente};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const DRIVER: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
+const COMPILER: [&str; 3] = ["libnvrtc.so", "libnvrtc.so.12", "libnvrtc.so.13"];
+
+/// A folder of libraries, and one for what is kept.
+struct Machine {
+    dir: TempDir,
+}
+
+impl Machine {
+    /// The stand-in's libraries, but for those that are `broken`: a file that is none keeps the
+    /// machine's own, if it has any, from being found.
+    fn new(broken: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let libraries = dir.path().join("lib");
+        fs::create_dir(&libraries).unwrap();
+        for entry in fs::read_dir(stand_in::folder()).unwrap() {
+            let path = entry.unwrap().path();
+            std::os::unix::fs::symlink(&path, libraries.join(path.file_name().unwrap())).unwrap();
+        }
+        let machine = Self { dir };
+        machine.break_libraries(broken);
+        machine
+    }
+
+    fn break_libraries(&self, names: &[&str]) {
+        for name in names {
+            let path = self.dir.path().join("lib").join(name);
+            let _ = fs::remove_file(&path);
+            fs::write(path, "no library").unwrap();
+        }
+    }
+
+    fn run(&self, args: &[&str], environment: &[(&str, &str)]) -> Finished {
+        let output = entente(args)
+            .env("LD_LIBRARY_PATH", self.dir.path().join("lib"))
+            .env("XDG_CACHE_HOME", self.dir.path())
+            .env_remove("CACHE_DIRECTORY")
+            .envs(environment.iter().copied())
+            .output()
+            .unwrap();
+        Finished {
+            status: output.status,
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// Measures small experts.
+    fn bench(&self, environment: &[(&str, &str)]) -> Finished {
+        let what = ["--shapes", "64x48x4x2", "--rows", "1,20", "-o", "json"];
+        self.run(&[&["bench", "kernels", "--device", "cuda:0"][..], &what].concat(), environment)
+    }
+
+    /// Files of compiled kernels.
+    fn kept(&self) -> Vec<PathBuf> {
+        let folder = self.dir.path().join("entente/kernels");
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+#[track_caller]
+fn assert_refused(end: &Finished, sentence: &str) {
+    assert_eq!((end.code(), &end.stdout[..]), (Some(1), ""), "{end:#?}");
+    assert!(end.stderr.contains(sentence) && end.stderr.lines().count() == 1, "{end:#?}");
+}
+
+#[test]
+fn experts_on_a_gpu_are_measured() {
+    let end = Machine::new(&[]).bench(&[]);
+    assert_eq!(end.code(), Some(0), "{end:#?}");
+    let report: Value = serde_json::from_str(&end.stdout).unwrap();
+    assert_eq!(report["kernel_class"], "bf16/cuda-sm90/1");
+    assert!(report["copy_gb_s"].as_f64().unwrap() > 0.0);
+    let lines = report["kernels"].as_array().unwrap();
+    assert_eq!(lines.iter().map(|line| &line["rows"]).collect::<Vec<_>>(), [1, 20]);
+    for line in lines {
+        let time = |name: &str| line[name].as_f64().unwrap();
+        assert!(time("kernels_us") > 0.0 && time("call_us") > 0.0, "{line}");
+        // Two experts a row; all four for many rows.
+        assert_eq!(time("experts"), if line["rows"] == 1 { 2.0 } else { 4.0 });
+    }
+}
+
+#[test]
+fn what_was_compiled_is_kept_and_used_without_the_compiler_until_it_is_damaged() {
+    let machine = Machine::new(&[]);
+    assert_eq!(machine.bench(&[]).code(), Some(0));
+    let kept = machine.kept();
+    let [file] = &kept[..] else { panic!("{kept:?}") };
+    let whole = fs::read(file).unwrap();
+
+    machine.break_libraries(&COMPILER);
+    assert_eq!(machine.bench(&[]).code(), Some(0), "compiled kernels are at hand");
+    damage(file);
+    assert_refused(&machine.bench(&[]), "CUDA's compiler library is not installed");
+
+    let machine = Machine::new(&[]).with_cache_of(&machine);
+    assert_eq!(machine.bench(&[]).code(), Some(0), "compiled again");
+    assert_eq!(machine.kept().len(), 1);
+    assert_eq!(fs::read(&machine.kept()[0]).unwrap(), whole);
+}
+
+fn damage(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
+impl Machine {
+    /// With the files that another one kept.
+    fn with_cache_of(self, other: &Self) -> Self {
+        let folder = self.dir.path().join("entente/kernels");
+        fs::create_dir_all(&folder).unwrap();
+        for file in other.kept() {
+            fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+        }
+        self
+    }
+}
+
+#[test]
+fn a_machine_that_cannot_is_told_apart_in_a_sentence() {
+    let machine = Machine::new(&[]);
+    let faults = "ENTENTE_CUDA_EMULATOR_FAULTS";
+    for (environment, sentence) in [
+        (("ENTENTE_CUDA_EMULATOR_DEVICES", "0"), "the CUDA driver finds no device"),
+        ((faults, "wrong-architecture"), "the device's architecture sm_90 is none"),
+        ((faults, "lost"), "the device is lost: "),
+        (("ENTENTE_CUDA_EMULATOR_MEMORY_BYTES", "50000"), "out of device memory: "),
+    ] {
+        assert_refused(&machine.bench(&[environment]), sentence);
+    }
+    let without = Machine::new(&[&DRIVER[..], &COMPILER].concat());
+    assert_refused(&without.bench(&[]), "no CUDA driver is installed");
+    let end = without.run(&["doctor", "gpu", "-o", "json"], &[]);
+    assert_eq!(end.code(), Some(0), "{end:#?}");
+    let found: Value = serde_json::from_str(&end.stdout).unwrap();
+    for part in ["driver", "nvrtc"] {
+        assert!(found[part]["version"].is_null() && found[part]["missing"].is_string(), "{found}");
+    }
+    assert_eq!(found["devices"].as_array().unwrap().len(), 0);
+}
