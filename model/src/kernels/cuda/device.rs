@@ -112,7 +112,8 @@ pub fn report(ordinal: u32) -> Result<DeviceReport, DeviceError> {
 fn find(ordinal: u32) -> Result<sys::CUdevice, DeviceError> {
     let count = count()?;
     if ordinal >= count {
-        let text = format!("there is no cuda:{ordinal}; devices that the CUDA driver shows: {count}");
+        let text =
+            format!("there is no cuda:{ordinal}; devices that the CUDA driver shows: {count}");
         return Err(DeviceError::Unavailable(text));
     }
     let mut handle = 0;
