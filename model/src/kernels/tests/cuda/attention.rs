@@ -1,7 +1,9 @@
 //! Attention on a device: like the reference, and the same bits however a prompt is cut and laid out.
 
 use super::*;
-use crate::kernels::cuda::{KvView, attention_partial_len, attention_splits, check_attention};
+use crate::kernels::cuda::{
+    KvView, attention_partial_len, attention_run_len, attention_splits, check_attention,
+};
 
 /// A prompt and how its positions are laid out in a cache that it shares with others.
 struct Prompt {
@@ -25,8 +27,14 @@ impl Prompt {
         Self { shape, q, k, v, blocks, cache_len }
     }
 
-    /// Prefill in chunks of the given lengths, on a cache that is full of what must not be looked at.
+    /// [`Prompt::run_together`], each row alone.
     fn run(&self, gpu: &Gpu, chunks: &[usize]) -> Vec<f32> {
+        self.run_together(gpu, chunks, 1)
+    }
+
+    /// Prefill in chunks of the given lengths, on a cache that is full of what must not be looked at,
+    /// so many rows at a time.
+    fn run_together(&self, gpu: &Gpu, chunks: &[usize], together: usize) -> Vec<f32> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let poison = vec![bf16::NAN.to_bits(); self.cache_len];
         let [mut keys, mut values] = [(); 2].map(|()| gpu.put(&poison));
@@ -43,14 +51,14 @@ impl Prompt {
             let shape = [kv_heads, head_dim];
             gpu.stream.write_kv(cache, slots.view(), shape, k.view(), v.view()).unwrap();
 
-            let rows = (start..end).map(|p| [3, p as u32, (p - start) as u32, 0]);
-            let rows = gpu.put(&rows.collect::<Vec<_>>());
+            let run = |p: usize| [3, p as u32, (p - start) as u32, together.min(end - p) as u32];
+            let runs = gpu.put(&(start..end).step_by(together).map(run).collect::<Vec<_>>());
             let q = gpu.put(&self.q[start * heads * head_dim..end * heads * head_dim]);
             let splits = attention_splits(end);
             let mut partial = gpu.unwritten(attention_partial_len(&self.shape, *len, splits));
             let mut y = gpu.unwritten(q.len());
             let (keys, values) = (keys.view(), values.view());
-            let view = KvView { keys, values, tables: tables.view(), rows: rows.view() };
+            let view = KvView { keys, values, tables: tables.view(), runs: runs.view() };
             let (partial, to) = (partial.view_mut(), y.view_mut());
             gpu.stream.attention(&self.shape, q.view(), &view, splits, partial, to).unwrap();
             out.extend(gpu.get(&y));
@@ -94,6 +102,23 @@ fn attention_over_several_splits_agrees_with_the_reference_in_any_chunking() {
         assert_close(&whole, &want, 1e-4);
         let chunks = [&[250, 6, 1, 100, 230][..], &[1; 13]].concat();
         assert_eq!(bits(&prompt.run(&gpu, &chunks)), bits(&whole), "{window:?}");
+    }
+}
+
+#[test]
+fn a_row_attends_the_same_in_any_run() {
+    let (gpu, mut rng) = (Gpu::new(), Rng::new(9));
+    // Runs of less than a tile of queries, of one, of several, and a row of several.
+    for heads in [(4, 2, 16), (40, 2, 24)] {
+        for window in [None, Some(20)] {
+            let prompt = Prompt::new(&mut rng, shape(heads, window), 270);
+            let chunks = [249, 21];
+            let alone = bits(&prompt.run(&gpu, &chunks));
+            for together in [2, attention_run_len(&prompt.shape), 13] {
+                let have = bits(&prompt.run_together(&gpu, &chunks, together));
+                assert!(have == alone, "{heads:?}, {window:?}, {together} rows at a time");
+            }
+        }
     }
 }
 
