@@ -1,7 +1,7 @@
 // Grouped-query attention over the paged cache.
 //
-// The positions of a sequence are cut into splits of 256 by their absolute number, a block each, and
-// the splits of a row are joined in ascending order. Within a split each of four warps has 64
+// The positions of a sequence are cut into splits of 256 by their absolute number, a block each,
+// and the splits of a row are joined in ascending order. Within a split each of four warps has 64
 // positions, that is four blocks of the cache, and their sums are joined in ascending order too. So
 // the order of every sum follows from the row's own position and window: not from other rows, and
 // not from how long their sequences are.
@@ -101,8 +101,9 @@ struct Shared {
 // Two values as bf16, and what rounding took from them as bf16.
 struct Halves {
     u32 rounded, rest;
-    __device__ Halves(float a, float b)
-        : rounded(pack_bf16(a, b)), rest(pack_bf16(a - low_bf16(rounded), b - high_bf16(rounded))) {}
+    __device__ Halves(float a, float b) : rounded(pack_bf16(a, b)) {
+        rest = pack_bf16(a - low_bf16(rounded), b - high_bf16(rounded));
+    }
 };
 
 // Words of two rows as words of two columns.
@@ -232,8 +233,12 @@ __device__ inline void sum_values(const Slice& slice, const u16* values, int at,
         for (int i = 0; i < 4; i++) {
             v[i] = slice.load(values, b, i / 2 * 8 + 2 * t + i % 2, at + 8 * g);
         }
-        const u32 words[4][4] = {{v[0].x, v[1].x, v[2].x, v[3].x}, {v[0].y, v[1].y, v[2].y, v[3].y},
-                                 {v[0].z, v[1].z, v[2].z, v[3].z}, {v[0].w, v[1].w, v[2].w, v[3].w}};
+        const u32 words[4][4] = {
+            {v[0].x, v[1].x, v[2].x, v[3].x},
+            {v[0].y, v[1].y, v[2].y, v[3].y},
+            {v[0].z, v[1].z, v[2].z, v[3].z},
+            {v[0].w, v[1].w, v[2].w, v[3].w},
+        };
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             const u32(&w)[4] = words[j / 2];
@@ -295,10 +300,10 @@ __device__ inline void attend(const Slice& slice, const Queries& queries, const 
 // The part of each row's attention that falls into one split: largest score, sum of the weights,
 // weighted sum of the values. q is `[rows, heads, head_dim]`, keys and values are
 // `[block][kv_head][16][head_dim]`, partial is `[rows, heads, splits, 2 + head_dim]`. A run is one
-// row, or neighbours in a sequence: first index into `tables`, position and number of the first row,
-// number of rows (0 means 1). Key j is seen from position i iff 0 <= i - j, and < window if there is
-// one. head_dim is a multiple of 8. The grid is [runs, kv_heads, splits]; a split that a row sees
-// nothing of is left with the sum 0.
+// row, or neighbours in a sequence: first index into `tables`, position and number of the first
+// row, number of rows (0 means 1). Key j is seen from position i iff 0 <= i - j, and < window if
+// there is one. head_dim is a multiple of 8. The grid is [runs, kv_heads, splits]; a split that a
+// row sees nothing of is left with the sum 0.
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, BLOCKS_PER_SM)
 attention_split(const float* q, const u16* keys, const u16* values, const u32* tables,
                 const uint4* runs, int heads, int kv_heads, int head_dim, int window, float scale,

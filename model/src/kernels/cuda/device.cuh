@@ -65,8 +65,8 @@ __device__ inline uint4 load_stream(const uint4* global) {
     return v;
 }
 
-// Has the L2 cache fetch `bytes` from `global` on, both multiples of 16, with one instruction of one
-// lane where the device has one for it. It changes when something is there, never what.
+// Has the L2 cache fetch `bytes` from `global` on, both multiples of 16, with one instruction of
+// one lane where the device has one for it. It changes when something is there, never what.
 __device__ inline void prefetch_l2(const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes));

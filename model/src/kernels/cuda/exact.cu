@@ -4,6 +4,8 @@
 #include "geometry.cuh"
 
 constexpr int EXACT_WARPS = EXACT_THREADS / WARP;
+// Pairs whose weights a lane asks for at once.
+constexpr int EXACT_AHEAD = 8;
 
 // Words of a panel, `[pair][32 outputs]`, both inputs of the pair in one: bf16, widened exactly.
 struct WidenedPairs {
@@ -26,9 +28,17 @@ struct FloatPairs {
     }
 };
 
-// One panel and four rows a block: a lane has one output, a warp an eighth of the inputs, which it
-// adds in ascending order; the eighths are then added in ascending order. Weights are read once for
-// the four rows, of which each is summed by itself.
+// Values 2 p and 2 p + 1 of a row, zero beyond its end.
+__device__ inline float2 pair_at(const float* row, int p, int len) {
+    // Rows of an even length begin where two values can be read at once.
+    if (len % 2 == 0) return reinterpret_cast<const float2*>(row)[p];
+    return {row[2 * p], 2 * p + 1 < len ? row[2 * p + 1] : 0.0f};
+}
+
+// One panel and four rows a block: a lane has one output, a warp one of 32 parts of the inputs,
+// which it adds in ascending order; the parts are then added in ascending order. Weights are read
+// once for the four rows, of which each is summed by itself. A gate has so few panels that a few
+// blocks read the whole matrix: hence the many warps, each with eight lines of weights on their way.
 template <class Pairs, class Word>
 __device__ void matmul_exact(const Word* w, const float* x, int rows, int inputs, int outputs,
                              float* y) {
@@ -45,14 +55,20 @@ __device__ void matmul_exact(const Word* w, const float* x, int rows, int inputs
         row[r] = x + static_cast<u64>(min(first + r, rows - 1)) * inputs;
     }
     const Pairs weights(w, panel, pairs);
-    #pragma unroll 4
-    for (int p = begin; p < end; p++) {
-        const float2 weight = weights.pair(p);
-        const bool whole = 2 * p + 1 < inputs;
+    #pragma unroll 1
+    for (int p = begin; p < end; p += EXACT_AHEAD) {
+        float2 weight[EXACT_AHEAD];
         #pragma unroll
-        for (int r = 0; r < EXACT_ROWS; r++) {
-            sum[r] = fmaf(row[r][2 * p], weight.x, sum[r]);
-            sum[r] = fmaf(whole ? row[r][2 * p + 1] : 0.0f, weight.y, sum[r]);
+        for (int i = 0; i < EXACT_AHEAD; i++) weight[i] = weights.pair(min(p + i, end - 1));
+        #pragma unroll
+        for (int i = 0; i < EXACT_AHEAD; i++) {
+            if (p + i >= end) break;
+            #pragma unroll
+            for (int r = 0; r < EXACT_ROWS; r++) {
+                const float2 v = pair_at(row[r], p + i, inputs);
+                sum[r] = fmaf(v.x, weight[i].x, sum[r]);
+                sum[r] = fmaf(v.y, weight[i].y, sum[r]);
+            }
         }
     }
     for (int r = 0; r < EXACT_ROWS; r++) sums[warp()][r][lane()] = sum[r];

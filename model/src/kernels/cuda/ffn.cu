@@ -81,7 +81,8 @@ ffn_gate_up_128(const FfnTile* tiles, const Assignment* assignments, const uint4
                 int inner, uint4* h) {
     const BlockOrder order;
     const FfnTile tile = tiles[order.tile];
-    prefill(GateUp<PREFILL_PANELS>{tile, assignments, x, hidden, inner, h, order.outputs, tile.rows});
+    prefill(GateUp<PREFILL_PANELS>{tile, assignments, x, hidden, inner, h, order.outputs,
+                                   tile.rows});
 }
 
 // y is `[rows, hidden]`, as bf16 with padded rows or as f32; the other pointer is null.

@@ -24,7 +24,7 @@ constexpr int PREFILL_SHARED_BYTES = 163840;
 
 // GEMM in f32: a block takes one panel and so many rows.
 constexpr int EXACT_ROWS = 4;
-constexpr int EXACT_THREADS = 256;
+constexpr int EXACT_THREADS = 1024;
 
 // Threads of a block of `rms_norm`, which is one row.
 constexpr int NORM_THREADS = 256;

@@ -33,7 +33,7 @@ pub const PREFILL_SHARED_BYTES: usize = 163_840;
 /// Rows of a block of the `matmul_exact` kernels, which takes one panel.
 pub const EXACT_ROWS: usize = 4;
 /// Threads of a block of theirs.
-pub const EXACT_THREADS: usize = 256;
+pub const EXACT_THREADS: usize = 1024;
 
 /// Threads of a block of `rms_norm`, which is one row.
 pub const NORM_THREADS: usize = 256;

@@ -40,7 +40,9 @@ __device__ inline int chunks_of(int inputs) { return divide_up(inputs, CHUNK); }
 __device__ inline int segment_chunks(int inputs) { return chunks_of(divide_up(inputs, SEGMENTS)); }
 
 // 16-byte pieces of a stored row.
-__device__ inline u64 row_pieces(int values) { return static_cast<u64>(chunks_of(values)) * ROW_PIECES; }
+__device__ inline u64 row_pieces(int values) {
+    return static_cast<u64>(chunks_of(values)) * ROW_PIECES;
+}
 
 // Panel `number` of a matrix, absent beyond the last.
 __device__ inline const uint4* panel_of(const uint4* matrix, int number, int inputs, int outputs) {
@@ -114,6 +116,7 @@ __device__ inline void store_f32(float* row, int first, int len, const float4& v
 // that a panel has too many are the padding of the row.
 __device__ inline void store_bf16(uint4* row, int first, int len, const float4& v) {
     auto valid = [&](int i, float value) { return first + i < len ? value : 0.0f; };
-    uint2 words = {pack_bf16(valid(0, v.x), valid(1, v.y)), pack_bf16(valid(2, v.z), valid(3, v.w))};
-    reinterpret_cast<uint2*>(row)[first / 4] = words;
+    const u32 low = pack_bf16(valid(0, v.x), valid(1, v.y));
+    const u32 high = pack_bf16(valid(2, v.z), valid(3, v.w));
+    reinterpret_cast<uint2*>(row)[first / 4] = {low, high};
 }

@@ -1,7 +1,7 @@
 // GEMM of many rows: as fast as the tensor cores multiply.
 //
-// A block multiplies eight panels, one a warp, with up to 128 rows. What bounds it beside the tensor
-// cores, for a chunk of 32 inputs at the 800 or so cycles that they take for it on an H100:
+// A block multiplies eight panels, one a warp, with up to 128 rows. What bounds it beside the
+// tensor cores, for a chunk of 32 inputs at the 800 or so cycles that they take for it on an H100:
 //
 // - L2 cache: 16 KB of weights and 8 KB of rows, 30 bytes a cycle and SM. A tile of 128 outputs
 //   would want 40, more than there is.
@@ -83,7 +83,8 @@ struct PanelStream {
     __device__ void prefetch(int chunk, int count) const {
         const int first = min(chunk * (CHUNK / 2), pairs);
         const int here = min(count * (CHUNK / 2), pairs - first);
-        if (lane() == 0 && here > 0) prefetch_l2(panel + first * PAIR_PIECES, here * PAIR_PIECES * 16);
+        if (lane() != 0 || here <= 0) return;
+        prefetch_l2(panel + first * PAIR_PIECES, here * PAIR_PIECES * 16);
     }
 };
 

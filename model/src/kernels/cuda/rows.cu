@@ -27,8 +27,8 @@ __device__ inline float block_sum(float value) {
     return sum;
 }
 
-// y = x / sqrt(mean(x^2) + eps) * weight, one block a row, as f32 `[rows, len]`, as bf16 with padded
-// rows, or both; either pointer may be null. May be done in place.
+// y = x / sqrt(mean(x^2) + eps) * weight, one block a row, as f32 `[rows, len]`, as bf16 with
+// padded rows, or both; either pointer may be null. May be done in place.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 rms_norm(const float* x, const float* weight, float eps, int len, int rows, float* y32, u32* y16) {
     const u64 number = blockIdx.x;
@@ -64,8 +64,9 @@ rope(float* x, int rows, int heads, int head_dim, const float* cos, const float*
     first[half] = b * c + a * s;
 }
 
-// Rounds keys and values, `[rows, kv_heads, head_dim]`, into the cache, `[block][kv_head][16][head_dim]`;
-// row r goes to slot `slots[r]`, which is block * 16 + offset. A thread rounds two neighbours.
+// Rounds keys and values, `[rows, kv_heads, head_dim]`, into the cache,
+// `[block][kv_head][16][head_dim]`; row r goes to slot `slots[r]`, which is block * 16 + offset. A
+// thread rounds two neighbours.
 extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
 write_kv(u16* keys, u16* values, const u32* slots, int rows, int kv_heads, int head_dim,
          const float* k, const float* v) {
