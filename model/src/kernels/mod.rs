@@ -282,7 +282,7 @@ pub fn select(format: WeightFormat, threads: usize) -> Result<Arc<dyn Kernels>, 
     cpu::best(format, threads)
 }
 
-/// The kernels of an expert node on a device: those of [`select`] on the processor.
+/// The kernels of an expert node on a device: those of [`select`] on the processor, with `threads`.
 ///
 /// # Errors
 /// The device cannot be used: there is no driver, no such device, or no kernels for it or for the
@@ -297,7 +297,7 @@ pub fn select_on(
             Ok(kernels) => Ok(kernels),
             Err(error) => Err(DeviceError::Unsupported(error.to_string())),
         },
-        DeviceId::Cuda(_) => Err(DeviceError::Unavailable("this build has no CUDA".to_owned())),
+        DeviceId::Cuda(ordinal) => cuda::select(ordinal, format),
     }
 }
 
