@@ -91,6 +91,11 @@ impl Cluster {
 
     /// As [`Self::start`], for clusters that may refuse.
     pub fn try_start(args: &[&str]) -> Result<Self, Finished> {
+        Self::try_start_in(&[], args)
+    }
+
+    /// As [`Self::try_start`], with further variables in the environment of every process.
+    pub fn try_start_in(env: &[(String, String)], args: &[&str]) -> Result<Self, Finished> {
         let dir = tempfile::Builder::new().prefix("entente-test-").tempdir().unwrap();
         let data_dir = dir.path().join("data");
         let (stdout, stderr) = (dir.path().join("stdout"), dir.path().join("stderr"));
@@ -99,6 +104,7 @@ impl Cluster {
             .args(args)
             // One thread a process: the models are tiny and tests share few cores.
             .env("ENTENTE_THREADS", "1")
+            .envs(env.iter().cloned())
             .stdout(File::create(&stdout).unwrap())
             .stderr(File::create(&stderr).unwrap())
             .spawn()

@@ -8,6 +8,7 @@
 //! - [`http`] asks and streams, and keeps JSON text as it came, so that "bit-equal" can mean equal
 //!   bytes.
 //! - [`machines`] does what an operator does with several machines.
+//! - [`gpu`] lets processes find emulated GPUs.
 //! - [`golden`] reads the reference outputs of the tiny checkpoints in `tests/golden/`.
 //!
 //! Starting a cluster costs more than asking it, so a test asks one cluster many questions and
@@ -15,9 +16,11 @@
 
 pub mod cluster;
 pub mod golden;
+pub mod gpu;
 pub mod http;
 pub mod machines;
 pub mod process;
 
 pub use cluster::Cluster;
 pub use golden::Golden;
+pub use gpu::Gpus;

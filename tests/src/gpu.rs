@@ -1,0 +1,50 @@
+//! GPUs that are none: the environment in which the binary finds an emulated CUDA driver.
+//!
+//! Every process that opens a device has an emulated machine of its own, whose kernels run on the
+//! processor. Faults are planted in one process at a time, while it runs, by a file.
+
+use std::fs;
+use std::path::Path;
+
+use entente_cuda_emulator::stand_in;
+use tempfile::TempDir;
+
+/// An environment with emulated GPUs.
+#[derive(Debug)]
+pub struct Gpus {
+    variables: Vec<(String, String)>,
+    // Compiled kernels, which are no use to a real device, and the file of faults.
+    dir: TempDir,
+}
+
+impl Gpus {
+    /// Machines with so many devices of so much memory, with these faults from the beginning.
+    pub fn new(devices: usize, memory_bytes: u64, faults: &str) -> Self {
+        let dir = tempfile::Builder::new().prefix("entente-gpus-").tempdir().unwrap();
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        let emulator = |name: &str, value: String| (format!("ENTENTE_CUDA_EMULATOR_{name}"), value);
+        let variables = vec![
+            ("LD_LIBRARY_PATH".to_owned(), text(&stand_in::folder())),
+            ("CACHE_DIRECTORY".to_owned(), text(dir.path())),
+            emulator("DEVICES", devices.to_string()),
+            emulator("MEMORY_BYTES", memory_bytes.to_string()),
+            emulator("FAULTS", faults.to_owned()),
+            emulator("CONTROL", text(&dir.path().join("faults"))),
+        ];
+        Self { variables, dir }
+    }
+
+    /// The variables that make a process find them.
+    pub fn variables(&self) -> &[(String, String)] {
+        &self.variables
+    }
+
+    /// Plants a fault in a process, from its next kernel on.
+    pub fn break_in(&self, pid: u64, fault: &str) {
+        let file = self.dir.path().join("faults");
+        // In one step: processes read it at any moment.
+        let next = self.dir.path().join("faults.next");
+        fs::write(&next, format!("pid={pid} {fault}\n")).unwrap();
+        fs::rename(next, file).unwrap();
+    }
+}
