@@ -151,7 +151,6 @@ impl Lonely {
             device: DeviceId::Cpu,
             metrics_listen: None,
             tls: Some(self.issue("expert", name)),
-            device: Default::default(),
             membership: Default::default(),
             cluster: self.roster.clone(),
         };
