@@ -37,7 +37,7 @@ pub(super) type Proposed = Result<(u64, Outcome), NotProposed>;
 
 enum Input {
     Deliver(Box<wire::RaftEnvelope>),
-    Propose(Request, oneshot::Sender<Proposed>),
+    Propose(Box<Request>, oneshot::Sender<Proposed>),
     Change(Change, oneshot::Sender<Result<(), NotProposed>>),
     Transfer(u64, oneshot::Sender<Result<(), NotProposed>>),
     TakeSnapshot(oneshot::Sender<u64>),
@@ -68,7 +68,7 @@ impl Owner {
     /// busy.
     pub(super) fn submit(&self, request: Request) -> Option<oneshot::Receiver<Proposed>> {
         let (answer, answered) = oneshot::channel();
-        self.0.try_send(Input::Propose(request, answer)).ok()?;
+        self.0.try_send(Input::Propose(Box::new(request), answer)).ok()?;
         Some(answered)
     }
 
@@ -234,7 +234,7 @@ impl Thread {
             Input::Deliver(envelope) => {
                 self.voter.receive(*envelope)?;
             }
-            Input::Propose(request, answer) => self.propose(request, answer),
+            Input::Propose(request, answer) => self.propose(*request, answer),
             Input::Change(change, answer) => drop(answer.send(self.voter.change(change))),
             Input::Transfer(to, answer) => drop(answer.send(self.voter.transfer_leader(to))),
             Input::TakeSnapshot(answer) => drop(answer.send(self.voter.take_snapshot()?)),
