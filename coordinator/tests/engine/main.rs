@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod committed;
+mod device;
 mod micro_batches;
 mod residency;
 mod setup;

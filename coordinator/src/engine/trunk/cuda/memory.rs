@@ -49,16 +49,21 @@ impl Placer<'_> {
     }
 }
 
-/// Keys and values of one layer, `[block][kv_head][BLOCK_LEN][head_dim]` in bf16 both.
+/// Keys and values of one layer, `[block][kv_head][BLOCK_LEN][head_dim]` in bf16 both. What has not
+/// been written is not read.
 pub(super) struct KvCache {
     pub keys: Buffer<u16>,
     pub values: Buffer<u16>,
 }
 
 impl KvCache {
-    pub fn new(stream: &Stream, arch: &Architecture, blocks: usize) -> Result<Self, DeviceError> {
+    pub fn new(
+        device: &Arc<Device>,
+        arch: &Architecture,
+        blocks: usize,
+    ) -> Result<Self, DeviceError> {
         let len = blocks * plan::block_len(arch);
-        Ok(Self { keys: Buffer::zeroed(stream, len)?, values: Buffer::zeroed(stream, len)? })
+        Ok(Self { keys: Buffer::new(device, len)?, values: Buffer::new(device, len)? })
     }
 }
 
@@ -146,5 +151,23 @@ impl Stagings {
             delta: Staging::new(device)?,
             back: Staging::new(device)?,
         })
+    }
+
+    /// Copies as much as the largest step will, whatever it is: staging memory grows with its copies,
+    /// and a step is not to be the first to ask for it.
+    pub fn grow(
+        &mut self,
+        stream: &Stream,
+        step: &mut StepMemory,
+        activations: &mut Activations,
+    ) -> Result<(), DeviceError> {
+        self.x.upload(stream, step.x.view_mut(), |_| {})?;
+        self.rotations.upload(stream, step.rotations.view_mut(), |_| {})?;
+        self.places.upload(stream, step.places.view_mut(), |_| {})?;
+        self.runs.upload(stream, step.runs.view_mut(), |_| {})?;
+        self.delta.upload(stream, activations.delta.view_mut(), |_| {})?;
+        self.back.download(stream, activations.words.view(), |_| ())?;
+        self.back.download(stream, activations.gate_logits.view(), |_| ())?;
+        self.back.download(stream, activations.logits.view(), |_| ())
     }
 }

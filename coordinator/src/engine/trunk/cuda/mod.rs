@@ -88,14 +88,15 @@ impl CudaTrunk {
         let head = kernels.place(head)?;
 
         let lengths = Lengths::of(&architecture, bounds.rows_max);
-        let step = StepMemory::new(device, &architecture, &lengths, bounds)?;
-        let activations = Activations::new(device, &lengths)?;
+        let mut step = StepMemory::new(device, &architecture, &lengths, bounds)?;
+        let mut activations = Activations::new(device, &lengths)?;
+        stagings.grow(&stream, &mut step, &mut activations)?;
         let dense = DenseFfn::new(&stream, bounds.rows_max, lengths.inner)?;
         let blocks = match blocks {
             Some(blocks) => blocks,
             None => plan::blocks(&architecture, device.memory_free_bytes()?)?,
         };
-        let layer_cache = |_| KvCache::new(&stream, &architecture, blocks);
+        let layer_cache = |_| KvCache::new(device, &architecture, blocks);
         let cache = (0..layers.len()).map(layer_cache).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             class: kernels.class().clone(),
