@@ -118,9 +118,6 @@ impl Layout {
     }
 }
 
-/// Most of [`Layout::group_panels`].
-pub(super) const GROUP_PANELS_MAX: usize = GROUP / PANEL;
-
 impl WeightFormat {
     /// Bytes of memory that a matrix takes once packed, see [`Matrix::bytes`].
     pub fn packed_bytes(self, source: &MatrixSource<'_>) -> usize {
@@ -263,18 +260,18 @@ impl Matrix {
         self.out_features.div_ceil(PANEL)
     }
 
-    /// The outputs of panel `i`.
-    pub(super) fn panel_outputs(&self, i: usize) -> Range<usize> {
-        i * PANEL..((i + 1) * PANEL).min(self.out_features)
+    /// The outputs of some neighbouring panels.
+    pub(super) fn outputs(&self, panels: &Range<usize>) -> Range<usize> {
+        panels.start * PANEL..(panels.end * PANEL).min(self.out_features)
     }
 
-    /// The weights of panel `i`.
-    pub(super) fn panel(&self, i: usize) -> &[Line] {
+    /// The weights of some neighbouring panels.
+    pub(super) fn panel_lines(&self, panels: Range<usize>) -> &[Line] {
         let Weights::Host { lines, first } = &self.weights else {
             unreachable!("processors are given matrices in memory of the process")
         };
         let len = self.layout.panel_lines(self.in_features);
-        &lines[first + i * len..][..len]
+        &lines[first + panels.start * len..][..panels.len() * len]
     }
 }
 
@@ -408,6 +405,10 @@ fn elements<const N: usize>(row: &[u8]) -> impl Iterator<Item = (usize, [u8; N])
 
 #[cfg(test)]
 impl Matrix {
+    fn panel(&self, i: usize) -> &[Line] {
+        self.panel_lines(i..i + 1)
+    }
+
     /// The weight that a quantised matrix multiplies with.
     pub(super) fn quantised(&self, out: usize, i: usize) -> f32 {
         use super::quantise::CODEBOOK_UNSIGNED;

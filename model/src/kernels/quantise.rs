@@ -33,7 +33,7 @@ pub const BLOCK_WORDS: usize = 1 + BLOCK / 4;
 pub const GROUP_WORDS: usize = 1 + GROUP / BLOCK * BLOCK_WORDS;
 
 /// What the multipliers add to a weight to make it unsigned.
-const OFFSET: i32 = 128;
+pub const OFFSET: i32 = 128;
 
 /// The numbers that q4 codes stand for, ascending: found by Lloyd's iteration (1982) on blocks of
 /// normal weights with the candidate scales below. The relative error of a normal weight is 7.4 %;
@@ -71,7 +71,7 @@ const PEAKS: [f32; 5] = [-127.0, -116.0, 113.0, 104.0, -140.0];
 const MAGNITUDE_MIN: f32 = 1e-30;
 
 /// All bits of an f32 but the sign.
-const SIGNLESS: u32 = 0x7fff_ffff;
+pub const SIGNLESS: u32 = 0x7fff_ffff;
 
 /// 1.5 * 2^23: added to a small number, it leaves the nearest integer, ties to even, in the low
 /// bits.
@@ -83,6 +83,24 @@ fn nearest(v: f32) -> i32 {
     (v + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed()
 }
 
+/// How a group of activations becomes bytes.
+pub struct GroupScale {
+    /// What a byte is multiplied by to stand for its activation.
+    pub scale: f32,
+    /// What an activation is multiplied by before it is rounded.
+    pub inverse: f32,
+}
+
+impl GroupScale {
+    /// The greatest magnitude of the group becomes 127.
+    #[inline(always)]
+    pub fn of(magnitude: f32) -> Self {
+        let inverse = if magnitude >= MAGNITUDE_MIN { 127.0 / magnitude } else { 0.0 };
+        let scale = if magnitude < MAGNITUDE_MIN { 0.0 } else { magnitude / 127.0 };
+        Self { scale, inverse }
+    }
+}
+
 /// Quantises a group of activations into words: scale, then for each block 128 times its sum,
 /// negated, and its bytes. The greatest magnitude is found among bits, where a NaN is greater than
 /// all; a value that is not finite makes the scale not finite, and with it every
@@ -90,9 +108,7 @@ fn nearest(v: f32) -> i32 {
 #[inline(always)]
 pub fn group_words(values: &[f32; GROUP]) -> [u32; GROUP_WORDS] {
     let greatest = values.iter().map(|v| v.to_bits() & SIGNLESS).fold(0, u32::max);
-    let magnitude = f32::from_bits(greatest);
-    let inverse = if magnitude >= MAGNITUDE_MIN { 127.0 / magnitude } else { 0.0 };
-    let scale = if magnitude < MAGNITUDE_MIN { 0.0 } else { magnitude / 127.0 };
+    let GroupScale { scale, inverse } = GroupScale::of(f32::from_bits(greatest));
     let mut codes = [0_i8; GROUP];
     for (code, v) in codes.iter_mut().zip(values) {
         *code = nearest(v * inverse) as i8;

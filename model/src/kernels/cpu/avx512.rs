@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::memory::Line;
+use super::super::quantise::{BLOCK_WORDS, GROUP, GROUP_WORDS, GroupScale, OFFSET, SIGNLESS};
 use super::isa::{Isa, LANES};
 
 /// Proof that the processor has AVX-512 F, BW, DQ, VL, VNNI and BF16.
@@ -186,6 +187,35 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn group_words(self, values: &[f32; GROUP], out: &mut [u32; GROUP_WORDS]) {
+        let (values, _) = values.as_chunks::<LANES>();
+        let [scale_word, blocks @ ..] = out;
+        let (blocks, _) = blocks.as_chunks_mut::<BLOCK_WORDS>();
+        unsafe {
+            let signless = _mm512_set1_epi32(SIGNLESS.cast_signed());
+            let mut greatest = _mm512_setzero_si512();
+            for values in values {
+                let bits = _mm512_castps_si512(self.load(values));
+                greatest = _mm512_max_epu32(greatest, _mm512_and_si512(bits, signless));
+            }
+            let magnitude = f32::from_bits(_mm512_reduce_max_epu32(greatest));
+            let GroupScale { scale, inverse } = GroupScale::of(magnitude);
+            *scale_word = scale.to_bits();
+            let inverse = self.splat(inverse);
+            for ([correction, words @ ..], values) in blocks.iter_mut().zip(values.chunks_exact(2)) {
+                let mut sums = _mm512_setzero_si512();
+                for (words, values) in words.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    let codes = _mm512_cvtps_epi32(self.mul(self.load(values), inverse));
+                    sums = _mm512_add_epi32(sums, codes);
+                    _mm_storeu_si128(words.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(codes));
+                }
+                let sum = _mm512_reduce_add_epi32(sums);
+                *correction = sum.wrapping_mul(-OFFSET).cast_unsigned();
+            }
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, line: *const Line) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
     }
@@ -193,7 +223,28 @@ impl Isa for Avx512 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::quantise::group_words;
     use super::*;
+
+    #[test]
+    fn activations_become_the_same_words_as_everywhere() {
+        let Some(isa) = Avx512::detect() else { return };
+        let mut values: [f32; GROUP] = std::array::from_fn(|i| (i as f32 * 0.7).sin());
+        for scale in [0.0, 1e-40, 1e-31, 1e-20, 0.03, 1.0, 63.5, 1e30] {
+            for special in [None, Some(f32::NAN), Some(f32::INFINITY), Some(f32::NEG_INFINITY)] {
+                // Products of halves are ties between two bytes.
+                let mut group = values.map(|v| (v * 254.0).round() / 2.0 * scale);
+                special.into_iter().for_each(|special| group[17] = special);
+                let mut words = [1; GROUP_WORDS];
+                isa.enter(|| isa.group_words(&group, &mut words));
+                let want = group_words(&group);
+                // What is no number is in the scale, and with it in every product.
+                assert_eq!(words[0], want[0], "{scale} {special:?}");
+                assert!(special.is_some() || words == want, "{scale} {words:x?}");
+            }
+            values.rotate_left(5);
+        }
+    }
 
     /// Two fused multiply-adds in f32, as the instruction is defined, in this order.
     fn two_steps(acc: f32, w: [f32; 2], x: [f32; 2]) -> f32 {

@@ -13,15 +13,16 @@ use std::ops::Range;
 
 use entente_proto::frame::Dtype;
 
-use super::super::matrix::{GROUP_PANELS_MAX, PANEL};
 use super::super::pool::Scatter;
 use super::super::{Activation, FfnGroup, GatedFfn, Matrix};
-use super::Cpu;
 use super::elementwise::silu;
-use super::isa::{Isa, LANES};
-use super::matmul::{LIGHT_ROWS_MAX, Panel, Upcoming};
+use super::isa::{Isa, load_part, store_part};
+use super::matmul::{LIGHT_ROWS_MAX, multiply};
+use super::microkernel::Destination;
+use super::prefetch::Upcoming;
 use super::rows::encode;
-use super::tile::{Block, TILE_ROWS_MAX, Tiles, pack_encoded_tile, pack_tile, tile_rows};
+use super::tile::{Tiles, pack_encoded_tile, pack_tile, tile_rows};
+use super::{Cpu, parts_of};
 
 /// Rows that go through together: bounds the intermediate values, which are rows times inner.
 const PASS_ROWS: usize = 512;
@@ -53,21 +54,22 @@ enum Next<'a> {
 }
 
 impl<'a> Next<'a> {
-    /// What is read after panel `i` of a group, of `gate` (the first of the two) or of `up`.
-    fn after(self, gate: bool, i: usize) -> Upcoming<'a> {
-        let panel = match self {
+    /// What is read after panels of `gate` (the first of the two) or of `up`.
+    fn after(self, gate: bool) -> Upcoming<'a> {
+        let lines = match self {
             Self::Neighbour => return Upcoming::Neighbour,
             Self::Group(section, g) => {
                 let matrix = if gate { &section.ffn.gate } else { &section.ffn.up };
-                section.group(g).nth(i).map(|p| matrix.panel(p))
+                Some(matrix.panel_lines(section.panels(&(g..g + 1))))
             }
             Self::Down(down, p) if p < down.panels() => {
-                let (left, right) = down.panel(p).split_at(down.panel(p).len() / 2);
+                let lines = down.panel_lines(p..p + 1);
+                let (left, right) = lines.split_at(lines.len() / 2);
                 Some(if gate { left } else { right })
             }
             Self::Down(..) => None,
         };
-        Upcoming::new(false, panel)
+        Upcoming::new(false, lines)
     }
 }
 
@@ -131,34 +133,24 @@ fn run_pass<I: Isa>(cpu: &Cpu<I>, x: &Input<'_>, parts: &[Part<'_>], y: &Output<
 
     let light = sections.iter().all(|section| section.rows.len() <= LIGHT_ROWS_MAX);
     let out = Scatter::new(&mut input);
-    let tasks = tasks_of(&sections, |s| s.input.count());
+    let tasks = parts_of(sections.iter().map(|s| s.input.count()));
     // A few rows are packed sooner than another thread is woken.
     cpu.run(!light, tasks.len(), |i| sections[tasks[i].0].gather(cpu.isa, x, tasks[i].1, &out));
     let out = Scatter::new(&mut inner);
-    let tasks = tasks_of(&sections, |s| s.inner_groups());
-    cpu.run_neighbours(true, light, tasks.len(), |i| {
-        let next = match tasks.get(cpu.next_task(i)) {
+    let tasks = parts_of(sections.iter().map(Section::inner_groups));
+    cpu.run_neighbours(true, light, &tasks, |s, groups, next| {
+        let next = match tasks.get(next) {
             _ if light => Next::Neighbour,
             Some((s, g)) => Next::Group(&sections[*s], *g),
-            None => Next::Down(&sections[0].ffn.down, cpu.next_task(i) - tasks.len()),
+            None => Next::Down(&sections[0].ffn.down, next - tasks.len()),
         };
-        sections[tasks[i].0].expand(cpu, &input, tasks[i].1, next, &out);
+        sections[s].expand(cpu, &input, groups, next, &out);
     });
-    let tasks = tasks_of(&sections, |s| s.ffn.down.panels());
-    cpu.run_neighbours(true, light, tasks.len(), |i| {
-        let next = tasks.get(cpu.next_task(i)).map(|(s, p)| sections[*s].ffn.down.panel(*p));
-        let upcoming = Upcoming::new(light, next);
-        sections[tasks[i].0].contract(cpu, &inner, tasks[i].1, upcoming, y);
+    let tasks = parts_of(sections.iter().map(|s| s.ffn.down.panels()));
+    cpu.run_neighbours(true, light, &tasks, |s, panels, next| {
+        let next = tasks.get(next).map(|&(s, p)| sections[s].ffn.down.panel_lines(p..p + 1));
+        sections[s].contract(cpu, &inner, panels, Upcoming::new(light, next), y);
     });
-}
-
-/// Every section with each of its `count` parts, neighbours beside each other.
-fn tasks_of(
-    sections: &[Section<'_>],
-    count: impl Fn(&Section<'_>) -> usize,
-) -> Vec<(usize, usize)> {
-    let parts = |(s, section)| (0..count(section)).map(move |part| (s, part));
-    sections.iter().enumerate().flat_map(parts).collect()
 }
 
 impl Section<'_> {
@@ -183,82 +175,78 @@ impl Section<'_> {
         self.ffn.gate.panels().div_ceil(self.ffn.down.layout().group_panels())
     }
 
-    /// The panels of group `g` of `gate` and `up`.
-    fn group(&self, g: usize) -> Range<usize> {
+    /// The panels of `gate` and `up` in some groups.
+    fn panels(&self, groups: &Range<usize>) -> Range<usize> {
         let panels = self.ffn.down.layout().group_panels();
-        g * panels..((g + 1) * panels).min(self.ffn.gate.panels())
+        groups.start * panels..(groups.end * panels).min(self.ffn.gate.panels())
     }
 
-    /// Group `g` of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
+    /// Some groups of `activation(gate(x), up(x))`, for all tiles, packed for `down`.
     fn expand<I: Isa>(
         &self,
         cpu: &Cpu<I>,
         input: &[u32],
-        g: usize,
+        groups: Range<usize>,
         next: Next<'_>,
         out: &Scatter<'_, u32>,
     ) {
         let GatedFfn { gate, up, down, activation } = self.ffn;
-        let panels = self.group(g);
-        let (start, end) = (panels.start * PANEL, gate.out_features().min(panels.end * PANEL));
-        let ready = |m, p| Panel::new(cpu, m, p, &self.input);
-        let weights: [Option<[Panel<'_>; 2]>; GROUP_PANELS_MAX] = std::array::from_fn(|i| {
-            let p = panels.clone().nth(i)?;
-            Some([ready(gate, p), ready(up, p)])
-        });
-        let (mut block, mut ups, mut joined) = (Block::ZERO, Block::ZERO, Joined::ZERO);
-        for t in 0..self.input.count() {
-            let ((_, count), (at, len)) = (self.input.tile(t), self.input.span(t));
-            let x = &input[self.input_at + at..][..len];
-            for (i, [gate, up]) in weights.iter().flatten().enumerate() {
-                let ahead = next.after(true, i).ahead(gate, t, &self.input);
-                gate.multiply(cpu.isa, ahead, x, &mut block.rows()[..count]);
-                let ahead = next.after(false, i).ahead(up, t, &self.input);
-                up.multiply(cpu.isa, ahead, x, &mut ups.rows()[..count]);
-                join(cpu.isa, *activation, count, &block, &ups, i, &mut joined);
-            }
-            // A tile is stored input by input, so a group's part of it is contiguous.
-            let at = self.inner_at + self.inner.span(t).0 + count * down.layout().words(start);
-            let len = count * down.layout().words(end - start);
+        let panels = self.panels(&groups);
+        let outputs = gate.outputs(&panels);
+        let x = &input[self.input_at..][..self.input.total()];
+        let product = |w, upcoming| {
+            let mut values = cpu.products.take(self.rows.len() * outputs.len());
+            let out = Scatter::new(&mut values);
+            let to = Destination::all(&out, outputs.len());
+            // SAFETY: the values are this call's alone.
+            unsafe { multiply(cpu, w, panels.clone(), upcoming, &self.input, x, &to) };
+            values
+        };
+        let mut joined = product(gate, next.after(true));
+        join(cpu.isa, *activation, &mut joined, &product(up, next.after(false)));
+        for t in 0..self.inner.count() {
+            // A tile is stored input by input, so some groups' part of it is contiguous.
+            let (first, count) = self.inner.tile(t);
+            let words = |values| count * down.layout().words(values);
+            let at = self.inner_at + self.inner.span(t).0 + words(outputs.start);
             // SAFETY: no two tasks have a tile and a group in common.
-            let out = unsafe { out.slice(at, len) };
-            pack_tile(cpu.isa, down.layout(), count, |r| &joined.0[r][..end - start], out);
+            let out = unsafe { out.slice(at, words(outputs.len())) };
+            let row = |r| &joined[(first + r) * outputs.len()..][..outputs.len()];
+            pack_tile(cpu.isa, down.layout(), count, row, out);
         }
     }
 
-    /// Panel `p` of `down(inner)`, for all tiles, to the destination rows.
+    /// Some panels of `down(inner)`, for all tiles, to the destination rows.
     fn contract<I: Isa>(
         &self,
         cpu: &Cpu<I>,
         inner: &[u32],
-        p: usize,
+        panels: Range<usize>,
         upcoming: Upcoming<'_>,
         y: &Output<'_>,
     ) {
-        let down = &self.ffn.down;
-        let (panel, columns) = (Panel::new(cpu, down, p, &self.inner), down.panel_outputs(p));
-        let mut block = Block::ZERO;
-        for t in 0..self.inner.count() {
-            let ((first, count), (at, len)) = (self.inner.tile(t), self.inner.span(t));
-            let x = &inner[self.inner_at + at..][..len];
-            let ahead = upcoming.ahead(&panel, t, &self.inner);
-            let at =
-                |r: usize| self.rows[first + r].1 as usize * down.out_features() + columns.start;
-            match y {
-                Output::Values(y) => {
-                    // SAFETY: destination rows are distinct, and no two tasks of a section have a
-                    // column in common.
-                    let row = |r| unsafe { y.slice(at(r), columns.len()) };
-                    panel.multiply_to(cpu.isa, count, ahead, x, &mut block, row);
-                }
-                Output::Encoded(dtype, y) => {
-                    panel.multiply(cpu.isa, ahead, x, &mut block.rows()[..count]);
+        let (down, rows) = (&self.ffn.down, self.rows);
+        let x = &inner[self.inner_at..][..self.inner.total()];
+        let outputs = down.outputs(&panels);
+        match y {
+            Output::Values(y) => {
+                let to = Destination { rows: Some(rows), ..Destination::columns(y, down, &panels) };
+                // SAFETY: destination rows are distinct, and no two tasks of a section have a
+                // column in common.
+                unsafe { multiply(cpu, down, panels, upcoming, &self.inner, x, &to) };
+            }
+            Output::Encoded(dtype, y) => {
+                let mut values = cpu.products.take(rows.len() * outputs.len());
+                let out = Scatter::new(&mut values);
+                let to = Destination::all(&out, outputs.len());
+                // SAFETY: the values are this call's alone.
+                unsafe { multiply(cpu, down, panels, upcoming, &self.inner, x, &to) };
+                for ((_, to), values) in rows.iter().zip(values.chunks_exact(outputs.len())) {
+                    let at = *to as usize * down.out_features() + outputs.start;
                     let size = dtype.size();
-                    for (r, values) in block.0[..count].iter().enumerate() {
-                        // SAFETY: as above; each value has its own bytes.
-                        let out = unsafe { y.slice(at(r) * size, columns.len() * size) };
-                        encode(cpu.isa, *dtype, &values[..columns.len()], out);
-                    }
+                    // SAFETY: as above; each value has its own bytes.
+                    let out = unsafe { y.slice(at * size, values.len() * size) };
+                    encode(cpu.isa, *dtype, values, out);
                 }
             }
         }
@@ -308,37 +296,20 @@ impl Output<'_> {
     }
 }
 
-/// The intermediate values of a tile in a group of panels.
-#[repr(align(64))]
-struct Joined([[f32; GROUP_PANELS_MAX * PANEL]; TILE_ROWS_MAX]);
-
-impl Joined {
-    const ZERO: Self = Self([[0.0; GROUP_PANELS_MAX * PANEL]; TILE_ROWS_MAX]);
-}
-
-/// `activation(gate, up)` of the first `rows` rows, as panel `i` of `joined`.
-fn join<I: Isa>(
-    isa: I,
-    activation: Activation,
-    rows: usize,
-    gate: &Block,
-    up: &Block,
-    i: usize,
-    joined: &mut Joined,
-) {
+/// `gate = activation(gate, up)`, value by value.
+fn join<I: Isa>(isa: I, activation: Activation, gate: &mut [f32], up: &[f32]) {
     isa.enter(
         #[inline(always)]
         || {
-            for ((gate, up), out) in gate.0.iter().zip(&up.0).zip(&mut joined.0).take(rows) {
-                let out = &mut out.as_chunks_mut::<PANEL>().0[i];
-                let lanes = gate.as_chunks::<LANES>().0.iter().zip(up.as_chunks().0);
-                for ((gate, up), out) in lanes.zip(out.as_chunks_mut().0) {
-                    let joined = match activation {
-                        Activation::SwiGlu => isa.mul(silu(isa, isa.load(gate)), isa.load(up)),
-                    };
-                    isa.store(joined, out);
-                }
+            let joined = |gate, up| match activation {
+                Activation::SwiGlu => isa.mul(silu(isa, gate), up),
+            };
+            let ((gate, gate_rest), (up, up_rest)) = (gate.as_chunks_mut(), up.as_chunks());
+            for (gate, up) in gate.iter_mut().zip(up) {
+                isa.store(joined(isa.load(gate), isa.load(up)), gate);
             }
+            let rest = joined(load_part(isa, gate_rest), load_part(isa, up_rest));
+            store_part(isa, rest, gate_rest);
         },
     );
 }

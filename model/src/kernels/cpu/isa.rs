@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use super::super::memory::Line;
+use super::super::quantise::{self, GROUP, GROUP_WORDS};
 
 /// Lanes of a vector.
 pub const LANES: usize = 16;
@@ -88,6 +89,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn look_up(self, table: &[u8; 16], line: &Line) -> [Self::Bytes; 2];
     /// Adds, in each lane, the products of four unsigned bytes with the four signed ones of `x`.
     fn dot_bytes(self, acc: Self::Ints, bytes: Self::Bytes, x: u32) -> Self::Ints;
+    /// Writes [`quantise::group_words`], to the bit. It is here for instruction sets in whose
+    /// instructions the compiler cannot say it well.
+    #[inline(always)]
+    fn group_words(self, values: &[f32; GROUP], out: &mut [u32; GROUP_WORDS]) {
+        *out = quantise::group_words(values);
+    }
     /// Asks for a line that is read soon. Any address will do.
     fn prefetch(self, line: *const Line);
 }

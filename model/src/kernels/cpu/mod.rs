@@ -10,7 +10,9 @@ mod ffn;
 pub(super) mod isa;
 pub(super) mod limits;
 mod matmul;
+mod microkernel;
 pub(super) mod portable;
+mod prefetch;
 mod rows;
 mod scratch;
 pub(super) mod tile;
@@ -59,6 +61,8 @@ pub(super) struct Cpu<I> {
     words: Scratch<u32>,
     /// Panels of 4 bits, expanded to 8.
     lines: Scratch<Line>,
+    /// Products that go no further as they are.
+    products: Scratch<f32>,
     /// Attention's queries and states.
     vectors: Scratch<[f32; LANES]>,
 }
@@ -76,11 +80,19 @@ fn shares(tasks: usize, threads: usize) -> Vec<Range<usize>> {
     shares
 }
 
+/// The parts of several wholes that have so many each, one whole after the other: pairs of a whole
+/// and a part of it.
+fn parts_of(counts: impl Iterator<Item = usize>) -> Vec<(usize, usize)> {
+    let parts = |(whole, count)| (0..count).map(move |part| (whole, part));
+    counts.enumerate().flat_map(parts).collect()
+}
+
 impl<I: Isa> Cpu<I> {
     fn new(isa: I, format: WeightFormat, threads: usize) -> Self {
         let class = class::<I>(format);
-        let (words, lines, vectors) = (Scratch::new(), Scratch::new(), Scratch::new());
-        Self { isa, format, class, pool: Pool::new(threads), words, lines, vectors }
+        let (words, lines) = (Scratch::new(), Scratch::new());
+        let (products, vectors) = (Scratch::new(), Scratch::new());
+        Self { isa, format, class, pool: Pool::new(threads), words, lines, products, vectors }
     }
 
     /// A parallel loop, on this thread alone unless `parallel`.
@@ -88,21 +100,31 @@ impl<I: Isa> Cpu<I> {
         if parallel { self.pool.run(tasks, task) } else { (0..tasks).for_each(task) }
     }
 
-    /// A parallel loop whose neighbouring tasks read neighbouring memory. `light` tasks, which wait
-    /// for memory more than they compute, are taken several neighbours at a time, so that what a
-    /// thread has asked for ahead is what it needs next.
+    /// A parallel loop over `tasks`, see [`parts_of`], of which neighbours read neighbouring memory.
+    /// Those that are `light`, which wait for memory more than they compute, are taken several
+    /// neighbours at a time, so that what a thread has asked for ahead is what it needs next.
+    /// `task` gets neighbouring parts, and the number of the task that its thread takes next.
     fn run_neighbours(
         &self,
         parallel: bool,
         light: bool,
-        tasks: usize,
-        task: impl Fn(usize) + Sync,
+        tasks: &[(usize, usize)],
+        task: impl Fn(usize, Range<usize>, usize) + Sync,
     ) {
         if !light {
-            return self.run(parallel, tasks, task);
+            return self.run(parallel, tasks.len(), |i| {
+                let (whole, part) = tasks[i];
+                task(whole, part..part + 1, self.next_task(i));
+            });
         }
-        let shares = shares(tasks, self.pool.threads());
-        self.run(parallel, shares.len(), |i| shares[i].clone().for_each(&task));
+        let shares = shares(tasks.len(), self.pool.threads());
+        self.run(parallel, shares.len(), |i| {
+            let share = &tasks[shares[i].clone()];
+            for parts in share.chunk_by(|one, next| one.0 == next.0) {
+                let (whole, part) = parts[0];
+                task(whole, part..part + parts.len(), shares[i].end);
+            }
+        });
     }
 
     /// The task that a thread takes after task `i` of a loop over single tasks, if all threads go on

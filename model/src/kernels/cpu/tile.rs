@@ -5,11 +5,12 @@
 //! values, or groups of bytes with their scales, rounded here. What a word holds depends on its row
 //! alone.
 
-use super::super::matrix::{Layout, PANEL};
-use super::super::quantise::{GROUP, GROUP_WORDS, group_words};
+use super::super::matrix::Layout;
+use super::super::quantise::{GROUP, GROUP_WORDS};
 use super::isa::Isa;
 
 /// Most rows of a tile, over all instruction sets.
+#[cfg(test)]
 pub const TILE_ROWS_MAX: usize = 12;
 
 /// Words of each row that are brought into tile order at a time: they stay in registers or close.
@@ -32,19 +33,6 @@ macro_rules! for_rows {
 }
 pub(super) use for_rows;
 
-/// The product of one tile with one panel.
-#[repr(align(64))]
-pub struct Block(pub [[f32; PANEL]; TILE_ROWS_MAX]);
-
-impl Block {
-    pub const ZERO: Self = Self([[0.0; PANEL]; TILE_ROWS_MAX]);
-
-    /// Where each row goes.
-    pub fn rows(&mut self) -> [&mut [f32; PANEL]; TILE_ROWS_MAX] {
-        self.0.each_mut()
-    }
-}
-
 /// Most rows of a tile that `layout` multiplies.
 pub fn tile_rows<I: Isa>(layout: Layout) -> usize {
     match layout {
@@ -53,13 +41,26 @@ pub fn tile_rows<I: Isa>(layout: Layout) -> usize {
     }
 }
 
-/// How rows are cut into tiles, whose sizes differ by one at most, and how much room they take
-/// packed.
+/// How rows are cut into tiles, whose sizes differ by one at most, the larger ones first, and how
+/// much room they take packed.
 #[derive(Clone, Copy)]
 pub struct Tiles {
     rows: usize,
     count: usize,
     words: usize,
+}
+
+/// Neighbouring tiles of one size.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    /// Rows of each tile.
+    pub rows: usize,
+    pub first_tile: usize,
+    pub first_row: usize,
+    /// Words of a row.
+    pub words: usize,
+    /// The tiles, packed.
+    pub packed: &'a [u32],
 }
 
 impl Tiles {
@@ -74,8 +75,8 @@ impl Tiles {
 
     /// First row and number of rows of tile `i`.
     pub fn tile(&self, i: usize) -> (usize, usize) {
-        let first = i * self.rows / self.count;
-        (first, (i + 1) * self.rows / self.count - first)
+        let (rows, larger) = (self.rows / self.count, self.rows % self.count);
+        (i * rows + i.min(larger), rows + usize::from(i < larger))
     }
 
     /// First word and number of words of tile `i`.
@@ -87,6 +88,18 @@ impl Tiles {
     /// Words of all tiles.
     pub fn total(&self) -> usize {
         self.rows * self.words
+    }
+
+    /// The tiles of each size, one or two of them, of all tiles that were `packed`.
+    pub fn runs<'a>(&self, packed: &'a [u32]) -> impl Iterator<Item = Run<'a>> {
+        let larger = self.rows % self.count.max(1);
+        let (words, ends) = (self.words, [(0, larger), (larger, self.count)]);
+        let tiles = *self;
+        ends.into_iter().filter(|(start, end)| start < end).map(move |(first_tile, end)| {
+            let ((at, _), (last, len)) = (tiles.span(first_tile), tiles.span(end - 1));
+            let (first_row, rows) = tiles.tile(first_tile);
+            Run { rows, first_tile, first_row, words, packed: &packed[at..last + len] }
+        })
     }
 }
 
@@ -107,10 +120,11 @@ pub fn pack_tile<'a, I: Isa>(
                 pack::<_, R, CHUNK_WORDS, CHUNK_WORDS>(row, f32_words, out);
             }
             Layout::Bf16 => pack::<_, R, { 2 * CHUNK_WORDS }, CHUNK_WORDS>(row, bf16_words, out),
-            Layout::Q8 | Layout::Q4 => pack::<_, R, GROUP, GROUP_WORDS>(
+            Layout::Q8 | Layout::Q4 => pack_groups::<_, _, R>(
+                isa,
                 row,
                 #[inline(always)]
-                |values| group_words(values),
+                |values| *values,
                 out,
             ),
         },
@@ -142,10 +156,11 @@ pub fn pack_encoded_tile<'a, I: Isa>(
                 |values| stored_pairs(values),
                 out,
             ),
-            Layout::Q8 | Layout::Q4 => pack::<_, R, GROUP, GROUP_WORDS>(
+            Layout::Q8 | Layout::Q4 => pack_groups::<_, _, R>(
+                isa,
                 |r| row(r).as_chunks().0,
                 #[inline(always)]
-                |values| group_words(&widened(values)),
+                |values| widened(values),
                 out,
             ),
         },
@@ -175,6 +190,31 @@ fn pack<'a, T: Copy + Default + 'a, const R: usize, const N: usize, const W: usi
         for (k, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
             for r in 0..R {
                 out[r] = words[r][k];
+            }
+        }
+    }
+}
+
+/// Packs `R` rows in groups: the words of a group lie together, row by row, so that each is written
+/// in one go.
+#[inline(always)]
+fn pack_groups<'a, I: Isa, T: Copy + Default + 'a, const R: usize>(
+    isa: I,
+    row: impl Fn(usize) -> &'a [T],
+    widen: impl Fn(&[T; GROUP]) -> [f32; GROUP],
+    out: &mut [u32],
+) {
+    let groups = out.as_chunks_mut::<GROUP_WORDS>().0.as_chunks_mut::<R>().0;
+    for (group, out) in groups.iter_mut().enumerate() {
+        for (r, out) in out.iter_mut().enumerate() {
+            let values = &row(r)[group * GROUP..];
+            match values.first_chunk() {
+                Some(values) => isa.group_words(&widen(values), out),
+                None => {
+                    let mut padded = [T::default(); GROUP];
+                    padded[..values.len()].copy_from_slice(values);
+                    isa.group_words(&widen(&padded), out);
+                }
             }
         }
     }
@@ -264,6 +304,12 @@ mod tests {
                 assert_eq!(tiles.span(t), (first * 4, count * 4));
                 next += count;
             }
+            let packed = vec![0; tiles.total()];
+            let runs: Vec<_> = tiles.runs(&packed).collect();
+            let total: usize = runs.iter().map(|run| run.packed.len()).sum();
+            assert!(total == packed.len() && runs.len() <= 2, "{rows} rows");
+            let larger = runs.windows(2).all(|runs| runs[0].rows == runs[1].rows + 1);
+            assert!(larger, "{rows} rows");
             assert_eq!((next, tiles.total()), (rows, rows * 4));
         }
     }
