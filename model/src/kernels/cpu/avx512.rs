@@ -202,7 +202,8 @@ impl Isa for Avx512 {
             let GroupScale { scale, inverse } = GroupScale::of(magnitude);
             *scale_word = scale.to_bits();
             let inverse = self.splat(inverse);
-            for ([correction, words @ ..], values) in blocks.iter_mut().zip(values.chunks_exact(2)) {
+            for ([correction, words @ ..], values) in blocks.iter_mut().zip(values.chunks_exact(2))
+            {
                 let mut sums = _mm512_setzero_si512();
                 for (words, values) in words.as_chunks_mut::<4>().0.iter_mut().zip(values) {
                     let codes = _mm512_cvtps_epi32(self.mul(self.load(values), inverse));

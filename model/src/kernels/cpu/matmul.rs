@@ -10,11 +10,11 @@ use super::super::matrix::{Layout, Matrix, Q4_LINES, Q8_LINES};
 use super::super::memory::Line;
 use super::super::pool::Scatter;
 use super::super::quantise::CODEBOOK_UNSIGNED;
-use super::{Cpu, parts_of};
 use super::isa::Isa;
 use super::microkernel::{self, Destination, Panels};
 use super::prefetch::{Prefetch, Upcoming};
 use super::tile::{Tiles, pack_tile, tile_rows};
+use super::{Cpu, parts_of};
 
 /// Most rows for which reading the weights takes longer than multiplying them.
 pub const LIGHT_ROWS_MAX: usize = 4;
@@ -94,7 +94,7 @@ pub unsafe fn multiply<I: Isa>(
         };
         let upcoming = upcoming.of_panel(p, panels.len());
         // SAFETY: the caller promises it.
-        unsafe { multiply_runs(cpu.isa, panel, upcoming, tiles, packed, &to.from_panel(p)) };
+        unsafe { multiply_runs(cpu.isa, panel, upcoming, tiles, packed, &to.at_panel(p)) };
     }
 }
 

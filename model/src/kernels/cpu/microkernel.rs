@@ -54,7 +54,7 @@ impl<'a> Destination<'a> {
     }
 
     /// The columns of panel `p` and those after it.
-    pub fn from_panel(&self, p: usize) -> Self {
+    pub fn at_panel(&self, p: usize) -> Self {
         let skipped = p * PANEL;
         let (first_column, columns) = (self.first_column + skipped, self.columns - skipped);
         Self { first_column, columns, ..*self }
@@ -154,10 +154,7 @@ impl<I: Isa> Work<'_, I> {
     /// # Safety
     /// See [`multiply`].
     #[inline(always)]
-    unsafe fn each<const R: usize>(
-        &self,
-        tile: impl Fn(&[Line], Ahead, &[u32]) -> Sums<I, R>,
-    ) {
+    unsafe fn each<const R: usize>(&self, tile: impl Fn(&[Line], Ahead, &[u32]) -> Sums<I, R>) {
         let Self { isa, panels, run, prefetch, to } = self;
         for (p, panel) in panels.lines.chunks_exact(panels.panel_lines).enumerate() {
             for (t, x) in run.packed.chunks_exact(R * run.words).enumerate() {

@@ -9,10 +9,6 @@ use super::super::matrix::Layout;
 use super::super::quantise::{GROUP, GROUP_WORDS};
 use super::isa::Isa;
 
-/// Most rows of a tile, over all instruction sets.
-#[cfg(test)]
-pub const TILE_ROWS_MAX: usize = 12;
-
 /// Words of each row that are brought into tile order at a time: they stay in registers or close.
 const CHUNK_WORDS: usize = 16;
 
@@ -105,7 +101,6 @@ impl Tiles {
 
 /// Writes `rows` rows into `out` in the form that `layout` multiplies: word `k` of row `r` goes to
 /// `k * rows + r`. The last pair or group of a row is filled up with zeros.
-#[expect(clippy::redundant_closure, reason = "it is inlined, a function passed by name is not")]
 pub fn pack_tile<'a, I: Isa>(
     isa: I,
     layout: Layout,
@@ -296,11 +291,11 @@ mod tests {
     #[test]
     fn tiles_cover_the_rows_one_after_another() {
         for rows in 0..200 {
-            let tiles = Tiles::new(rows, TILE_ROWS_MAX, Layout::Bf16.words(7));
+            let tiles = Tiles::new(rows, 12, Layout::Bf16.words(7));
             let mut next = 0;
             for t in 0..tiles.count() {
                 let (first, count) = tiles.tile(t);
-                assert!(first == next && (1..=TILE_ROWS_MAX).contains(&count), "{rows} rows");
+                assert!(first == next && (1..=12).contains(&count), "{rows} rows");
                 assert_eq!(tiles.span(t), (first * 4, count * 4));
                 next += count;
             }
