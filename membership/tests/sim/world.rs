@@ -47,7 +47,7 @@ const CLIENT_TIMEOUT: u64 = 300 * MS;
 enum Input {
     Message(Box<wire::RaftEnvelope>),
     Tick,
-    Propose { client: usize, attempt: u64, request: Request },
+    Propose { client: usize, attempt: u64, request: Box<Request> },
     Read { client: usize, attempt: u64 },
     Churn,
 }
@@ -83,7 +83,7 @@ struct Machine {
 /// What a client wants now; a write with the number of its wish.
 #[derive(Clone)]
 enum Task {
-    Write(Request, u64),
+    Write(Box<Request>, u64),
     Read(String),
 }
 

@@ -104,7 +104,8 @@ impl World {
         self.oracle.wishes.insert(number, wish);
         self.oracle.tries.insert((session.0, sequence), number);
         let at_ms = self.now / MS;
-        Task::Write(Request { session, sequence, at_ms, expect, command }, number)
+        let request = Request { session, sequence, at_ms, expect, command };
+        Task::Write(Box::new(request), number)
     }
 
     pub(super) fn client_answered(&mut self, client: usize, attempt: u64, outcome: &Outcome) {

@@ -96,7 +96,7 @@ impl World {
             }
             Input::Tick => voter.tick().map_err(fatal)?,
             Input::Propose { client, attempt, request } => {
-                self.propose(id, client, attempt, request)
+                self.propose(id, client, attempt, *request)
             }
             Input::Read { client, attempt } => {
                 let now = match bug {
