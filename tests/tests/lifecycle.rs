@@ -276,7 +276,7 @@ fn a_device_that_is_not_there_is_one_sentence_and_an_exit_code_of_its_own() {
 
     let end = run(&["up", "--regions", "fr=1", "--device", "fr-expert-2=cuda:0"]);
     assert_eq!(end.code(), Some(2), "{end:#?}");
-    assert!(end.stderr.contains("no process of an expert node fr-expert-2"), "{}", end.stderr);
+    assert!(end.stderr.contains("no process fr-expert-2 that computes"), "{}", end.stderr);
 }
 
 #[test]
