@@ -17,6 +17,7 @@ pub mod cluster;
 pub mod exchanger;
 pub mod forward;
 mod generation;
+mod handle;
 mod hold;
 pub mod logits;
 pub mod origin;
@@ -31,17 +32,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use entente_model::kernels::{DeviceError, Kernels};
 use entente_model::{Detokenizer, Tokenizer};
 use entente_proto::ids::Region;
 use entente_router::exchange::Failure;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 pub use self::cluster::Readiness;
 use self::exchanger::Exchanger;
 use self::forward::{Forward, StepError, StepRows};
 use self::generation::{Generation, Reading};
+pub use self::handle::EngineHandle;
+use self::handle::{Ringer, Submission};
 use self::hold::Hold;
 use self::origin::Origin;
 use self::output::{Finish, StopConditions, TextStream};
@@ -49,7 +52,6 @@ use self::sampler::{Sampling, ScoredToken};
 use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
 use self::speculation::{Candidate, Speculator};
 use self::tally::{Closed, How, Tally};
-use crate::link::Bell;
 use crate::metrics::Metrics;
 
 /// Events beyond one a token: prompt scores, the end, and one to spare.
@@ -136,53 +138,6 @@ impl From<Refused> for EngineError {
             Refused::TenantQueueFull { .. } => Self::TenantBusy(refused.to_string()),
             Refused::TooLong { .. } => Self::TooLong(refused.to_string()),
         }
-    }
-}
-
-type Submission = (Request, mpsc::Sender<Event>, Instant);
-
-/// The way in. Cheap to clone.
-#[derive(Clone)]
-pub struct EngineHandle {
-    // Dropped before the ringer, so that the engine finds it gone when it is woken.
-    submissions: Sender<Submission>,
-    ringer: Ringer,
-    readiness: watch::Receiver<Readiness>,
-    failure: watch::Receiver<Option<DeviceError>>,
-}
-
-/// Wakes an engine that waits, also when it is dropped.
-#[derive(Clone)]
-struct Ringer(Arc<Bell>);
-
-impl Drop for Ringer {
-    fn drop(&mut self) {
-        self.0.ring();
-    }
-}
-
-impl EngineHandle {
-    /// Hands a request over; its events come out of the receiver. Dropping the receiver ends it.
-    pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, EngineError> {
-        let (sender, receiver) = mpsc::channel(request.stop.max_tokens + EXTRA_EVENTS);
-        match self.submissions.try_send((request, sender, Instant::now())) {
-            Ok(()) => {
-                self.ringer.0.ring();
-                Ok(receiver)
-            }
-            Err(TrySendError::Full(_)) => Err(EngineError::Busy("too many requests wait".into())),
-            Err(TrySendError::Disconnected(_)) => Err(EngineError::Stopped),
-        }
-    }
-
-    /// Whether requests can be served now.
-    pub fn readiness(&self) -> watch::Receiver<Readiness> {
-        self.readiness.clone()
-    }
-
-    /// Why nothing can be computed any more; none while the engine serves.
-    pub fn failure(&self) -> watch::Receiver<Option<DeviceError>> {
-        self.failure.clone()
     }
 }
 

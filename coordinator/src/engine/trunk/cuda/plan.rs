@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn what_is_set_aside_holds_a_row_at_the_end_of_the_longest_context() {
-        let arch = Architecture { max_positions: 1 << 24, ..architecture() };
+        let arch = Architecture { heads: 64, max_positions: 1 << 24, ..architecture() };
         let Lengths { partial, .. } = Lengths::of(&arch, 1);
         let last = [arch.max_positions - 1];
         let pieces = pieces(&arch, &last, 0..1, partial);
