@@ -258,8 +258,8 @@ __device__ inline void sum_values(const Slice& slice, const u16* values, int at,
     }
 }
 
-// One tile of queries. Everything that fills shared memory is followed by a barrier, and so is the
-// last that reads what is filled again.
+// One tile of queries. Everything that fills shared memory is followed by a barrier. What is read
+// at the end is filled again only behind the first barrier of the next tile.
 __device__ inline void attend(const Slice& slice, const Queries& queries, const float* q,
                               const u16* keys, const u16* values, float scale, int splits,
                               float* partial, Shared& shared) {
@@ -294,7 +294,6 @@ __device__ inline void attend(const Slice& slice, const Queries& queries, const 
         to[0] = largest_of(shared, thread());
         to[1] = sum;
     }
-    block_sync();
 }
 
 // The part of each row's attention that falls into one split: largest score, sum of the weights,
