@@ -176,7 +176,7 @@ unsafe impl Sync for Device {}
 
 impl Device {
     /// Opens device `ordinal` and loads the kernels, which are compiled for it unless that has been
-    /// done before ([`compile`]).
+    /// done before (`compile`).
     ///
     /// # Errors
     /// There is no driver, no such device, no room, or no way to compile; or it is too old.

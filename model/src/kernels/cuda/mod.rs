@@ -11,7 +11,7 @@
 //!
 //! Invariants: the same as of all kernels, a row's value depends on nothing but the row and the
 //! weights; nothing here panics because of a machine (no driver, too little memory, a device that
-//! falls off the bus): those are [`DeviceError`]s.
+//! falls off the bus): those are [`DeviceError`](super::DeviceError)s.
 //!
 //! What this module does not know: experts beside their weights, networks, sequences.
 

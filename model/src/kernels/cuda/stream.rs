@@ -11,7 +11,7 @@ use cudarc::driver::sys::{self, CUevent_flags, CUstream_flags};
 use super::device::Device;
 use crate::kernels::DeviceError;
 
-/// A queue of work. The kernels are its methods ([`super::ops`]).
+/// A queue of work. The kernels are its methods (`ops`).
 pub struct Stream {
     device: Arc<Device>,
     handle: sys::CUstream,
