@@ -136,7 +136,8 @@ fn no_word_of_a_prompt_and_no_key_is_written_or_shown_anywhere() {
     let others = processes.filter(|process| process["name"] != KILLED);
     shown.extend(others.filter_map(|p| p["metrics"].as_str()).map(|url| http::get(url).text));
     let key = cluster.api_key().unwrap().to_owned();
-    let secret = key.rsplit('_').next().unwrap();
+    // mk, the key's number, and the secret, in which there may be more of what parts them.
+    let secret = key.splitn(3, '_').nth(2).unwrap();
     let said: Vec<String> =
         [PROMPT, SYSTEM, STOP].into_iter().flat_map(forms).chain(lists(&ids)).collect();
     let keys: Vec<String> = [secret, WRONG_KEY].into_iter().flat_map(forms).collect();
