@@ -1,5 +1,6 @@
 //! Epochs that move and starts that end while frames are out.
 
+use super::storm::Storm;
 use super::*;
 use crate::view::Committed;
 
