@@ -217,14 +217,90 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn round_pairs(self, values: &[f32; 2 * LANES]) -> [u32; LANES] {
+        unsafe {
+            let rounded = |at: usize| {
+                let value = _mm512_loadu_ps(values[at..at + LANES].as_ptr());
+                let bits = _mm512_castps_si512(value);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+                let rounded = _mm512_add_epi32(bits, half);
+                let no_number = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+                _mm512_mask_or_epi32(rounded, no_number, bits, _mm512_set1_epi32(0x0040_0000))
+            };
+            let upper_halves: [u16; 2 * LANES] = std::array::from_fn(|i| 2 * i as u16 + 1);
+            let upper_halves = _mm512_loadu_si512(upper_halves.as_ptr().cast());
+            let pairs = _mm512_permutex2var_epi16(rounded(0), upper_halves, rounded(LANES));
+            std::mem::transmute(pairs)
+        }
+    }
+
+    #[inline(always)]
+    fn interleave<const R: usize>(self, rows: &[[u32; LANES]; R], out: &mut [[u32; R]; LANES]) {
+        const { assert!(R <= LANES) };
+        unsafe {
+            let mut columns = [_mm512_setzero_si512(); LANES];
+            for (column, row) in columns.iter_mut().zip(rows) {
+                *column = _mm512_loadu_si512(row.as_ptr().cast());
+            }
+            let columns = transpose(columns);
+            let first_rows = ((1_u32 << R) - 1) as u16;
+            for (column, out) in columns.iter().zip(out) {
+                _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), first_rows, *column);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, line: *const Line) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
     }
 }
 
+/// Turns 16 rows of 16 words into their columns: words, pairs of words, quarters, quarters again.
+#[inline(always)]
+unsafe fn transpose(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+    let mut pairs = rows;
+    let mut fours = rows;
+    let mut eights = rows;
+    let mut columns = rows;
+    // SAFETY: the caller has the instructions.
+    unsafe {
+        for i in 0..8 {
+            pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+            pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+        }
+        // In each quarter `q` of `fours[4 * i + k]`: word `4 * q + k` of rows `4 * i` and on.
+        for i in 0..4 {
+            for k in 0..2 {
+                let (first, second) = (pairs[4 * i + k], pairs[4 * i + 2 + k]);
+                fours[4 * i + 2 * k] = _mm512_unpacklo_epi64(first, second);
+                fours[4 * i + 2 * k + 1] = _mm512_unpackhi_epi64(first, second);
+            }
+        }
+        for k in 0..4 {
+            for i in 0..2 {
+                let (first, second) = (fours[8 * i + k], fours[8 * i + 4 + k]);
+                eights[4 * i + k] = _mm512_shuffle_i32x4::<0b10_00_10_00>(first, second);
+                eights[8 + 4 * i + k] = _mm512_shuffle_i32x4::<0b11_01_11_01>(first, second);
+            }
+        }
+        for k in 0..4 {
+            let (first, second) = (eights[k], eights[4 + k]);
+            columns[k] = _mm512_shuffle_i32x4::<0b10_00_10_00>(first, second);
+            columns[8 + k] = _mm512_shuffle_i32x4::<0b11_01_11_01>(first, second);
+            let (first, second) = (eights[8 + k], eights[12 + k]);
+            columns[4 + k] = _mm512_shuffle_i32x4::<0b10_00_10_00>(first, second);
+            columns[12 + k] = _mm512_shuffle_i32x4::<0b11_01_11_01>(first, second);
+        }
+    }
+    columns
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::super::quantise::group_words;
+    use super::super::tile::round_to_bf16;
     use super::*;
 
     #[test]
@@ -244,6 +320,33 @@ mod tests {
                 assert!(special.is_some() || words == want, "{scale} {words:x?}");
             }
             values.rotate_left(5);
+        }
+    }
+
+    #[test]
+    fn rows_are_interleaved_word_by_word() {
+        let Some(isa) = Avx512::detect() else { return };
+        let rows: [[u32; LANES]; 11] =
+            std::array::from_fn(|r| std::array::from_fn(|k| (100 * r + k) as u32));
+        let mut out = [[0; 11]; LANES];
+        isa.enter(|| isa.interleave(&rows, &mut out));
+        for (k, out) in out.iter().enumerate() {
+            assert_eq!(*out, rows.map(|row| row[k]), "word {k}");
+        }
+    }
+
+    #[test]
+    fn pairs_are_rounded_to_the_same_bits_as_everywhere() {
+        let Some(isa) = Avx512::detect() else { return };
+        // Every sign, exponent and seven bits of fraction, below it ties and what is next to them.
+        for upper in 0..=u16::MAX {
+            let lower = [0_u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+            let values: [f32; 2 * LANES] =
+                std::array::from_fn(|i| f32::from_bits(u32::from(upper) << 16 | lower[i % 6]));
+            let words = isa.enter(|| isa.round_pairs(&values));
+            let want = |i: usize| round_to_bf16(values[i]) >> 16;
+            let want = std::array::from_fn(|i| want(2 * i) | want(2 * i + 1) << 16);
+            assert_eq!(words, want, "{upper:#x}");
         }
     }
 

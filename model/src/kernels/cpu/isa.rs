@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use super::super::memory::Line;
 use super::super::quantise::{self, GROUP, GROUP_WORDS};
+use super::tile::round_to_bf16;
 
 /// Lanes of a vector.
 pub const LANES: usize = 16;
@@ -94,6 +95,24 @@ pub trait Isa: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn group_words(self, values: &[f32; GROUP], out: &mut [u32; GROUP_WORDS]) {
         *out = quantise::group_words(values);
+    }
+    /// Rounds values to pairs of bf16, as [`round_to_bf16`] does.
+    #[inline(always)]
+    fn round_pairs(self, values: &[f32; 2 * LANES]) -> [u32; LANES] {
+        let mut words = [0; LANES];
+        for (word, [first, second]) in words.iter_mut().zip(values.as_chunks().0) {
+            *word = round_to_bf16(*first) >> 16 | round_to_bf16(*second) & 0xffff_0000;
+        }
+        words
+    }
+    /// Writes `R` rows of 16 words word by word: the first of each row, then the second of each.
+    #[inline(always)]
+    fn interleave<const R: usize>(self, rows: &[[u32; LANES]; R], out: &mut [[u32; R]; LANES]) {
+        for (k, out) in out.iter_mut().enumerate() {
+            for r in 0..R {
+                out[r] = rows[r][k];
+            }
+        }
     }
     /// Asks for a line that is read soon. Any address will do.
     fn prefetch(self, line: *const Line);

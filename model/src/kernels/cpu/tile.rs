@@ -7,10 +7,7 @@
 
 use super::super::matrix::Layout;
 use super::super::quantise::{GROUP, GROUP_WORDS};
-use super::isa::Isa;
-
-/// Words of each row that are brought into tile order at a time: they stay in registers or close.
-const CHUNK_WORDS: usize = 16;
+use super::isa::{Isa, LANES};
 
 /// Evaluates an expression with the number of rows of a tile as a constant.
 macro_rules! for_rows {
@@ -112,9 +109,15 @@ pub fn pack_tile<'a, I: Isa>(
         #[inline(always)]
         || match layout {
             Layout::F32 | Layout::Bf16Widened => {
-                pack::<_, R, CHUNK_WORDS, CHUNK_WORDS>(row, f32_words, out);
+                pack::<_, _, R, LANES>(isa, row, f32_words, out);
             }
-            Layout::Bf16 => pack::<_, R, { 2 * CHUNK_WORDS }, CHUNK_WORDS>(row, bf16_words, out),
+            Layout::Bf16 => pack::<_, _, R, { 2 * LANES }>(
+                isa,
+                row,
+                #[inline(always)]
+                |values| isa.round_pairs(values),
+                out,
+            ),
             Layout::Q8 | Layout::Q4 => pack_groups::<_, _, R>(
                 isa,
                 row,
@@ -139,13 +142,15 @@ pub fn pack_encoded_tile<'a, I: Isa>(
     for_rows!(I, rows, R => isa.enter(
         #[inline(always)]
         || match layout {
-            Layout::F32 | Layout::Bf16Widened => pack::<_, R, CHUNK_WORDS, CHUNK_WORDS>(
+            Layout::F32 | Layout::Bf16Widened => pack::<_, _, R, LANES>(
+                isa,
                 |r| row(r).as_chunks().0,
                 #[inline(always)]
                 |values| stored_words(values),
                 out,
             ),
-            Layout::Bf16 => pack::<_, R, { 2 * CHUNK_WORDS }, CHUNK_WORDS>(
+            Layout::Bf16 => pack::<_, _, R, { 2 * LANES }>(
+                isa,
                 |r| row(r).as_chunks().0,
                 #[inline(always)]
                 |values| stored_pairs(values),
@@ -162,30 +167,42 @@ pub fn pack_encoded_tile<'a, I: Isa>(
     ));
 }
 
-/// Packs `R` rows, `N` values of each at a time, which make `W` words.
+/// Packs `R` rows, `N` values of each at a time, which make 16 words: they stay in registers.
 #[inline(always)]
-fn pack<'a, T: Copy + Default + 'a, const R: usize, const N: usize, const W: usize>(
+fn pack<'a, I: Isa, T: Copy + Default + 'a, const R: usize, const N: usize>(
+    isa: I,
     row: impl Fn(usize) -> &'a [T],
-    words_of: impl Fn(&[T; N]) -> [u32; W],
+    words_of: impl Fn(&[T; N]) -> [u32; LANES],
     out: &mut [u32],
 ) {
-    for (chunk, out) in out.chunks_mut(W * R).enumerate() {
-        let mut words = [[0; W]; R];
-        for (r, words) in words.iter_mut().enumerate() {
-            let values = &row(r)[chunk * N..];
-            *words = match values.first_chunk() {
-                Some(values) => words_of(values),
-                None => {
-                    let mut padded = [T::default(); N];
-                    padded[..values.len()].copy_from_slice(values);
-                    words_of(&padded)
-                }
-            };
+    let sources: [&[T]; R] = std::array::from_fn(row);
+    let mut words = [[0; LANES]; R];
+    let (chunks, last) = out.as_chunks_mut::<R>().0.as_chunks_mut::<LANES>();
+    for (chunk, out) in chunks.iter_mut().enumerate() {
+        for r in 0..R {
+            words[r] = words_of(&first_values(&sources[r][chunk * N..]));
         }
-        for (k, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
-            for r in 0..R {
-                out[r] = words[r][k];
-            }
+        isa.interleave(&words, out);
+    }
+    if !last.is_empty() {
+        for r in 0..R {
+            words[r] = words_of(&first_values(&sources[r][chunks.len() * N..]));
+        }
+        let mut padded = [[0; R]; LANES];
+        isa.interleave(&words, &mut padded);
+        last.copy_from_slice(&padded[..last.len()]);
+    }
+}
+
+/// The first values, zeros beyond the last.
+#[inline(always)]
+fn first_values<T: Copy + Default, const N: usize>(values: &[T]) -> [T; N] {
+    match values.first_chunk() {
+        Some(values) => *values,
+        None => {
+            let mut padded = [T::default(); N];
+            padded[..values.len()].copy_from_slice(values);
+            padded
         }
     }
 }
@@ -216,8 +233,8 @@ fn pack_groups<'a, I: Isa, T: Copy + Default + 'a, const R: usize>(
 }
 
 #[inline(always)]
-fn f32_words(values: &[f32; CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
-    let mut words = [0; CHUNK_WORDS];
+fn f32_words(values: &[f32; LANES]) -> [u32; LANES] {
+    let mut words = [0; LANES];
     for (word, value) in words.iter_mut().zip(values) {
         *word = value.to_bits();
     }
@@ -225,17 +242,8 @@ fn f32_words(values: &[f32; CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
 }
 
 #[inline(always)]
-fn bf16_words(values: &[f32; 2 * CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
-    let mut words = [0; CHUNK_WORDS];
-    for (word, [first, second]) in words.iter_mut().zip(values.as_chunks().0) {
-        *word = round_to_bf16(*first) >> 16 | round_to_bf16(*second) & 0xffff_0000;
-    }
-    words
-}
-
-#[inline(always)]
-fn stored_words(values: &[[u8; 4]; CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
-    let mut words = [0; CHUNK_WORDS];
+fn stored_words(values: &[[u8; 4]; LANES]) -> [u32; LANES] {
+    let mut words = [0; LANES];
     for (word, value) in words.iter_mut().zip(values) {
         *word = u32::from_le_bytes(*value);
     }
@@ -243,8 +251,8 @@ fn stored_words(values: &[[u8; 4]; CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
 }
 
 #[inline(always)]
-fn stored_pairs(values: &[[u8; 2]; 2 * CHUNK_WORDS]) -> [u32; CHUNK_WORDS] {
-    let mut words = [0; CHUNK_WORDS];
+fn stored_pairs(values: &[[u8; 2]; 2 * LANES]) -> [u32; LANES] {
+    let mut words = [0; LANES];
     for (word, [first, second]) in words.iter_mut().zip(values.as_chunks().0) {
         *word = u32::from_le_bytes([first[0], first[1], second[0], second[1]]);
     }
