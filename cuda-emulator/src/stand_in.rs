@@ -15,10 +15,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// The driver and the compiler library as files, and the names under which programs ask for them.
-const LIBRARIES: [(&str, &[&str]); 2] = [
+/// The driver, the compiler library and cuBLAS as files, and the names under which programs ask for them.
+const LIBRARIES: [(&str, &[&str]); 3] = [
     ("libentente_cuda_emulator.so", &["libcuda.so", "libcuda.so.1"]),
     ("libentente_nvrtc_emulator.so", &["libnvrtc.so", "libnvrtc.so.12"]),
+    ("libentente_cublas_emulator.so", &["libcublas.so", "libcublas.so.12"]),
 ];
 
 /// A folder in which the emulator is called as NVIDIA's libraries are.
@@ -42,22 +43,27 @@ pub fn folder() -> PathBuf {
 /// Set to `device` where tests are to run on the machine's own device.
 const TEST_ON: &str = "ENTENTE_TEST_CUDA";
 
+/// Whether tests run on the machine's own device.
+pub fn on_device() -> bool {
+    env::var_os(TEST_ON).is_some_and(|on| on == "device")
+}
+
 /// An emulator that this process has loaded, or the machine's own device.
 #[derive(Clone, Copy, Debug)]
 pub struct Emulator {
     set_seed: Option<extern "C" fn(u64)>,
 }
 
-/// Loads the emulator into this process, whose searches for `libcuda.so` and `libnvrtc.so` find it
-/// from then on.
+/// Loads the emulator into this process, whose searches for `libcuda.so`, `libnvrtc.so` and
+/// `libcublas.so` find it from then on.
 ///
 /// # Panics
 /// When the libraries are not beside the test that asks.
 pub fn load() -> Emulator {
-    if env::var_os(TEST_ON).is_some_and(|on| on == "device") {
+    if on_device() {
         return Emulator { set_seed: None };
     }
-    let [driver, _] = LIBRARIES.map(|(library, _)| {
+    let [driver, ..] = LIBRARIES.map(|(library, _)| {
         let path = built().join(library);
         let name = CString::new(path.as_os_str().as_bytes()).expect("a path has no zeros");
         // SAFETY: loading runs no code of these libraries.

@@ -1,6 +1,7 @@
 //! Goal: what measures a GPU runs, keeps what it compiled, and says in a sentence why it cannot.
 //! Method: the binary with a stand-in for the driver, whose libraries are there, missing or broken.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +12,11 @@ use tempfile::TempDir;
 
 const DRIVER: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const COMPILER: [&str; 3] = ["libnvrtc.so", "libnvrtc.so.12", "libnvrtc.so.13"];
+const CUBLAS: [&str; 3] = ["libcublas.so", "libcublas.so.12", "libcublas.so.13"];
+
+/// A bench of small things.
+const BENCH: &str = "bench kernels --device cuda:0 --shapes 64x48x4x2 --trunks 64x4x2x16x40 \
+                     --positions 80 --product 32";
 
 /// A folder of libraries, and one for what is kept.
 struct Machine {
@@ -56,10 +62,16 @@ impl Machine {
         }
     }
 
-    /// Measures small experts.
+    /// Measures small things at one row.
     fn bench(&self, environment: &[(&str, &str)]) -> Finished {
-        let what = ["--shapes", "64x48x4x2", "--rows", "1,20", "-o", "json"];
-        self.run(&[&["bench", "kernels", "--device", "cuda:0"][..], &what].concat(), environment)
+        self.bench_with(&["--rows", "1"], environment)
+    }
+
+    fn bench_with(&self, args: &[&str], environment: &[(&str, &str)]) -> Finished {
+        self.run(
+            &BENCH.split_whitespace().chain(args.iter().copied()).collect::<Vec<_>>(),
+            environment,
+        )
     }
 
     /// Files of compiled kernels.
@@ -75,21 +87,56 @@ fn assert_refused(end: &Finished, sentence: &str) {
     assert!(end.stderr.contains(sentence) && end.stderr.lines().count() == 1, "{end:#?}");
 }
 
-#[test]
-fn experts_on_a_gpu_are_measured() {
-    let end = Machine::new(&[]).bench(&[]);
+/// What the bench of small things found.
+fn found(end: &Finished) -> Value {
     assert_eq!(end.code(), Some(0), "{end:#?}");
-    let report: Value = serde_json::from_str(&end.stdout).unwrap();
+    serde_json::from_str(&end.stdout).unwrap()
+}
+
+fn lines(report: &Value) -> impl Iterator<Item = &Value> {
+    report["kernels"].as_array().unwrap().iter()
+}
+
+#[test]
+fn every_kernel_on_a_gpu_is_measured_beside_copies_and_cublas() {
+    let report = found(&Machine::new(&[]).bench_with(&["--rows", "1,70", "-o", "json"], &[]));
     assert_eq!(report["kernel_class"], "bf16/cuda-sm90/1");
     assert!(report["copy_gb_s"].as_f64().unwrap() > 0.0);
-    let lines = report["kernels"].as_array().unwrap();
-    assert_eq!(lines.iter().map(|line| &line["rows"]).collect::<Vec<_>>(), [1, 20]);
-    for line in lines {
-        let time = |name: &str| line[name].as_f64().unwrap();
-        assert!(time("kernels_us") > 0.0 && time("call_us") > 0.0, "{line}");
-        // Two experts a row; all four for many rows.
-        assert_eq!(time("experts"), if line["rows"] == 1 { 2.0 } else { 4.0 });
+    assert!(report["product_tflop_s"].as_f64().unwrap() > 0.0);
+    assert_eq!((&report["cublas"], &report["cublas_missing"]), (&"12.8".into(), &Value::Null));
+    let kernels = "experts, matmul q, matmul k, matmul o, matmul head, matmul gate, attention, \
+                   rms_norm, round_rows, add, rope, write_kv";
+    for rows in [1, 70] {
+        let own = lines(&report).filter(|line| line["rows"] == rows);
+        let measured: BTreeSet<&str> = own.map(|line| line["kernel"].as_str().unwrap()).collect();
+        assert_eq!(measured, kernels.split(", ").collect(), "{rows} rows");
     }
+    for line in lines(&report) {
+        let number = |name: &str| line[name].as_f64();
+        assert!(number("kernels_us") > Some(0.0) && number("share_of_copy") > Some(0.0), "{line}");
+        let multiplies = !line["multiply_tflop_s"].is_null();
+        assert_eq!(number("share_of_cublas").is_some(), multiplies, "{line}");
+        if line["kernel"] == "experts" {
+            // Two experts a row; all four for many rows.
+            assert_eq!(number("experts"), Some(if line["rows"] == 1 { 2.0 } else { 4.0 }));
+            assert!(number("call_us") > Some(0.0), "{line}");
+        }
+    }
+}
+
+#[test]
+fn without_cublas_there_are_no_shares_of_it_and_a_sentence_says_why() {
+    let machine = Machine::new(&CUBLAS);
+    let report = found(&machine.bench_with(&["--rows", "1", "-o", "json"], &[]));
+    let missing = "cuBLAS is not installed (libcublas.so is not found)";
+    assert_eq!((&report["cublas"], &report["cublas_missing"]), (&Value::Null, &missing.into()));
+    assert!(report["product_tflop_s"].is_null(), "{report}");
+    for line in lines(&report) {
+        assert!(line["share_of_cublas"].is_null() && line["cublas_tflop_s"].is_null(), "{line}");
+        assert!(line["share_of_copy"].as_f64() > Some(0.0), "{line}");
+    }
+    let table = machine.bench(&[]).stdout;
+    assert!(table.contains(&format!("no shares of cuBLAS: {missing}")), "{table}");
 }
 
 #[test]
@@ -141,12 +188,12 @@ fn a_machine_that_cannot_is_told_apart_in_a_sentence() {
     ] {
         assert_refused(&machine.bench(&[environment]), sentence);
     }
-    let without = Machine::new(&[&DRIVER[..], &COMPILER].concat());
+    let without = Machine::new(&[&DRIVER[..], &COMPILER, &CUBLAS].concat());
     assert_refused(&without.bench(&[]), "no CUDA driver is installed");
     let end = without.run(&["doctor", "gpu", "-o", "json"], &[]);
     assert_eq!(end.code(), Some(0), "{end:#?}");
     let found: Value = serde_json::from_str(&end.stdout).unwrap();
-    for part in ["driver", "nvrtc"] {
+    for part in ["driver", "nvrtc", "cublas"] {
         assert!(found[part]["version"].is_null() && found[part]["missing"].is_string(), "{found}");
     }
     assert_eq!(found["devices"].as_array().unwrap().len(), 0);

@@ -35,6 +35,8 @@ struct Gpu {
     nvrtc: Part,
     /// The library for exchanges between devices.
     nccl: Part,
+    /// NVIDIA's matrix product, beside which `entente bench kernels` measures; nothing serves by it.
+    cublas: Part,
     devices: Vec<Device>,
 }
 
@@ -82,7 +84,7 @@ impl Part {
 }
 
 /// What is missing, without the words around it that a log would need.
-fn sentence(error: DeviceError) -> String {
+pub(super) fn sentence(error: DeviceError) -> String {
     match error {
         DeviceError::Unavailable(why) => why,
         error => error.to_string(),
@@ -114,14 +116,19 @@ impl Gpu {
             driver: Part::of(survey.driver),
             nvrtc: Part::of(survey.nvrtc),
             nccl: Part::of(survey.nccl),
+            cublas: Part::of(survey.cublas),
             devices: devices.map(|(ordinal, found)| Device::of(ordinal, found)).collect(),
         }
     }
 
     fn table(&self) -> String {
         let mut parts = columns(["PART", "VERSION", "MISSING"]);
-        for (name, part) in [("driver", &self.driver), ("nvrtc", &self.nvrtc), ("nccl", &self.nccl)]
-        {
+        for (name, part) in [
+            ("driver", &self.driver),
+            ("nvrtc", &self.nvrtc),
+            ("nccl", &self.nccl),
+            ("cublas", &self.cublas),
+        ] {
             let (version, missing) = (part.version.as_ref(), part.missing.as_ref());
             parts.add_row([name.to_owned(), or_dash(version), or_dash(missing)]);
         }
@@ -159,6 +166,7 @@ mod tests {
             driver: Ok((12, 4)),
             nvrtc: Err(unavailable()),
             nccl: Ok((2, 27)),
+            cublas: Err(unavailable()),
             devices: vec![Err(DeviceError::Lost("fell off the bus".to_owned()))],
         };
         let gpu = Gpu::of(survey);

@@ -17,7 +17,7 @@ use entente_model::kernels::{
 use half::bf16;
 use serde::Serialize;
 
-use super::device::{self, Shape};
+use super::device::{self, Shape, Trunk};
 use super::limits::{self, Measured, Probe};
 use crate::cluster::columns;
 use crate::cluster::plan::Weights;
@@ -60,6 +60,23 @@ pub struct KernelsArgs {
     #[arg(long, env = "ENTENTE_SHAPES", value_name = "SHAPE,…", value_delimiter = ',')]
     #[arg(default_values = device::SHAPES)]
     pub shapes: Vec<Shape>,
+
+    /// On a device: what a coordinator computes of a layer and the head, as
+    /// HIDDENxHEADSxKV_HEADSxHEAD_DIMxVOCAB. That of Mixtral 8x7B if absent.
+    #[arg(long, env = "ENTENTE_TRUNKS", value_name = "TRUNK,…", value_delimiter = ',')]
+    #[arg(default_values = device::TRUNKS)]
+    pub trunks: Vec<Trunk>,
+
+    /// On a device: positions of sequences, and of prompts with at least as many as rows.
+    #[arg(long, env = "ENTENTE_POSITIONS", value_name = "N,…", value_delimiter = ',')]
+    #[arg(default_values_t = [512, 4_096])]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub positions: Vec<u32>,
+
+    /// On a device: sides of the large product by cuBLAS that others are compared with.
+    #[arg(long, env = "ENTENTE_PRODUCT", value_name = "N", default_value_t = 8_192)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=32_768))]
+    pub product: u32,
 
     /// On a device: rows of the calls.
     #[arg(long, env = "ENTENTE_ROWS", value_name = "N,…", value_delimiter = ',')]

@@ -39,8 +39,8 @@ pub struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum BenchVerb {
-    /// Every kernel at 1 to 512 rows beside memory bandwidth and multiply peak; with --device the
-    /// experts of a layer beside the device's own copies.
+    /// Every kernel at 1 to 512 rows beside memory bandwidth and multiply peak; with --device beside
+    /// the device's own copies and a large product by cuBLAS.
     Kernels(kernels::KernelsArgs),
     /// Prefill and decode of a checkpoint, in this process or over local nodes.
     Engine(engine::EngineArgs),

@@ -7,7 +7,8 @@
 //! From the bottom up: `driver` and `nvrtc` are the two libraries, `compile` makes code of the
 //! sources and keeps it, [`Device`] is a context with that code, [`Stream`] a queue of work,
 //! [`Buffer`] and [`Staging`] memory and the way to it, [`Loader`] brings weights there, `ops` is one
-//! method of a stream for each kernel, and `experts` what an expert node computes with.
+//! method of a stream for each kernel, and `experts` what an expert node computes with. [`Probe`]
+//! measures them and [`Cublas`] is what they are measured against; nothing that serves uses either.
 //!
 //! Invariants: the same as of all kernels, a row's value depends on nothing but the row and the
 //! weights; nothing here panics because of a machine (no driver, too little memory, a device that
@@ -17,6 +18,7 @@
 
 mod buffer;
 mod compile;
+mod cublas;
 mod dense;
 mod device;
 mod driver;
@@ -35,6 +37,7 @@ mod survey;
 
 pub use buffer::{Buffer, Value, View, ViewMut};
 pub use compile::Cache;
+pub use cublas::Cublas;
 pub use dense::DenseFfn;
 pub use device::{Architecture, Device, DeviceReport};
 pub use experts::{experts, select};

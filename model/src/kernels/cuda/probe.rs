@@ -1,14 +1,15 @@
-//! What a device can do and what kernels make of it, for reports. Times are those of the host's
-//! clock around many launches: what a launch costs the host is hidden behind the one before.
+//! What a device can do and what kernels make of it, for reports. Times are those of the device's
+//! clock around many launches: what a launch costs the host is hidden behind the one before, as long
+//! as that takes longer.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::buffer::Buffer;
 use super::device::Device;
 use super::experts::{Work, passes};
 use super::kernel::Kernel;
-use super::stream::Stream;
+use super::stream::{Event, Stream};
 use crate::kernels::{DeviceError, FfnGroup};
 
 /// Measures on one device.
@@ -35,7 +36,7 @@ impl Probe {
         let stream = Stream::new(&self.device)?;
         let from = Buffer::<u8>::zeroed(&stream, bytes)?;
         let mut to = Buffer::<u8>::zeroed(&stream, bytes)?;
-        let time = timed(&stream, repeats, || stream.copy(from.view(), to.view_mut()))?;
+        let time = stream.time(repeats, |_| stream.copy(from.view(), to.view_mut()))?;
         Ok(2.0 * bytes as f64 / time.as_secs_f64())
     }
 
@@ -57,24 +58,31 @@ impl Probe {
         for pass in passes(groups, hidden, self.device.fits(Kernel::FfnGateUp128)) {
             self.work.prepare(&pass, x.len(), hidden)?;
             let stream = Arc::clone(self.work.stream());
-            time += timed(&stream, repeats, || self.work.launch(&pass, hidden))?;
+            time += stream.time(repeats, |_| self.work.launch(&pass, hidden))?;
         }
         Ok(time)
     }
 }
 
-/// Mean time of `repeats` launches into `stream`, after one that is not counted.
-fn timed(
-    stream: &Stream,
-    repeats: u32,
-    mut launch: impl FnMut() -> Result<(), DeviceError>,
-) -> Result<Duration, DeviceError> {
-    launch()?;
-    stream.synchronize()?;
-    let start = Instant::now();
-    for _ in 0..repeats {
-        launch()?;
+impl Stream {
+    /// Mean time of `repeats` launches in a row, by the device's clock, after one that is not
+    /// counted. `launch` gets the number of each, and puts its work into this stream.
+    ///
+    /// # Errors
+    /// What `launch` gives; the device is lost.
+    pub fn time(
+        &self,
+        repeats: u32,
+        mut launch: impl FnMut(usize) -> Result<(), DeviceError>,
+    ) -> Result<Duration, DeviceError> {
+        let [begin, end] = [Event::timed(self.device())?, Event::timed(self.device())?];
+        launch(0)?;
+        begin.record(self)?;
+        for number in 1..=repeats as usize {
+            launch(number)?;
+        }
+        end.record(self)?;
+        end.synchronize()?;
+        Ok(begin.until(&end)? / repeats.max(1))
     }
-    stream.synchronize()?;
-    Ok(start.elapsed() / repeats.max(1))
 }

@@ -1,7 +1,7 @@
 //! What a machine has of CUDA, found without opening a device.
 
 use super::device::{self, DeviceReport};
-use super::{driver, nvrtc};
+use super::{cublas, driver, nvrtc};
 use crate::kernels::DeviceError;
 
 /// A version, `(major, minor)`.
@@ -16,6 +16,8 @@ pub struct Survey {
     pub nvrtc: Result<Version, DeviceError>,
     /// The library for exchanges between devices of a site.
     pub nccl: Result<Version, DeviceError>,
+    /// What `entente bench kernels` measures the kernels against.
+    pub cublas: Result<Version, DeviceError>,
     /// Every device that the driver shows, or why that one tells nothing.
     pub devices: Vec<Result<DeviceReport, DeviceError>>,
 }
@@ -27,6 +29,7 @@ pub fn survey() -> Survey {
         driver: driver::version(),
         nvrtc: nvrtc::version(),
         nccl: nccl_version(),
+        cublas: cublas::version(),
         devices: (0..count).map(device::report).collect(),
     }
 }

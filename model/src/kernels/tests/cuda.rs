@@ -10,7 +10,7 @@ mod memory;
 use std::cell::RefCell;
 
 use super::*;
-use crate::kernels::cuda::{Buffer, Device, Loader, Staging, Stream, Value, row_pairs};
+use crate::kernels::cuda::{Buffer, Cublas, Device, Loader, Staging, Stream, Value, row_pairs};
 
 /// A device, and the way there and back.
 struct Gpu {
@@ -89,6 +89,28 @@ fn matmul_agrees_with_the_reference_and_each_row_is_as_alone() {
             assert!(bits(&have) == bits(&want[..rows * outputs]), "{rows} rows of {inputs}");
         }
     }
+}
+
+/// What `entente bench kernels` divides by must be the same work.
+#[test]
+fn cublas_is_asked_for_the_same_product() {
+    let (rows, inputs, outputs) = (5, 24, 9);
+    let gpu = Gpu::new();
+    let mut rng = Rng::new(12);
+    let (x, w) = (rng.values(rows * inputs), rng.values(outputs * inputs));
+    let put = |values: &[f32]| {
+        gpu.put(&values.iter().map(|v| bf16::from_f32(*v).to_bits()).collect::<Vec<_>>())
+    };
+    let (x16, w16, mut y) = (put(&x), put(&w), put(&vec![f32::NAN; rows * outputs]));
+    gpu.stream.synchronize().unwrap();
+    let stream = Arc::new(Stream::new(&gpu.device).unwrap());
+    let cublas = Cublas::new(&stream).unwrap();
+    let shape = [rows, inputs, outputs];
+    cublas.product(w16.view(), x16.view(), y.view_mut(), shape).unwrap();
+    stream.synchronize().unwrap();
+    let have: Vec<f32> = gpu.get(&y).iter().map(|v| bf16::from_bits(*v).to_f32()).collect();
+    let want = reference::matmul(&rounded(&x), &rounded(&w), inputs).unwrap();
+    assert_close(&have, &want, 1e-2);
 }
 
 #[test]

@@ -1,89 +1,103 @@
-//! `entente bench kernels --device cuda:N`: the experts of a layer on a device, with random routing
-//! and fresh inputs, beside the rate at which the device copies its own memory.
+//! `entente bench kernels --device cuda:N`: every kernel on a device, with fresh random inputs,
+//! beside the rate at which the device copies its own memory and that of cuBLAS.
 //!
-//! Two times for each number of rows: of the kernels alone, with rows and results on the device, and
-//! of the whole call, from rows in memory of the process to results there. Few rows can take no less
-//! time than reading the weights of the experts that they go to; that share of the copy rate is shown.
-//! All weights together are far more than a device's caches hold.
+//! Few rows can take no less time than reading the weights that they are multiplied with, many no
+//! less than multiplying: one share tells of the former, the other of the latter. What share is good
+//! is not for a program to say; docs/gpu.md has what is expected. The weights that are multiplied one
+//! after the other are more than a device's caches hold, but for those of a gate.
 
-use std::fmt;
-use std::str::FromStr;
-use std::sync::Arc;
-use std::time::Instant;
+mod experts;
+mod machine;
+mod rows;
+mod shape;
+mod trunk;
 
 use comfy_table::Table;
-use entente_model::kernels::cuda::{self, Device, Probe};
-use entente_model::kernels::{
-    Activation, ExpertKernels, FfnGroup, GatedFfn, Matrix, MatrixSource, SourceDtype, WeightFormat,
-};
-use half::bf16;
+use entente_model::kernels::{ExpertKernels, WeightFormat, cuda};
 use serde::Serialize;
 
 use super::kernels::KernelsArgs;
 use crate::cluster::columns;
-use crate::random::Random;
-use crate::stats::median;
+use machine::Machine;
+pub use shape::{SHAPES, Shape, TRUNKS, Trunk};
 
-/// Bytes that are copied within the device, or less where it has not so much memory.
-const COPY_BYTES: u64 = 1 << 30;
-const COPY_REPEATS: u32 = 20;
-/// Routings of each number of rows; the median counts.
-const ROUTINGS: u64 = 5;
-/// Launches of each routing in a row.
-const REPEATS: u32 = 20;
-
-/// The experts of one layer.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Shape {
-    hidden: usize,
-    inner: usize,
-    experts: usize,
-    top_k: usize,
-}
-
-/// Mixtral 8x7B and Mistral Small 4.
-pub const SHAPES: [&str; 2] = ["4096x14336x8x2", "4096x2048x128x4"];
-
-impl fmt::Display for Shape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}x{}x{}x{}", self.hidden, self.inner, self.experts, self.top_k)
-    }
-}
-
-impl FromStr for Shape {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let numbers: Option<Vec<usize>> = text.split('x').map(|n| n.parse().ok()).collect();
-        match numbers.as_deref() {
-            Some(&[hidden, inner, experts, top_k])
-                if (1..=65_536).contains(&hidden)
-                    && (1..=1 << 20).contains(&inner)
-                    && (1..=4_096).contains(&experts)
-                    && (1..=experts).contains(&top_k) =>
-            {
-                Ok(Self { hidden, inner, experts, top_k })
-            }
-            _ => Err(format!("{text} is not HIDDENxINNERxEXPERTSxTOP, such as {}", SHAPES[0])),
-        }
-    }
-}
-
-/// One shape at one number of rows.
+/// One kernel at one number of rows.
 #[derive(Debug, Serialize)]
 struct Line {
+    kernel: &'static str,
+    /// Of experts hidden x inner x experts x top-k, of matrices outputs x inputs, of attention heads
+    /// x key heads x values of a head and whose positions, else values of a row.
     shape: String,
     rows: usize,
     /// Experts that any row went to; median.
-    experts: f64,
+    experts: Option<f64>,
     /// Of the kernels alone; median.
     kernels_us: f64,
-    /// Of the whole call; median.
-    call_us: f64,
-    /// Weights read a second by the kernels.
-    read_gb_s: f64,
-    multiply_tflop_s: f64,
+    /// Of the whole call, from the host's memory to it; median.
+    call_us: Option<f64>,
+    /// Weights read a second, or keys and values, or for what has neither values read and written.
+    moved_gb_s: f64,
     share_of_copy: f64,
+    multiply_tflop_s: Option<f64>,
+    /// Of the rate of cuBLAS's large product.
+    share_of_cublas: Option<f64>,
+    /// What cuBLAS makes of the same product, or for experts of one of them.
+    cublas_tflop_s: Option<f64>,
+}
+
+/// What a kernel has to do.
+struct Work {
+    moved_bytes: f64,
+    operations: Option<f64>,
+    /// Operations a second of cuBLAS for the same.
+    cublas_flop_s: Option<f64>,
+}
+
+impl Line {
+    fn new(
+        kernel: &'static str,
+        shape: String,
+        rows: usize,
+        us: f64,
+        work: &Work,
+        machine: &Machine,
+    ) -> Self {
+        let moved_bytes_s = work.moved_bytes / us * 1e6;
+        let flop_s = work.operations.map(|operations| operations / us * 1e6);
+        Self {
+            kernel,
+            shape,
+            rows,
+            experts: None,
+            kernels_us: us,
+            call_us: None,
+            moved_gb_s: moved_bytes_s / 1e9,
+            share_of_copy: moved_bytes_s / machine.copy_bytes_s,
+            multiply_tflop_s: flop_s.map(|rate| rate / 1e12),
+            share_of_cublas: flop_s.zip(machine.product_flop_s).map(|(own, best)| own / best),
+            cublas_tflop_s: work.cublas_flop_s.map(|rate| rate / 1e12),
+        }
+    }
+
+    fn cells(&self) -> [String; 11] {
+        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        let whole = |value: f64| format!("{value:.0}");
+        let tenths = |value: f64| format!("{value:.1}");
+        let percent = |share: f64| format!("{:.0} %", share * 100.0);
+        [
+            self.kernel.to_owned(),
+            self.shape.clone(),
+            self.rows.to_string(),
+            or_dash(self.experts.map(whole)),
+            tenths(self.kernels_us),
+            or_dash(self.call_us.map(tenths)),
+            whole(self.moved_gb_s),
+            percent(self.share_of_copy),
+            or_dash(self.multiply_tflop_s.map(tenths)),
+            or_dash(self.share_of_cublas.map(percent)),
+            or_dash(self.cublas_tflop_s.map(tenths)),
+        ]
+    }
 }
 
 /// What was found.
@@ -95,161 +109,105 @@ pub struct Found {
     copy_gb_s: f64,
     /// What clock and bus width make possible; 0 if the device does not tell.
     nominal_gb_s: f64,
+    /// The version of cuBLAS; absent when it is not there.
+    cublas: Option<String>,
+    /// Why it is not.
+    cublas_missing: Option<String>,
+    /// Sides of its large product.
+    product_len: usize,
+    product_tflop_s: Option<f64>,
     kernels: Vec<Line>,
 }
 
-/// Measures every shape.
+/// Measures every kernel at every number of rows.
 pub fn run(ordinal: u32, args: &KernelsArgs) -> anyhow::Result<Found> {
-    let device = Device::open(ordinal)?;
-    let format = WeightFormat::from(args.weights);
-    let kernels = cuda::experts(&device, format)?;
-    let bytes = COPY_BYTES.min(device.memory_free_bytes()? / 4) as usize;
-    let copy_bytes_s = Probe::new(&device)?.copy_bandwidth_bytes_s(bytes, COPY_REPEATS)?;
-    let mut lines = Vec::new();
-    for shape in &args.shapes {
-        let layer = Layer::new(*shape, &*kernels)?;
-        for &rows in &args.rows {
-            lines.push(layer.line(&device, &*kernels, rows as usize, copy_bytes_s)?);
-        }
+    for trunk in &args.trunks {
+        cuda::check_attention(&trunk.attention())?;
     }
-    let facts = device.facts();
+    let product_len = args.product as usize;
+    let machine = Machine::open(ordinal, product_len)?;
+    let kernels = cuda::experts(&machine.device, WeightFormat::from(args.weights))?;
+    let lines = lines(&machine, &*kernels, args)?;
+    let facts = machine.device.facts();
+    let cublas = machine.cublas();
     Ok(Found {
         kernel_class: kernels.class().to_string(),
         device: facts.name.clone(),
         uuid: facts.uuid.clone(),
-        copy_gb_s: copy_bytes_s / 1e9,
+        copy_gb_s: machine.copy_bytes_s / 1e9,
         nominal_gb_s: facts.bandwidth_bytes_s as f64 / 1e9,
+        cublas_missing: cublas.as_ref().err().cloned(),
+        cublas: cublas.ok(),
+        product_len,
+        product_tflop_s: machine.product_flop_s.map(|rate| rate / 1e12),
         kernels: lines,
     })
 }
 
-/// The experts of one layer, on the device.
-struct Layer {
-    shape: Shape,
-    experts: Vec<GatedFfn>,
-}
-
-impl Layer {
-    fn new(shape: Shape, kernels: &dyn ExpertKernels) -> anyhow::Result<Self> {
-        let Shape { hidden, inner, .. } = shape;
-        let mut random = Random::new(1);
-        // Small, so that results stay near the inputs; the same for all experts, in memory of their
-        // own.
-        let mut weight = || bf16::from_f64((random.uniform() - 0.5) * 0.04).to_le_bytes();
-        let bytes: Vec<u8> = (0..hidden * inner).flat_map(|_| weight()).collect();
-        let pack = |out_features, in_features| -> anyhow::Result<Matrix> {
-            let dtype = SourceDtype::Bf16;
-            Ok(kernels.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes })?)
-        };
-        let expert = |_| {
-            Ok(GatedFfn {
-                gate: pack(inner, hidden)?,
-                up: pack(inner, hidden)?,
-                down: pack(hidden, inner)?,
-                activation: Activation::SwiGlu,
-            })
-        };
-        let experts = (0..shape.experts).map(expert).collect::<anyhow::Result<_>>()?;
-        Ok(Self { shape, experts })
+fn lines(
+    machine: &Machine,
+    kernels: &dyn ExpertKernels,
+    args: &KernelsArgs,
+) -> anyhow::Result<Vec<Line>> {
+    let rows: Vec<usize> = args.rows.iter().map(|&rows| rows as usize).collect();
+    let mut lines = Vec::new();
+    for &shape in &args.shapes {
+        let layer = experts::Layer::new(machine, kernels, shape)?;
+        for &rows in &rows {
+            lines.push(layer.line(rows)?);
+        }
     }
-
-    /// For each expert its rows and where their results go; every row goes to as many experts as the
-    /// shape says, chosen at random.
-    fn route(&self, random: &mut Random, rows: usize) -> Vec<Vec<(u32, u32)>> {
-        let Shape { experts, top_k, .. } = self.shape;
-        let mut groups = vec![Vec::new(); experts];
-        let mut order: Vec<usize> = (0..experts).collect();
-        for row in 0..rows {
-            for i in 0..top_k {
-                order.swap(i, i + random.below(experts - i));
-                groups[order[i]].push((row as u32, (row * top_k + i) as u32));
+    for &trunk in &args.trunks {
+        lines.extend(trunk::products(machine, trunk, &args.shapes, &rows)?);
+        for &rows in &rows {
+            for &positions in &args.positions {
+                lines.extend(trunk::attention(machine, trunk, rows, positions as usize)?);
             }
         }
-        groups
-    }
-
-    fn line(
-        &self,
-        device: &Arc<Device>,
-        kernels: &dyn ExpertKernels,
-        rows: usize,
-        copy_bytes_s: f64,
-    ) -> anyhow::Result<Line> {
-        let Shape { hidden, inner, top_k, .. } = self.shape;
-        let mut probe = Probe::new(device)?;
-        let (mut used, mut kernels_us, mut call_us) = (Vec::new(), Vec::new(), Vec::new());
-        let mut y = vec![0; rows * top_k * hidden * 2];
-        for seed in 0..ROUTINGS {
-            let mut random = Random::new(seed);
-            let mut value = || bf16::from_f64(random.uniform() * 2.0 - 1.0).to_le_bytes();
-            let x: Vec<u8> = (0..rows * hidden).flat_map(|_| value()).collect();
-            let x: Vec<&[u8]> = x.chunks_exact(2 * hidden).collect();
-            let routes = self.route(&mut random, rows);
-            let routes = self.experts.iter().zip(&routes).filter(|(_, rows)| !rows.is_empty());
-            let groups: Vec<FfnGroup<'_>> =
-                routes.map(|(ffn, rows)| FfnGroup { ffn, rows }).collect();
-            used.push(groups.len() as f64);
-            kernels_us.push(probe.gated_ffn(&x, &groups, REPEATS)?.as_secs_f64() * 1e6);
-            kernels.gated_ffn_encoded(&x, &groups, &mut y)?;
-            let start = Instant::now();
-            kernels.gated_ffn_encoded(&x, &groups, &mut y)?;
-            call_us.push(start.elapsed().as_secs_f64() * 1e6);
+        for &rows in &rows {
+            lines.extend(rows::residual(machine, trunk, rows)?);
+            lines.extend(rows::heads(machine, trunk, rows)?);
         }
-        let (experts, us) = (median(&used), median(&kernels_us));
-        let weights = (3 * hidden * inner) as f64;
-        let read_bytes_s = experts * weights * 2.0 / us * 1e6;
-        Ok(Line {
-            shape: self.shape.to_string(),
-            rows,
-            experts,
-            kernels_us: us,
-            call_us: median(&call_us),
-            read_gb_s: read_bytes_s / 1e9,
-            multiply_tflop_s: 2.0 * weights * (rows * top_k) as f64 / us / 1e6,
-            share_of_copy: read_bytes_s / copy_bytes_s,
-        })
     }
+    Ok(lines)
 }
 
 impl super::Report for Found {
     fn table(&self) -> Table {
-        let header = ["EXPERTS", "ROWS", "USED", "US", "CALL US", "GB/S", "OF COPY", "TFLOP/S"];
-        let mut table = columns(header);
+        let mut table = columns([
+            "KERNEL",
+            "SHAPE",
+            "ROWS",
+            "USED",
+            "US",
+            "CALL US",
+            "GB/S",
+            "OF COPY",
+            "TFLOP/S",
+            "OF CUBLAS",
+            "CUBLAS",
+        ]);
         for line in &self.kernels {
-            table.add_row([
-                line.shape.clone(),
-                line.rows.to_string(),
-                format!("{:.0}", line.experts),
-                format!("{:.1}", line.kernels_us),
-                format!("{:.1}", line.call_us),
-                format!("{:.0}", line.read_gb_s),
-                format!("{:.0} %", line.share_of_copy * 100.0),
-                format!("{:.1}", line.multiply_tflop_s),
-            ]);
+            table.add_row(line.cells());
         }
         table
     }
 
     fn notes(&self) -> Vec<String> {
-        let Self { kernel_class, device, copy_gb_s, nominal_gb_s, .. } = self;
-        vec![format!(
+        let Self { kernel_class, device, copy_gb_s, nominal_gb_s, product_len, .. } = self;
+        let machine = format!(
             "{kernel_class} on {device}; copies {copy_gb_s:.0} GB/s within its memory, \
              {nominal_gb_s:.0} by clock and bus; experts are hidden x inner x experts x top-k"
-        )]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_shape_is_four_numbers_that_make_sense() {
-        for text in SHAPES {
-            assert_eq!(text.parse::<Shape>().unwrap().to_string(), text);
-        }
-        for text in ["", "1x2x3", "1x2x3x4", "0x1x1x1", "1x1x1x0", "1x1x1x1x1", "ax1x1x1"] {
-            assert!(text.parse::<Shape>().is_err(), "{text:?}");
-        }
+        );
+        let missing = self.cublas_missing.as_deref().unwrap_or_default();
+        let cublas = match (&self.cublas, self.product_tflop_s) {
+            (Some(version), Some(rate)) => format!(
+                "cuBLAS {version}: {rate:.1} TFLOP/s with {product_len} x {product_len} x \
+                 {product_len}, of which OF CUBLAS are shares; CUBLAS is its rate with the same \
+                 product, of experts with one of them"
+            ),
+            _ => format!("no shares of cuBLAS: {missing}"),
+        };
+        vec![machine, cublas]
     }
 }
