@@ -2,6 +2,9 @@
 //!
 //! Every process that opens a device has an emulated machine of its own, whose kernels run on the
 //! processor. Faults are planted in one process at a time, while it runs, by a file.
+//!
+//! Where tests run on the machine's own device, processes find that one, and the tests that plant
+//! faults or count its bytes are left out ([`stand_in::on_device`]).
 
 use std::fs;
 use std::path::Path;
@@ -23,15 +26,24 @@ impl Gpus {
         let dir = tempfile::Builder::new().prefix("entente-gpus-").tempdir().unwrap();
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let emulator = |name: &str, value: String| (format!("ENTENTE_CUDA_EMULATOR_{name}"), value);
-        let variables = vec![
-            ("LD_LIBRARY_PATH".to_owned(), text(&stand_in::folder())),
-            ("CACHE_DIRECTORY".to_owned(), text(dir.path())),
-            emulator("DEVICES", devices.to_string()),
-            emulator("MEMORY_BYTES", memory_bytes.to_string()),
-            emulator("FAULTS", faults.to_owned()),
-            emulator("CONTROL", text(&dir.path().join("faults"))),
-        ];
+        let mut variables = vec![("CACHE_DIRECTORY".to_owned(), text(dir.path()))];
+        if !stand_in::on_device() {
+            variables.extend([
+                ("LD_LIBRARY_PATH".to_owned(), text(&stand_in::folder())),
+                emulator("DEVICES", devices.to_string()),
+                emulator("MEMORY_BYTES", memory_bytes.to_string()),
+                emulator("FAULTS", faults.to_owned()),
+                emulator("CONTROL", text(&dir.path().join("faults"))),
+            ]);
+        }
         Self { variables, dir }
+    }
+
+    /// What `--device` calls the device of this number. A real machine may have but one, which all
+    /// share then.
+    pub fn device(&self, number: usize) -> String {
+        let number = if stand_in::on_device() { 0 } else { number };
+        format!("cuda:{number}")
     }
 
     /// The variables that make a process find them.

@@ -8,6 +8,7 @@
 //! - [`http`] asks and streams, and keeps JSON text as it came, so that "bit-equal" can mean equal
 //!   bytes.
 //! - [`machines`] does what an operator does with several machines.
+//! - [`config`] writes the configuration of a process that a test starts by itself.
 //! - [`gpu`] lets processes find emulated GPUs.
 //! - [`golden`] reads the reference outputs of the tiny checkpoints in `tests/golden/`.
 //!
@@ -15,6 +16,7 @@
 //! reports everything that was wrong with it.
 
 pub mod cluster;
+pub mod config;
 pub mod golden;
 pub mod gpu;
 pub mod http;

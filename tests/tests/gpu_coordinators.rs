@@ -9,7 +9,7 @@ use std::path::Path;
 
 use entente_tests::cluster::{STOP_DEADLINE, entente};
 use entente_tests::process::{wait_for, wait_gone};
-use entente_tests::{Cluster, Golden, Gpus, http};
+use entente_tests::{Cluster, Gpus, config, http};
 use serde_json::json;
 
 /// Enough for what a step takes, and for a cache of some megabytes.
@@ -40,16 +40,22 @@ fn pid(cluster: &Cluster, name: &str) -> u64 {
 }
 
 #[test]
-fn a_coordinator_on_a_gpu_answers_like_one_on_a_processor_until_it_loses_the_gpu() {
+fn a_coordinator_on_a_gpu_answers_like_one_on_a_processor() {
     let gpus = Gpus::new(1, MEMORY_BYTES, "");
     let cluster = start(&gpus);
     let [fr, se] = cluster.endpoints().try_into().unwrap();
     let metrics = http::get(&format!("{fr}/metrics")).text;
     let device = "entente_device_info{device=\"cuda:0\",kernel_class=\"bf16/cuda-sm";
     assert!(metrics.contains(device), "{metrics}");
-    let answers = ask(&fr);
-    assert_eq!(answers, ask(&se));
+    assert_eq!(ask(&fr), ask(&se));
+}
 
+#[test]
+fn a_coordinator_that_loses_its_gpu_says_so_and_harms_nobody_else() {
+    let gpus = Gpus::new(1, MEMORY_BYTES, "");
+    let cluster = start(&gpus);
+    let [fr, se] = cluster.endpoints().try_into().unwrap();
+    let answers = ask(&se);
     let process = cluster.process("fr-coordinator");
     gpus.break_in(pid(&cluster, "fr-coordinator"), "lost");
     let request = json!({ "prompt": "Translate to Swedish: douze", "max_tokens": 12 });
@@ -68,32 +74,15 @@ fn a_coordinator_on_a_gpu_answers_like_one_on_a_processor_until_it_loses_the_gpu
 
 #[test]
 fn a_coordinator_whose_device_cannot_be_used_says_why_in_a_sentence() {
-    let golden = Golden::load("mixtral");
     let dir = tempfile::tempdir().unwrap();
-    let config = dir.path().join("coordinator.toml");
-    let text = format!(
-        r#"
-        name = "fr-coordinator"
-        region = "fr"
-        http = "127.0.0.1:0"
-        model = "{}"
-        weights = "bf16"
-
-        [cluster]
-        name = "local"
-        nodes = [{{ name = "fr-expert-1", region = "fr", address = "127.0.0.1:7100" }}]
-        "#,
-        golden.path()
-    );
-    fs::write(&config, text).unwrap();
+    let file = config::write(dir.path(), "fr-coordinator", r#"http = "127.0.0.1:0""#);
     let cases = [
         (Gpus::new(0, MEMORY_BYTES, ""), "cuda:0: the device is not available: "),
         (Gpus::new(1, 8 << 20, ""), "cuda:0: out of device memory: "),
     ];
     for (gpus, sentence) in cases {
-        let mut coordinator = entente(&["coordinator", "--device", "cuda:0", "--config"]);
-        coordinator.arg(&config).envs(gpus.variables().iter().cloned());
-        let end = coordinator.output().unwrap();
+        let mut coordinator = entente(&["coordinator", "--device", "cuda:0", "--config", &file]);
+        let end = coordinator.envs(gpus.variables().iter().cloned()).output().unwrap();
         let stderr = String::from_utf8(end.stderr).unwrap();
         assert_eq!(end.status.code(), Some(9), "{stderr}");
         assert!(stderr.contains(&format!("error: {sentence}")), "{stderr}");

@@ -9,7 +9,7 @@ use std::{fs, thread};
 
 use entente_tests::cluster::{STOP_DEADLINE, entente, run};
 use entente_tests::process::{Process, Signal, wait_for, wait_gone};
-use entente_tests::{Cluster, Golden, Gpus, http};
+use entente_tests::{Cluster, Gpus, config, http};
 use serde_json::{Value, json};
 
 const GIB: u64 = 1 << 30;
@@ -22,8 +22,8 @@ fn start(gpus: &Gpus, args: &[&str]) -> Cluster {
 
 /// Two nodes on GPUs in fr, and more of them as `args` say. What is lost stays lost.
 fn mixed(gpus: &Gpus, args: &[&str]) -> Cluster {
-    let devices = "fr-expert-1=cuda:0,fr-expert-2=cuda:1";
-    start(gpus, &[&["--no-restart", "--device", devices], args].concat())
+    let devices = format!("fr-expert-1={},fr-expert-2={}", gpus.device(0), gpus.device(1));
+    start(gpus, &[&["--no-restart", "--device", &devices], args].concat())
 }
 
 fn kill(cluster: &Cluster, name: &str) {
@@ -108,9 +108,11 @@ fn a_killed_gpu_node_changes_no_answer_while_another_has_its_experts() {
     let cluster = mixed(&gpus, &["--regions", "fr=2,se=2", "--replicas", "2"]);
     let [gpu, processor] = ["fr-expert-1", "se-expert-1"].map(|name| node(&cluster, name));
     assert!(gpu["kernel_class"].as_str().unwrap().starts_with("bf16/cuda-sm"), "{gpu}");
-    assert_eq!(gpu["device"]["memory_bytes"], GIB, "{gpu}");
+    let memory_bytes = gpu["device"]["memory_bytes"].as_u64().unwrap();
+    assert!(memory_bytes >= GIB, "{gpu}");
     assert!(gpu["device"]["uuid"].as_str().unwrap().starts_with("GPU-"), "{gpu}");
-    assert!((GIB / 2..GIB).contains(&gpu["memory_bytes"].as_u64().unwrap()), "{gpu}");
+    let offered = memory_bytes / 2..memory_bytes;
+    assert!(offered.contains(&gpu["memory_bytes"].as_u64().unwrap()), "{gpu}");
     assert!(!processor["kernel_class"].as_str().unwrap().contains("cuda"), "{processor}");
     assert!(processor["device"].is_null() && processor["memory_bytes"].is_null(), "{processor}");
 
@@ -178,32 +180,16 @@ fn experts_are_placed_by_the_memory_that_a_device_has() {
 
 #[test]
 fn a_device_that_cannot_serve_is_one_sentence_and_an_exit_code_of_its_own() {
-    let golden = Golden::load("mixtral");
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("node.toml");
-    let text = format!(
-        r#"
-        name = "fr-expert-1"
-        region = "fr"
-        listen = "127.0.0.1:0"
-        model = "{}"
-        weights = "bf16"
-        device = "cuda:0"
-
-        [cluster]
-        name = "local"
-        nodes = [{{ name = "fr-expert-1", region = "fr", address = "127.0.0.1:7100" }}]
-        "#,
-        golden.path()
-    );
-    fs::write(&file, text).unwrap();
+    let own = "listen = \"127.0.0.1:0\"\ndevice = \"cuda:0\"";
+    let file = config::write(dir.path(), "fr-expert-1", own);
     let cases = [
         (Gpus::new(1, 128 << 10, ""), "out of device memory: "),
         (Gpus::new(1, GIB, "wrong-architecture"), "cuda:0: the device's architecture "),
         (Gpus::new(0, GIB, ""), "cuda:0: the device is not available: "),
     ];
     for (gpus, sentence) in cases {
-        let mut node = entente(&["expert-node", "--config", file.to_str().unwrap()]);
+        let mut node = entente(&["expert-node", "--config", &file]);
         let end = node.envs(gpus.variables().iter().cloned()).output().unwrap();
         let stderr = String::from_utf8(end.stderr).unwrap();
         assert_eq!(end.status.code(), Some(9), "{stderr}");

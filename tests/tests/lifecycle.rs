@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use entente_tests::cluster::{STOP_DEADLINE, entente, run};
 use entente_tests::process::{Process, Signal, wait_for, wait_gone};
-use entente_tests::{Cluster, Golden, http};
+use entente_tests::{Cluster, Golden, config, http};
 
 const PROMPT: &str = "Translate to Swedish: vingt-trois";
 const ANSWER: &str = "tjugotre\n";
@@ -225,51 +225,18 @@ fn chat_finds_the_cluster_by_its_data_directory() {
 
 #[test]
 fn an_expert_node_without_certificates_listens_on_loopback_only() {
-    let golden = Golden::load("mixtral");
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("node.toml");
-    let text = format!(
-        r#"
-        name = "fr-expert-1"
-        region = "fr"
-        listen = "0.0.0.0:0"
-        model = "{}"
-        weights = "f32"
-
-        [cluster]
-        name = "local"
-        nodes = [{{ name = "fr-expert-1", region = "fr", address = "192.0.2.1:7100" }}]
-        "#,
-        golden.path()
-    );
-    fs::write(&file, text).unwrap();
-    let end = run(&["expert-node", "--config", file.to_str().unwrap()]);
+    let file = config::write(dir.path(), "fr-expert-1", r#"listen = "0.0.0.0:0""#);
+    let end = run(&["expert-node", "--config", &file]);
     assert_eq!(end.code(), Some(1), "{end:#?}");
     assert!(end.stderr.contains("the section [tls] is needed"), "{}", end.stderr);
 }
 
 #[test]
 fn a_device_that_is_not_there_is_one_sentence_and_an_exit_code_of_its_own() {
-    let golden = Golden::load("mixtral");
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("node.toml");
-    let text = format!(
-        r#"
-        name = "fr-expert-1"
-        region = "fr"
-        listen = "127.0.0.1:0"
-        model = "{}"
-        weights = "bf16"
-
-        [cluster]
-        name = "local"
-        nodes = [{{ name = "fr-expert-1", region = "fr", address = "127.0.0.1:7100" }}]
-        "#,
-        golden.path()
-    );
-    fs::write(&file, text).unwrap();
-    let file = file.to_str().unwrap();
-    let end = run(&["expert-node", "--config", file, "--device", "cuda:4096"]);
+    let file = config::write(dir.path(), "fr-expert-1", r#"listen = "127.0.0.1:0""#);
+    let end = run(&["expert-node", "--config", &file, "--device", "cuda:4096"]);
     assert_eq!(end.code(), Some(9), "{end:#?}");
     let errors: Vec<&str> = end.stderr.lines().filter(|l| l.starts_with("error: ")).collect();
     assert!(matches!(errors[..], [error] if error.starts_with("error: cuda:4096: ")), "{end:#?}");
