@@ -21,14 +21,16 @@ fn staging_grows_and_pieces_of_memory_are_written_where_they_are() {
 
 #[test]
 fn memory_that_is_dropped_is_there_again() {
+    // More than what a driver gives out of memory that it keeps by itself.
+    const BYTES: usize = 64 << 20;
     let gpu = Gpu::new();
     let free = gpu.device.memory_free_bytes().unwrap();
-    let mut buffer = Buffer::<u8>::new(&gpu.device, 1 << 20).unwrap();
-    assert!(gpu.device.memory_free_bytes().unwrap() <= free - (1 << 20));
+    let mut buffer = Buffer::<u8>::new(&gpu.device, BYTES).unwrap();
+    assert!(gpu.device.memory_free_bytes().unwrap() <= free - BYTES as u64);
     buffer.reserve(1 << 10).unwrap();
-    assert_eq!(buffer.len(), 1 << 20, "it does not shrink");
-    buffer.reserve(1 << 21).unwrap();
-    assert!(buffer.len() >= 1 << 21, "and grows");
+    assert_eq!(buffer.len(), BYTES, "it does not shrink");
+    buffer.reserve(2 * BYTES).unwrap();
+    assert!(buffer.len() >= 2 * BYTES, "and grows");
     drop(buffer);
     assert_eq!(gpu.device.memory_free_bytes().unwrap(), free);
 }
