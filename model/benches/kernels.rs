@@ -49,7 +49,8 @@ impl Stored {
     fn pack(&self, kernels: &dyn Kernels) -> Matrix {
         let Self { out_features, in_features, ref bytes } = *self;
         let dtype = SourceDtype::Bf16;
-        let packed = kernels.pack(MatrixSource { out_features, in_features, dtype, bytes });
+        let packed =
+            kernels.pack(MatrixSource { out_features, in_features, dtype, bytes, scales: None });
         packed.expect("processors take every matrix")
     }
 }

@@ -78,7 +78,8 @@ static STORE: LazyLock<ExpertStore> = LazyLock::new(|| {
         let bytes: Vec<u8> =
             (0..HIDDEN * HIDDEN).map(weight).flat_map(|v: f32| v.to_le_bytes()).collect();
         let (out_features, in_features, dtype) = (HIDDEN, HIDDEN, SourceDtype::F32);
-        real.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes }).unwrap()
+        real.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes, scales: None })
+            .unwrap()
     };
     let expert = |seed| GatedFfn {
         gate: matrix(seed),

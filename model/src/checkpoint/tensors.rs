@@ -12,7 +12,7 @@ use super::shards::Shards;
 use crate::ModelError;
 use crate::config::Architecture;
 use crate::family::{Expected, Family, Layout};
-use crate::kernels::{MatrixSource, SourceDtype};
+use crate::kernels::{MatrixSource, Scales, SourceDtype, read};
 
 /// All tensors of a folder; the values stay on disk.
 pub(crate) struct Tensors {
@@ -59,7 +59,7 @@ impl Tensors {
         let bytes = file
             .bytes(entry.range.clone())
             .ok_or_else(|| error("the file became shorter while it was opened".to_owned()))?;
-        Ok(TensorView { dtype, shape: &entry.shape, bytes })
+        Ok(TensorView { dtype, shape: &entry.shape, bytes, scales: None })
     }
 
     /// Says that these bytes, which are a tensor's, will not be read again soon: otherwise a process
@@ -127,6 +127,8 @@ pub(crate) struct TensorView<'a> {
     pub shape: &'a [usize],
     /// As many bytes as the shape calls for.
     pub bytes: &'a [u8],
+    /// What the elements are multiplied by; absent where they are the values.
+    pub scales: Option<Scales<'a>>,
 }
 
 impl<'a> TensorView<'a> {
@@ -134,7 +136,7 @@ impl<'a> TensorView<'a> {
     pub fn slice(&self, index: usize) -> TensorView<'a> {
         let slice_len = self.bytes.len() / self.shape[0];
         let bytes = &self.bytes[index * slice_len..(index + 1) * slice_len];
-        TensorView { dtype: self.dtype, shape: &self.shape[1..], bytes }
+        TensorView { shape: &self.shape[1..], bytes, ..*self }
     }
 
     /// A matrix `[out, in]`, for a tensor of two dimensions.
@@ -144,10 +146,9 @@ impl<'a> TensorView<'a> {
 
     /// Rows `first..first + count` of a matrix.
     pub(crate) fn rows(&self, first: usize, count: usize) -> MatrixSource<'a> {
-        let in_features = self.shape[1];
-        let row_len = in_features * self.dtype.size();
-        let bytes = &self.bytes[first * row_len..(first + count) * row_len];
-        MatrixSource { out_features: count, in_features, dtype: self.dtype, bytes }
+        let [out_features, in_features] = [self.shape[0], self.shape[1]];
+        let Self { dtype, bytes, scales, .. } = *self;
+        MatrixSource { out_features, in_features, dtype, bytes, scales }.rows(first, count)
     }
 
     /// All values, widened.
@@ -158,21 +159,8 @@ impl<'a> TensorView<'a> {
     }
 }
 
-/// Reads values of a checkpoint; exact, since binary32 holds all three types.
+/// Reads values of a checkpoint; exact, since binary32 holds all types.
 pub(crate) fn widen(dtype: SourceDtype, bytes: &[u8], out: &mut [f32]) {
     debug_assert_eq!(bytes.len(), out.len() * dtype.size());
-    let pairs = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        SourceDtype::F32 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-        }
-        SourceDtype::F16 => {
-            out.iter_mut().zip(pairs).for_each(|(v, b)| *v = half::f16::from_le_bytes(b).to_f32());
-        }
-        SourceDtype::Bf16 => {
-            out.iter_mut().zip(pairs).for_each(|(v, b)| *v = half::bf16::from_le_bytes(b).to_f32());
-        }
-    }
+    read(dtype, bytes, |i, value| out[i] = value);
 }

@@ -36,7 +36,9 @@ impl KvDtype {
     pub fn of(format: WeightFormat) -> Self {
         match format {
             WeightFormat::F32 => Self::F32,
-            WeightFormat::Bf16 | WeightFormat::Q8 | WeightFormat::Q4 => Self::Bf16,
+            WeightFormat::Bf16 | WeightFormat::Fp8 | WeightFormat::Q8 | WeightFormat::Q4 => {
+                Self::Bf16
+            }
         }
     }
 

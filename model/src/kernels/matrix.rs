@@ -10,6 +10,8 @@
 //! - f32: `[out/32][pair][input of the pair: 2][half of the panel: 2][16]`
 //! - bf16: `[out/32][pair][half of the panel: 2][16][input of the pair: 2]`, the order in which
 //!   `vdpbf16ps` multiplies, and which widens to f32 with one shift or one mask.
+//! - fp8: `[out/32]` of `[pair][32][input of the pair: 2]` bytes, then `[in/128][32]` scales in f32,
+//!   see [`fp8`](super::fp8).
 //! - q8: `[out/32][in/32]` blocks of 17 lines, an even number of them: first the scales as bf16, `[16][half of the panel]`,
 //!   then bytes, `[four: 8][half of the panel: 2][16][input of the four: 4]`, as `vpdpbusd`
 //!   multiplies.
@@ -20,12 +22,14 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::cpu::isa::{Isa, LANES};
+use super::fp8;
 use super::memory::{Line, Lines};
 use super::pool::Pool;
-use super::quantise::{BLOCK, Blocks, GROUP, GROUP_WORDS, Lanes};
+use super::quantise::{BLOCK, Blocks, GROUP, GROUP_WORDS};
+use super::source::elements;
 use super::{
     Activation, DeviceError, DeviceMemory, ExpertKernels, MatrixSource, SourceDtype, WeightFormat,
 };
@@ -46,6 +50,8 @@ pub(crate) enum Layout {
     Bf16Widened,
     /// bf16 weights, activations rounded to bf16, products of pairs accumulated in f32.
     Bf16,
+    /// Weights of 8 bits with a floating point in blocks, activations as for bf16.
+    Fp8,
     /// Weights of 8 bits in blocks, activations of 8 bits in groups.
     Q8,
     /// Weights of 4 bits in blocks, activations of 8 bits in groups.
@@ -64,8 +70,9 @@ impl Layout {
             // bf16 weights stay as they are: widening them while multiplying is exact, and half
             // the bytes come from memory.
             (WeightFormat::F32, SourceDtype::Bf16) => Self::Bf16Widened,
-            (WeightFormat::F32, SourceDtype::F32 | SourceDtype::F16) => Self::F32,
+            (WeightFormat::F32, _) => Self::F32,
             (WeightFormat::Bf16, _) => Self::Bf16,
+            (WeightFormat::Fp8, _) => Self::Fp8,
             (WeightFormat::Q8, _) => Self::Q8,
             (WeightFormat::Q4, _) => Self::Q4,
         }
@@ -76,6 +83,7 @@ impl Layout {
         match self {
             Self::F32 => inputs.div_ceil(2) * 4,
             Self::Bf16Widened | Self::Bf16 => inputs.div_ceil(2) * 2,
+            Self::Fp8 => fp8::code_lines(inputs) + fp8::scale_lines(inputs),
             Self::Q8 => inputs.div_ceil(GROUP) * 2 * Q8_LINES,
             Self::Q4 => inputs.div_ceil(GROUP) * 2 * Q4_LINES,
         }
@@ -93,7 +101,7 @@ impl Layout {
     pub fn words(self, values: usize) -> usize {
         match self {
             Self::F32 | Self::Bf16Widened => values.next_multiple_of(2),
-            Self::Bf16 => values.div_ceil(2),
+            Self::Bf16 | Self::Fp8 => values.div_ceil(2),
             Self::Q8 | Self::Q4 => values.div_ceil(GROUP) * GROUP_WORDS,
         }
     }
@@ -102,7 +110,7 @@ impl Layout {
     pub fn packs_rows_as(self, other: Self) -> bool {
         let form = |layout| match layout {
             Self::F32 | Self::Bf16Widened => 0,
-            Self::Bf16 => 1,
+            Self::Bf16 | Self::Fp8 => 1,
             Self::Q8 | Self::Q4 => 2,
         };
         form(self) == form(other)
@@ -112,7 +120,7 @@ impl Layout {
     /// so many takes whole words.
     pub fn group_panels(self) -> usize {
         match self {
-            Self::F32 | Self::Bf16Widened | Self::Bf16 => 1,
+            Self::F32 | Self::Bf16Widened | Self::Bf16 | Self::Fp8 => 1,
             Self::Q8 | Self::Q4 => GROUP / PANEL,
         }
     }
@@ -169,6 +177,7 @@ impl Matrix {
                     Layout::Bf16Widened | Layout::Bf16 => {
                         outs.for_each(|out| pack_row_bf16(&source, out, lines));
                     }
+                    Layout::Fp8 => fp8::pack(isa, &source, panel, lines),
                     Layout::Q8 => pack_q8(isa, &source, panel, lines),
                     Layout::Q4 => pack_q4(isa, &source, panel, lines),
                 }
@@ -275,62 +284,11 @@ impl Matrix {
     }
 }
 
-impl SourceDtype {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
-
-impl<'a> MatrixSource<'a> {
-    /// Row `out` of the stored matrix.
-    fn row(&self, out: usize) -> &'a [u8] {
-        let len = self.in_features * self.dtype.size();
-        &self.bytes[out * len..(out + 1) * len]
-    }
-
-    /// Block `b` of the inputs of 16 outputs from `first`, side by side; zeros beyond the last
-    /// input and output.
-    #[inline(always)]
-    fn blocks(&self, first: usize, b: usize) -> [Lanes<f32>; BLOCK] {
-        let in_range = |i: usize| i.min(self.in_features);
-        let (start, end) = (in_range(b * BLOCK), in_range((b + 1) * BLOCK));
-        let size = self.dtype.size();
-        let mut blocks = [[0.0; LANES]; BLOCK];
-        for (lane, out) in (first..self.out_features.min(first + LANES)).enumerate() {
-            let stored = &self.row(out)[start * size..end * size];
-            let mut put = |i: usize, value: f32| blocks[i][lane] = value;
-            match self.dtype {
-                SourceDtype::F32 => {
-                    elements(stored).for_each(|(i, b)| put(i, f32::from_le_bytes(b)));
-                }
-                SourceDtype::F16 => {
-                    elements(stored).for_each(|(i, b)| put(i, f16::from_le_bytes(b).to_f32()));
-                }
-                SourceDtype::Bf16 => {
-                    let widen = |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16);
-                    elements(stored).for_each(|(i, b)| put(i, widen(b)));
-                }
-            }
-        }
-        blocks
-    }
-}
-
 fn pack_row_f32(source: &MatrixSource<'_>, out: usize, panel: &mut [Line]) {
     let (half, lane) = (out % PANEL / 16, out % 16);
-    let mut put = |i: usize, value: f32| panel[2 * i + half].0[lane] = value.to_bits();
-    let row = source.row(out);
-    match source.dtype {
-        SourceDtype::F32 => elements(row).for_each(|(i, b)| put(i, f32::from_le_bytes(b))),
-        SourceDtype::F16 => elements(row).for_each(|(i, b)| put(i, f16::from_le_bytes(b).to_f32())),
-        SourceDtype::Bf16 => {
-            elements(row).for_each(|(i, b)| put(i, bf16::from_le_bytes(b).to_f32()));
-        }
-    }
+    source.each(out, 0, source.in_features, |i, value| {
+        panel[2 * i + half].0[lane] = value.to_bits();
+    });
 }
 
 fn pack_row_bf16(source: &MatrixSource<'_>, out: usize, panel: &mut [Line]) {
@@ -339,14 +297,11 @@ fn pack_row_bf16(source: &MatrixSource<'_>, out: usize, panel: &mut [Line]) {
     let mut put = |i: usize, value: bf16| {
         panel[i / 2 * 2 + half].0[lane] |= u32::from(value.to_bits()) << (i % 2 * 16);
     };
-    let row = source.row(out);
-    let round = bf16::from_f32;
     match source.dtype {
-        SourceDtype::F32 => elements(row).for_each(|(i, b)| put(i, round(f32::from_le_bytes(b)))),
-        SourceDtype::F16 => {
-            elements(row).for_each(|(i, b)| put(i, round(f16::from_le_bytes(b).to_f32())));
+        SourceDtype::Bf16 => {
+            elements(source.row(out)).for_each(|(i, b)| put(i, bf16::from_le_bytes(b)));
         }
-        SourceDtype::Bf16 => elements(row).for_each(|(i, b)| put(i, bf16::from_le_bytes(b))),
+        _ => source.each(out, 0, source.in_features, |i, value| put(i, bf16::from_f32(value))),
     }
 }
 
@@ -397,12 +352,6 @@ fn put_scales(line: &mut Line, blocks: &Blocks, half: usize) {
     }
 }
 
-/// The elements of a stored row with their numbers.
-#[inline(always)]
-fn elements<const N: usize>(row: &[u8]) -> impl Iterator<Item = (usize, [u8; N])> + '_ {
-    row.as_chunks::<N>().0.iter().copied().enumerate()
-}
-
 #[cfg(test)]
 impl Matrix {
     fn panel(&self, i: usize) -> &[Line] {
@@ -417,6 +366,9 @@ impl Matrix {
         let panel = self.panel(out / PANEL);
         let byte = |line: &Line| line.0[lane].to_le_bytes()[i % 4];
         let (scales, number) = match self.layout {
+            Layout::Fp8 => {
+                return fp8::weight(panel, self.in_features, out % PANEL, i);
+            }
             Layout::Q8 => {
                 let lines = &panel[b * Q8_LINES..];
                 (&lines[0], byte(&lines[1 + i % BLOCK / 4 * 2 + half]))
@@ -496,8 +448,13 @@ mod tests {
         let (out_features, in_features) = (35, 5);
         let values: Vec<f32> = (0..35 * 5).map(|i| i as f32).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let source =
-            MatrixSource { out_features, in_features, dtype: SourceDtype::F32, bytes: &bytes };
+        let source = MatrixSource {
+            out_features,
+            in_features,
+            dtype: SourceDtype::F32,
+            bytes: &bytes,
+            scales: None,
+        };
         let f32s = Matrix::pack(Portable, source, Layout::F32, &Pool::new(1));
         let bf16s = Matrix::pack(Portable, source, Layout::Bf16, &Pool::new(2));
         for (index, value) in values.iter().enumerate() {
@@ -523,12 +480,14 @@ mod tests {
             in_features: 100,
             dtype: SourceDtype::F32,
             bytes: &bytes,
+            scales: None,
         };
         // Files hold these bytes. Another form needs another PANELS_VERSION, then other sums here.
         let sums = [
             (Layout::F32, "eb4c9f9f"),
             (Layout::Bf16Widened, "1ecde9ab"),
             (Layout::Bf16, "1ecde9ab"),
+            (Layout::Fp8, "19cf9737"),
             (Layout::Q8, "d408f6ff"),
             (Layout::Q4, "b2104d78"),
         ];

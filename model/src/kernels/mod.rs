@@ -20,6 +20,7 @@
 mod cpu;
 pub mod cuda;
 mod device;
+mod fp8;
 mod kv;
 pub mod limits;
 mod matrix;
@@ -28,6 +29,7 @@ mod pool;
 mod quantise;
 #[cfg(any(test, feature = "reference"))]
 pub mod reference;
+mod source;
 
 #[cfg(test)]
 mod tests;
@@ -42,6 +44,8 @@ pub use kv::{KvDtype, KvLayer};
 pub(crate) use matrix::Layout;
 pub use matrix::{FfnGroup, GatedFfn, Matrix, PANELS_VERSION};
 pub(crate) use memory::{Line, Lines};
+pub(crate) use source::read;
+pub use source::{MatrixSource, Scales, SourceDtype};
 
 /// How weights are kept in memory and multiplied. Part of the kernel class.
 #[derive(
@@ -55,13 +59,16 @@ pub enum WeightFormat {
     Bf16,
     /// Weights of 8 bits in blocks of 32 with a scale each, 8.5 bits in all; activations of 8 bits.
     Q8,
+    /// Weights of 8 bits with a floating point, e4m3, in blocks of 128 with a scale each, 8.25 bits
+    /// in all; bf16 activations, f32 accumulation.
+    Fp8,
     /// Weights of 4 bits in blocks of 32 with a scale each, 4.5 bits in all; activations of 8 bits.
     Q4,
 }
 
 impl WeightFormat {
-    /// All formats, the most exact first.
-    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4];
+    /// All formats, the most exact first where the checkpoint is in bf16.
+    pub const ALL: [Self; 5] = [Self::F32, Self::Bf16, Self::Q8, Self::Fp8, Self::Q4];
 
     /// Its name in configurations and on the command line.
     pub fn name(self) -> &'static str {
@@ -69,33 +76,10 @@ impl WeightFormat {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::Q8 => "q8",
+            Self::Fp8 => "fp8",
             Self::Q4 => "q4",
         }
     }
-}
-
-/// Element type of a tensor in a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SourceDtype {
-    /// binary32.
-    F32,
-    /// binary16.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-/// A row-major matrix `[out, in]` as the checkpoint stores it, little-endian, any alignment.
-#[derive(Debug, Clone, Copy)]
-pub struct MatrixSource<'a> {
-    /// Output features (rows of the stored matrix).
-    pub out_features: usize,
-    /// Input features (columns of the stored matrix).
-    pub in_features: usize,
-    /// Element type.
-    pub dtype: SourceDtype,
-    /// `out_features x in_features` elements.
-    pub bytes: &'a [u8],
 }
 
 /// How the two halves of a gated feed-forward are joined.

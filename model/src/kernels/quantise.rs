@@ -68,14 +68,14 @@ const STEPS: [(f32, f32); 15] = {
 const PEAKS: [f32; 5] = [-127.0, -116.0, 113.0, 104.0, -140.0];
 
 /// Blocks whose greatest magnitude is below this are zeros: its inverse might not be finite.
-const MAGNITUDE_MIN: f32 = 1e-30;
+pub const MAGNITUDE_MIN: f32 = 1e-30;
 
 /// All bits of an f32 but the sign.
 pub const SIGNLESS: u32 = 0x7fff_ffff;
 
 /// 1.5 * 2^23: added to a small number, it leaves the nearest integer, ties to even, in the low
 /// bits.
-const ROUND: f32 = 12_582_912.0;
+pub const ROUND: f32 = 12_582_912.0;
 
 /// Rounds to the nearest integer. Anything at all for what is far outside of a byte.
 #[inline(always)]

@@ -55,7 +55,7 @@ fn for_every_class(
     }
 }
 
-const FORMATS: [WeightFormat; 4] = WeightFormat::ALL;
+const FORMATS: [WeightFormat; 5] = WeightFormat::ALL;
 
 fn rounded(values: &[f32]) -> Vec<f32> {
     values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect()
@@ -65,7 +65,7 @@ fn rounded(values: &[f32]) -> Vec<f32> {
 fn seen(format: WeightFormat, values: &[f32], len: usize) -> Vec<f32> {
     match format {
         WeightFormat::F32 => values.to_vec(),
-        WeightFormat::Bf16 => rounded(values),
+        WeightFormat::Bf16 | WeightFormat::Fp8 => rounded(values),
         WeightFormat::Q8 | WeightFormat::Q4 => {
             values.chunks_exact(len).flat_map(quantise::activations).collect()
         }
@@ -76,7 +76,7 @@ fn seen(format: WeightFormat, values: &[f32], len: usize) -> Vec<f32> {
 fn stored(format: WeightFormat, packed: &Matrix, w: &[f32]) -> Vec<f32> {
     match format {
         WeightFormat::F32 | WeightFormat::Bf16 => seen(format, w, packed.in_features()),
-        WeightFormat::Q8 | WeightFormat::Q4 => {
+        WeightFormat::Fp8 | WeightFormat::Q8 | WeightFormat::Q4 => {
             let row = |out| (0..packed.in_features()).map(move |i| packed.quantised(out, i));
             (0..packed.out_features()).flat_map(row).collect()
         }
@@ -92,7 +92,7 @@ fn bf16_bytes(values: &[f32]) -> Vec<u8> {
 }
 
 fn source(bytes: &[u8], dtype: SourceDtype, out: usize, inputs: usize) -> MatrixSource<'_> {
-    MatrixSource { out_features: out, in_features: inputs, dtype, bytes }
+    MatrixSource { out_features: out, in_features: inputs, dtype, bytes, scales: None }
 }
 
 #[track_caller]
@@ -153,8 +153,9 @@ fn quantised_products_are_near_the_exact_ones() {
     let want = reference::matmul(&x, &w, inputs).unwrap();
     let norm = |v: &[f32]| v.iter().map(|v| v * v).sum::<f32>().sqrt();
     // Root mean square of the error over that of the product: of normal values in blocks of 32,
-    // q8 keeps 0.5 % and int8 activations 0.6 %.
-    for (format, bound) in [(WeightFormat::Q8, 0.009), (WeightFormat::Q4, 0.077)] {
+    // q8 keeps 0.5 % and int8 activations 0.6 %; fp8 keeps 2.6 %, its four significant bits.
+    let bounds = [(WeightFormat::Q8, 0.009), (WeightFormat::Fp8, 0.03), (WeightFormat::Q4, 0.077)];
+    for (format, bound) in bounds {
         let kernels = select(format, 1).unwrap();
         let w = kernels.pack(source(&f32_bytes(&w), SourceDtype::F32, outputs, inputs)).unwrap();
         let mut y = vec![0.0; want.len()];
@@ -306,7 +307,7 @@ fn gated_ffn_agrees_with_the_reference() {
             // A value near the middle of two numbers may be rounded to the other one.
             let tolerance = match format {
                 WeightFormat::F32 => 1e-5,
-                WeightFormat::Bf16 => 2e-3,
+                WeightFormat::Bf16 | WeightFormat::Fp8 => 2e-3,
                 WeightFormat::Q8 | WeightFormat::Q4 => 1e-2,
             };
             let x = seen(format, &x, hidden);

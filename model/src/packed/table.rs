@@ -47,7 +47,7 @@ pub(crate) enum Encoding {
 }
 
 /// Every encoding and its number in files.
-const ENCODINGS: [(Encoding, PackedEncoding); 8] = [
+const ENCODINGS: [(Encoding, PackedEncoding); 9] = [
     (Encoding::Rows(SourceDtype::F32), PackedEncoding::RowsF32),
     (Encoding::Rows(SourceDtype::F16), PackedEncoding::RowsF16),
     (Encoding::Rows(SourceDtype::Bf16), PackedEncoding::RowsBf16),
@@ -56,6 +56,7 @@ const ENCODINGS: [(Encoding, PackedEncoding); 8] = [
     (Encoding::Panels(Layout::Bf16), PackedEncoding::PanelsBf16),
     (Encoding::Panels(Layout::Q8), PackedEncoding::PanelsQ8),
     (Encoding::Panels(Layout::Q4), PackedEncoding::PanelsQ4),
+    (Encoding::Panels(Layout::Fp8), PackedEncoding::PanelsFp8),
 ];
 
 impl Encoding {

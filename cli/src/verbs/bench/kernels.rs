@@ -150,8 +150,13 @@ impl Bench<'_> {
         let bytes: Vec<u8> =
             (0..out_features * in_features).flat_map(|i| value(i).to_le_bytes()).collect();
         let dtype = SourceDtype::Bf16;
-        let packed =
-            self.kernels.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes });
+        let packed = self.kernels.pack(MatrixSource {
+            out_features,
+            in_features,
+            dtype,
+            bytes: &bytes,
+            scales: None,
+        });
         packed.expect("processors take every matrix")
     }
 

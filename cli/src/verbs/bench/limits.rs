@@ -29,7 +29,7 @@ impl Probe {
     pub fn new(format: WeightFormat, threads: usize) -> Self {
         let multiply = match format {
             WeightFormat::F32 => Multiply::F32,
-            WeightFormat::Bf16 => Multiply::Bf16,
+            WeightFormat::Bf16 | WeightFormat::Fp8 => Multiply::Bf16,
             WeightFormat::Q8 | WeightFormat::Q4 => Multiply::Int8,
         };
         Self { limits: Limits::new(threads), multiply }

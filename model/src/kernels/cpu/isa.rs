@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 
+use super::super::fp8;
 use super::super::memory::Line;
 use super::super::quantise::{self, GROUP, GROUP_WORDS};
 use super::tile::round_to_bf16;
@@ -78,6 +79,24 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_pairs(self, line: &Line) -> Self::Pairs;
     /// Adds, in each lane, the products of two bf16 pairs; `x` is the pair for all lanes.
     fn dot(self, acc: Self::V, pairs: Self::Pairs, x: u32) -> Self::V;
+    /// Reads a line of pairs of e4m3, see [`fp8`], as bf16 pairs: 16 outputs, then the other 16.
+    #[inline(always)]
+    fn load_e4m3(self, line: &Line) -> [Self::Pairs; 2] {
+        let [left, right] = self.widen_e4m3(line);
+        [self.load_pairs(&left), self.load_pairs(&right)]
+    }
+    /// [`Isa::load_e4m3`], to be written to memory.
+    #[inline(always)]
+    fn widen_e4m3(self, line: &Line) -> [Line; 2] {
+        let (mut left, mut right) = (Line::default(), Line::default());
+        let (words, _) = line.0.as_chunks::<{ LANES / 2 }>();
+        for (wide, words) in [&mut left, &mut right].into_iter().zip(words) {
+            for (wide, word) in wide.0.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+                *wide = [fp8::widened_pair(word & 0xffff), fp8::widened_pair(word >> 16)];
+            }
+        }
+        [left, right]
+    }
     /// The same integer in every lane.
     fn splat_int(self, x: i32) -> Self::Ints;
     /// The nearest f32 values; exact for all sums of a block.

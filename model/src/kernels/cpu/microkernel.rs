@@ -10,6 +10,7 @@
 
 use std::ops::Range;
 
+use super::super::fp8;
 use super::super::matrix::{Layout, Matrix, PANEL, Q4_LINES, Q8_LINES};
 use super::super::memory::Line;
 use super::super::pool::Scatter;
@@ -125,6 +126,7 @@ unsafe fn multiply_tiles<I: Isa, const R: usize>(
                     Layout::Bf16 => {
                         work.each::<R>(|panel, ahead, x| tile_bf16(isa, panel, ahead, x));
                     }
+                    Layout::Fp8 => work.each::<R>(|panel, ahead, x| tile_fp8(isa, panel, ahead, x)),
                     // Larger tiles are not made, see `tile_rows`; nor is code for them.
                     Layout::Q8 | Layout::Q4 if R > I::TILE_ROWS_INT8 => unreachable!("{R} rows"),
                     Layout::Q8 => work.each::<R>(|panel, ahead, x| {
@@ -218,6 +220,39 @@ fn tile_bf16<I: Isa, const R: usize>(
         for r in 0..R {
             sums[r][0] = isa.dot(sums[r][0], w[0], x[r]);
             sums[r][1] = isa.dot(sums[r][1], w[1], x[r]);
+        }
+    }
+    sums
+}
+
+/// Sums as for bf16, block by block from zero, each scaled and added to those before in one rounding.
+#[inline(always)]
+fn tile_fp8<I: Isa, const R: usize>(
+    isa: I,
+    panel: &[Line],
+    mut ahead: Ahead,
+    x: &[u32],
+) -> Sums<I, R> {
+    const BLOCK_PAIRS: usize = fp8::BLOCK / 2;
+    let mut sums = [[isa.splat(0.0); 2]; R];
+    let x = x.as_chunks::<R>().0;
+    let (codes, scales) = panel.split_at(x.len());
+    let blocks = codes.chunks(BLOCK_PAIRS).zip(x.chunks(BLOCK_PAIRS));
+    for ((codes, x), scales) in blocks.zip(scales.as_chunks::<2>().0) {
+        let mut block = [[isa.splat(0.0); 2]; R];
+        for (line, x) in codes.iter().zip(x) {
+            ahead.ask::<I, 1>(isa);
+            let w = isa.load_e4m3(line);
+            for r in 0..R {
+                block[r][0] = isa.dot(block[r][0], w[0], x[r]);
+                block[r][1] = isa.dot(block[r][1], w[1], x[r]);
+            }
+        }
+        ahead.ask::<I, 2>(isa);
+        let scales = [isa.load_line(&scales[0]), isa.load_line(&scales[1])];
+        for r in 0..R {
+            sums[r][0] = isa.fused(block[r][0], scales[0], sums[r][0]);
+            sums[r][1] = isa.fused(block[r][1], scales[1], sums[r][1]);
         }
     }
     sums

@@ -35,6 +35,8 @@ use super::{
 
 /// Raised whenever a change gives other bits.
 const VERSION: u32 = 3;
+/// The same of fp8, which is younger.
+const VERSION_FP8: u32 = 1;
 
 /// Values below which waking a thread costs more than it brings, in kernels that do little with
 /// each value.
@@ -177,7 +179,9 @@ impl<I: Isa> ExpertKernels for Cpu<I> {
         match self.format {
             WeightFormat::F32 => Dtype::F32,
             // Bytes are made of what arrives, once for each row; f32 would bring them little.
-            WeightFormat::Bf16 | WeightFormat::Q8 | WeightFormat::Q4 => Dtype::Bf16,
+            WeightFormat::Bf16 | WeightFormat::Fp8 | WeightFormat::Q8 | WeightFormat::Q4 => {
+                Dtype::Bf16
+            }
         }
     }
 
@@ -309,6 +313,7 @@ fn class<I: Isa>(format: WeightFormat) -> KernelClass {
     KernelClass(match format {
         WeightFormat::F32 => format!("f32/{}/{VERSION}", I::NAME),
         WeightFormat::Bf16 => format!("bf16/{}/{VERSION}", I::NAME_BF16),
+        WeightFormat::Fp8 => format!("fp8/{}/{VERSION_FP8}", I::NAME_BF16),
         WeightFormat::Q8 => format!("q8/{}/{VERSION}", I::NAME_INT8),
         WeightFormat::Q4 => format!("q4/{}/{VERSION}", I::NAME_INT8),
     })

@@ -99,7 +99,7 @@ impl Prefetch {
 fn lines_ahead(layout: Layout) -> usize {
     match layout {
         Layout::Bf16 | Layout::Q4 => 72,
-        Layout::F32 | Layout::Bf16Widened | Layout::Q8 => 48,
+        Layout::F32 | Layout::Bf16Widened | Layout::Fp8 | Layout::Q8 => 48,
     }
 }
 

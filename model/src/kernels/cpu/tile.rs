@@ -29,7 +29,7 @@ pub(super) use for_rows;
 /// Most rows of a tile that `layout` multiplies.
 pub fn tile_rows<I: Isa>(layout: Layout) -> usize {
     match layout {
-        Layout::F32 | Layout::Bf16Widened | Layout::Bf16 => I::TILE_ROWS,
+        Layout::F32 | Layout::Bf16Widened | Layout::Bf16 | Layout::Fp8 => I::TILE_ROWS,
         Layout::Q8 | Layout::Q4 => I::TILE_ROWS_INT8,
     }
 }
@@ -111,7 +111,7 @@ pub fn pack_tile<'a, I: Isa>(
             Layout::F32 | Layout::Bf16Widened => {
                 pack::<_, _, R, LANES>(isa, row, f32_words, out);
             }
-            Layout::Bf16 => pack::<_, _, R, { 2 * LANES }>(
+            Layout::Bf16 | Layout::Fp8 => pack::<_, _, R, { 2 * LANES }>(
                 isa,
                 row,
                 #[inline(always)]
@@ -149,7 +149,7 @@ pub fn pack_encoded_tile<'a, I: Isa>(
                 |values| stored_words(values),
                 out,
             ),
-            Layout::Bf16 => pack::<_, _, R, { 2 * LANES }>(
+            Layout::Bf16 | Layout::Fp8 => pack::<_, _, R, { 2 * LANES }>(
                 isa,
                 |r| row(r).as_chunks().0,
                 #[inline(always)]

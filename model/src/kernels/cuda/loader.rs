@@ -48,17 +48,14 @@ impl Loader {
 
     /// Packs whole panels, a piece of them while the one before is copied.
     fn pack_as(&self, source: MatrixSource<'_>, layout: Layout) -> Result<Matrix, DeviceError> {
-        let MatrixSource { out_features, in_features, dtype, bytes } = source;
-        let row_bytes = in_features * dtype.size();
+        let MatrixSource { out_features, in_features, .. } = source;
         let panel_bytes = panel_bytes(layout, in_features);
         let piece_bytes = (PIECE_BYTES / panel_bytes).max(1) * panel_bytes;
         let memory =
             self.upload(out_features.div_ceil(PANEL) * panel_bytes, piece_bytes, |at, to| {
                 let first = at / panel_bytes * PANEL;
                 let rows = (to.len() / panel_bytes * PANEL).min(out_features - first);
-                let bytes = &bytes[first * row_bytes..][..rows * row_bytes];
-                let piece = MatrixSource { out_features: rows, in_features, dtype, bytes };
-                let packed = Matrix::pack(Portable, piece, layout, &self.pool);
+                let packed = Matrix::pack(Portable, source.rows(first, rows), layout, &self.pool);
                 to.copy_from_slice(packed.host_bytes().expect("packed in memory of the process"));
             })?;
         Ok(Matrix::on_device([out_features, in_features], layout, memory))

@@ -47,7 +47,13 @@ impl<'a> Layer<'a> {
         let bytes: Vec<u8> = (0..hidden * inner).flat_map(|_| weight()).collect();
         let pack = |out_features, in_features| -> anyhow::Result<Matrix> {
             let dtype = SourceDtype::Bf16;
-            Ok(kernels.pack(MatrixSource { out_features, in_features, dtype, bytes: &bytes })?)
+            Ok(kernels.pack(MatrixSource {
+                out_features,
+                in_features,
+                dtype,
+                bytes: &bytes,
+                scales: None,
+            })?)
         };
         let expert = |_| {
             Ok(GatedFfn {

@@ -41,7 +41,8 @@ impl Projection {
         let bytes: Vec<u8> = (0..out_features * in_features).flat_map(|_| weight()).collect();
         let dtype = SourceDtype::Bf16;
         let pack = |_| {
-            let source = MatrixSource { out_features, in_features, dtype, bytes: &bytes };
+            let source =
+                MatrixSource { out_features, in_features, dtype, bytes: &bytes, scales: None };
             if exact { loader.pack_exact(source) } else { loader.pack(source) }
         };
         let cold = (0..copies(bytes.len())).map(pack).collect::<Result<_, _>>()?;
