@@ -60,7 +60,7 @@ fn is_nan(code: u8) -> bool {
 
 /// The bits, as f32, of the number of a code that is not NaN; the lower half of them is zero.
 #[inline(always)]
-fn widened(code: u32) -> u32 {
+const fn widened(code: u32) -> u32 {
     let magnitude = code & MAGNITUDE;
     let normal = (magnitude << NARROWER) + (REBIAS << 23);
     // Below, numbers are multiples of 2^-9.
@@ -68,6 +68,20 @@ fn widened(code: u32) -> u32 {
     let bits = if magnitude < NORMAL_MIN { subnormal } else { normal };
     (code & !MAGNITUDE) << 24 | bits
 }
+
+/// Four bits further up, the bits of a code but for its sign are those of a bf16 number, less this:
+/// for the codes below that of 2^-6, by code.
+pub const SUBNORMAL_OFFSETS: [u16; 32] = {
+    let mut offsets = [0; 32];
+    let mut code = 0;
+    while code < NORMAL_MIN {
+        offsets[code as usize] = (widened(code) >> 16) as u16 - ((code as u16) << 4);
+        code += 1;
+    }
+    offsets
+};
+/// The same for all others.
+pub const NORMAL_OFFSET: u16 = (REBIAS << 7) as u16;
 
 /// Two codes, the first in the lower byte, as two bf16 numbers, the first in the lower half.
 #[inline(always)]

@@ -79,7 +79,7 @@ impl Layout {
     }
 
     /// Lines of a panel of `inputs` inputs, which fill whole pairs or groups.
-    fn panel_lines(self, inputs: usize) -> usize {
+    pub(super) fn panel_lines(self, inputs: usize) -> usize {
         match self {
             Self::F32 => inputs.div_ceil(2) * 4,
             Self::Bf16Widened | Self::Bf16 => inputs.div_ceil(2) * 2,

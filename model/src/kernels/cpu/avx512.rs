@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::super::fp8::{NORMAL_OFFSET, SUBNORMAL_OFFSETS};
 use super::super::memory::Line;
 use super::super::quantise::{BLOCK_WORDS, GROUP, GROUP_WORDS, GroupScale, OFFSET, SIGNLESS};
 use super::isa::{Isa, LANES};
@@ -148,6 +149,39 @@ impl Isa for Avx512 {
             let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(x as i32));
             _mm512_dpbf16_ps(acc, pairs, x)
         }
+    }
+
+    #[inline(always)]
+    fn load_e4m3(self, line: &Line) -> [__m512bh; 2] {
+        let bytes: *const __m256i = line.0.as_ptr().cast();
+        unsafe {
+            let halves = [_mm256_load_si256(bytes), _mm256_load_si256(bytes.add(1))];
+            let offsets = _mm512_loadu_si512(SUBNORMAL_OFFSETS.as_ptr().cast());
+            let offset = _mm512_set1_epi16(NORMAL_OFFSET.cast_signed());
+            halves.map(
+                #[inline(always)]
+                |half| {
+                    // The sign goes up to the highest bit; the code moves to its place below.
+                    let codes = _mm512_cvtepi8_epi16(half);
+                    let bits = _mm512_slli_epi16::<4>(codes);
+                    let bits = _mm512_and_si512(bits, _mm512_set1_epi16(0x87f0_u16.cast_signed()));
+                    // Products flush subnormal numbers of bf16, so those of e4m3 become normal here.
+                    let subnormal = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x78));
+                    let offset = _mm512_mask_permutexvar_epi16(offset, subnormal, codes, offsets);
+                    std::mem::transmute(_mm512_add_epi16(bits, offset))
+                },
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn widen_e4m3(self, line: &Line) -> [Line; 2] {
+        let (mut lines, pairs) = ([Line::default(); 2], self.load_e4m3(line));
+        for (line, pairs) in lines.iter_mut().zip(pairs) {
+            let bits = unsafe { std::mem::transmute::<__m512bh, __m512i>(pairs) };
+            self.store_bytes(bits, line);
+        }
+        lines
     }
 
     #[inline(always)]
@@ -300,6 +334,7 @@ unsafe fn transpose(rows: [__m512i; LANES]) -> [__m512i; LANES] {
 #[cfg(test)]
 mod tests {
     use super::super::super::quantise::group_words;
+    use super::super::portable::Portable;
     use super::super::tile::round_to_bf16;
     use super::*;
 
@@ -347,6 +382,20 @@ mod tests {
             let want = |i: usize| round_to_bf16(values[i]) >> 16;
             let want = std::array::from_fn(|i| want(2 * i) | want(2 * i + 1) << 16);
             assert_eq!(words, want, "{upper:#x}");
+        }
+    }
+
+    #[test]
+    fn all_256_codes_of_e4m3_become_the_same_bits_as_everywhere() {
+        let Some(isa) = Avx512::detect() else { return };
+        for code in 0..256_u32 {
+            // Every code beside every other kind of neighbour, in each of the four bytes of a word.
+            let line = Line(std::array::from_fn(|i| {
+                let other = (i as u32 * 17 + code * 3) & 0xff;
+                (code | other << 8 | other << 16 | code << 24).rotate_left(8 * (i as u32 % 4))
+            }));
+            let [have, want] = [isa.enter(|| isa.widen_e4m3(&line)), Portable.widen_e4m3(&line)];
+            assert_eq!(have.map(|line| line.0), want.map(|line| line.0), "{code:#x}");
         }
     }
 

@@ -6,12 +6,13 @@
 
 use std::ops::Range;
 
+use super::super::fp8;
 use super::super::matrix::{Layout, Matrix, Q4_LINES, Q8_LINES};
 use super::super::memory::Line;
 use super::super::pool::Scatter;
 use super::super::quantise::CODEBOOK_UNSIGNED;
 use super::isa::Isa;
-use super::microkernel::{self, Destination, Panels};
+use super::microkernel::{self, Destination, Form, Panels};
 use super::prefetch::{Prefetch, Upcoming};
 use super::tile::{Tiles, pack_tile, tile_rows};
 use super::{Cpu, parts_of};
@@ -77,20 +78,23 @@ pub unsafe fn multiply<I: Isa>(
 ) {
     let (layout, lines) = (w.layout(), w.panel_lines(panels.clone()));
     let panel_lines = lines.len() / panels.len();
-    let expands = layout == Layout::Q4 && tiles.count() >= EXPAND_TILES_MIN;
-    if tiles.runs(packed).count() == 1 && !expands {
-        let panels = Panels { layout, lines, panel_lines };
+    let many = tiles.count() >= EXPAND_TILES_MIN;
+    let form = Form::Stored(layout);
+    let expanded_form = expanded_form(layout, w.in_features()).filter(|_| many);
+    if tiles.runs(packed).count() == 1 && expanded_form.is_none() {
+        let panels = Panels { form, lines, panel_lines };
         // SAFETY: the caller promises it.
         return unsafe { multiply_runs(cpu.isa, panels, upcoming, tiles, packed, to) };
     }
     // All runs go through a panel, expanded once for all of them, while it is in cache.
-    let mut expanded = cpu.lines.take(if expands { panel_lines / Q4_LINES * Q8_LINES } else { 0 });
+    let mut expanded = cpu.lines.take(expanded_form.map_or(0, |(_, lines)| lines));
     for (p, lines) in lines.chunks_exact(panel_lines).enumerate() {
-        let panel = if expands {
-            expand(cpu.isa, lines, &mut expanded);
-            Panels { layout: Layout::Q8, lines: &expanded, panel_lines: expanded.len() }
-        } else {
-            Panels { layout, lines, panel_lines }
+        let panel = match expanded_form {
+            Some((form, panel_lines)) => {
+                expand(cpu.isa, form, lines, &mut expanded);
+                Panels { form, lines: &expanded, panel_lines }
+            }
+            None => Panels { form, lines, panel_lines },
         };
         let upcoming = upcoming.of_panel(p, panels.len());
         // SAFETY: the caller promises it.
@@ -117,21 +121,51 @@ unsafe fn multiply_runs<I: Isa>(
     }
 }
 
-/// Writes q4 blocks as the q8 blocks that multiply to the same bits.
-fn expand<I: Isa>(isa: I, stored: &[Line], expanded: &mut [Line]) {
+/// What a panel of `inputs` inputs expands to, and in how many lines; nothing for one that is best
+/// multiplied as it is stored.
+fn expanded_form(layout: Layout, inputs: usize) -> Option<(Form, usize)> {
+    match layout {
+        Layout::Q4 => Some((Form::Stored(Layout::Q8), Layout::Q8.panel_lines(inputs))),
+        Layout::Fp8 => {
+            let lines = Layout::Bf16.panel_lines(inputs) + fp8::scale_lines(inputs);
+            Some((Form::Fp8Widened, lines))
+        }
+        Layout::F32 | Layout::Bf16Widened | Layout::Bf16 | Layout::Q8 => None,
+    }
+}
+
+/// Writes a stored panel as one of `form`, which multiplies to the same bits.
+fn expand<I: Isa>(isa: I, form: Form, stored: &[Line], expanded: &mut [Line]) {
     isa.enter(
         #[inline(always)]
-        || {
-            let blocks = stored.as_chunks::<Q4_LINES>().0.iter();
-            for (from, to) in blocks.zip(expanded.as_chunks_mut::<Q8_LINES>().0) {
-                let ([scales, from @ ..], [to_scales, to @ ..]) = (from, to);
-                *to_scales = *scales;
-                for (from, to) in from.iter().zip(to.as_chunks_mut::<2>().0) {
-                    let halves = isa.look_up(&CODEBOOK_UNSIGNED, from);
-                    isa.store_bytes(halves[0], &mut to[0]);
-                    isa.store_bytes(halves[1], &mut to[1]);
-                }
-            }
+        || match form {
+            Form::Fp8Widened => widen_fp8(isa, stored, expanded),
+            Form::Stored(_) => expand_q4(isa, stored, expanded),
         },
     );
+}
+
+#[inline(always)]
+fn expand_q4<I: Isa>(isa: I, stored: &[Line], expanded: &mut [Line]) {
+    let blocks = stored.as_chunks::<Q4_LINES>().0.iter();
+    for (from, to) in blocks.zip(expanded.as_chunks_mut::<Q8_LINES>().0) {
+        let ([scales, from @ ..], [to_scales, to @ ..]) = (from, to);
+        *to_scales = *scales;
+        for (from, to) in from.iter().zip(to.as_chunks_mut::<2>().0) {
+            let halves = isa.look_up(&CODEBOOK_UNSIGNED, from);
+            isa.store_bytes(halves[0], &mut to[0]);
+            isa.store_bytes(halves[1], &mut to[1]);
+        }
+    }
+}
+
+#[inline(always)]
+fn widen_fp8<I: Isa>(isa: I, stored: &[Line], expanded: &mut [Line]) {
+    // Each line of codes becomes two, and those of scales stay as they are.
+    let (codes, scales) = stored.split_at(expanded.len() - stored.len());
+    let (wide, to_scales) = expanded.split_at_mut(2 * codes.len());
+    for (from, to) in codes.iter().zip(wide.as_chunks_mut::<2>().0) {
+        *to = isa.widen_e4m3(from);
+    }
+    to_scales.copy_from_slice(scales);
 }

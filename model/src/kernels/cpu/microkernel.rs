@@ -19,10 +19,19 @@ use super::isa::Isa;
 use super::prefetch::{Ahead, Prefetch};
 use super::tile::{Run, for_rows};
 
+/// What the lines of a panel are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Weights as they are stored.
+    Stored(Layout),
+    /// Weights of fp8, their codes as pairs of bf16 numbers, two lines for each of one.
+    Fp8Widened,
+}
+
 /// Neighbouring panels, one after another.
 #[derive(Clone, Copy)]
 pub struct Panels<'a> {
-    pub layout: Layout,
+    pub form: Form,
     pub lines: &'a [Line],
     /// Lines of each panel.
     pub panel_lines: usize,
@@ -118,21 +127,30 @@ unsafe fn multiply_tiles<I: Isa, const R: usize>(
             let work = Work { isa, panels, run, prefetch, to };
             // SAFETY: the caller promises it.
             unsafe {
-                match panels.layout {
-                    Layout::F32 => work.each::<R>(|panel, ahead, x| tile_f32(isa, panel, ahead, x)),
-                    Layout::Bf16Widened => {
+                match panels.form {
+                    Form::Stored(Layout::F32) => {
+                        work.each::<R>(|panel, ahead, x| tile_f32(isa, panel, ahead, x));
+                    }
+                    Form::Stored(Layout::Bf16Widened) => {
                         work.each::<R>(|panel, ahead, x| tile_widened(isa, panel, ahead, x));
                     }
-                    Layout::Bf16 => {
+                    Form::Stored(Layout::Bf16) => {
                         work.each::<R>(|panel, ahead, x| tile_bf16(isa, panel, ahead, x));
                     }
-                    Layout::Fp8 => work.each::<R>(|panel, ahead, x| tile_fp8(isa, panel, ahead, x)),
+                    Form::Stored(Layout::Fp8) => work.each::<R>(|panel, ahead, x| {
+                        tile_fp8::<I, R, FP8_LINES>(isa, panel, ahead, x)
+                    }),
+                    Form::Fp8Widened => work.each::<R>(|panel, ahead, x| {
+                        tile_fp8::<I, R, FP8_WIDENED_LINES>(isa, panel, ahead, x)
+                    }),
                     // Larger tiles are not made, see `tile_rows`; nor is code for them.
-                    Layout::Q8 | Layout::Q4 if R > I::TILE_ROWS_INT8 => unreachable!("{R} rows"),
-                    Layout::Q8 => work.each::<R>(|panel, ahead, x| {
+                    Form::Stored(Layout::Q8 | Layout::Q4) if R > I::TILE_ROWS_INT8 => {
+                        unreachable!("{R} rows")
+                    }
+                    Form::Stored(Layout::Q8) => work.each::<R>(|panel, ahead, x| {
                         tile_int8::<I, R, Q8_LINES>(isa, panel, ahead, x)
                     }),
-                    Layout::Q4 => work.each::<R>(|panel, ahead, x| {
+                    Form::Stored(Layout::Q4) => work.each::<R>(|panel, ahead, x| {
                         tile_int8::<I, R, Q4_LINES>(isa, panel, ahead, x)
                     }),
                 }
@@ -225,9 +243,14 @@ fn tile_bf16<I: Isa, const R: usize>(
     sums
 }
 
+/// Lines of a pair of inputs in fp8.
+const FP8_LINES: usize = 1;
+/// The same, widened.
+const FP8_WIDENED_LINES: usize = 2;
+
 /// Sums as for bf16, block by block from zero, each scaled and added to those before in one rounding.
 #[inline(always)]
-fn tile_fp8<I: Isa, const R: usize>(
+fn tile_fp8<I: Isa, const R: usize, const LINES: usize>(
     isa: I,
     panel: &[Line],
     mut ahead: Ahead,
@@ -236,13 +259,17 @@ fn tile_fp8<I: Isa, const R: usize>(
     const BLOCK_PAIRS: usize = fp8::BLOCK / 2;
     let mut sums = [[isa.splat(0.0); 2]; R];
     let x = x.as_chunks::<R>().0;
-    let (codes, scales) = panel.split_at(x.len());
-    let blocks = codes.chunks(BLOCK_PAIRS).zip(x.chunks(BLOCK_PAIRS));
+    let (codes, scales) = panel.split_at(x.len() * LINES);
+    let blocks = codes.as_chunks::<LINES>().0.chunks(BLOCK_PAIRS).zip(x.chunks(BLOCK_PAIRS));
     for ((codes, x), scales) in blocks.zip(scales.as_chunks::<2>().0) {
         let mut block = [[isa.splat(0.0); 2]; R];
-        for (line, x) in codes.iter().zip(x) {
-            ahead.ask::<I, 1>(isa);
-            let w = isa.load_e4m3(line);
+        for (lines, x) in codes.iter().zip(x) {
+            ahead.ask::<I, LINES>(isa);
+            let w = if LINES == FP8_LINES {
+                isa.load_e4m3(&lines[0])
+            } else {
+                [isa.load_pairs(&lines[0]), isa.load_pairs(&lines[LINES - 1])]
+            };
             for r in 0..R {
                 block[r][0] = isa.dot(block[r][0], w[0], x[r]);
                 block[r][1] = isa.dot(block[r][1], w[1], x[r]);
