@@ -47,7 +47,7 @@ pub struct Config {
     pub listen: String,
     /// The checkpoint folder, in Hugging Face format or packed.
     pub model: PathBuf,
-    /// How weights are kept: `f32`, `bf16`, `q8` or `q4`.
+    /// How weights are kept: `f32`, `bf16`, `q8`, `fp8` or `q4`.
     pub weights: WeightFormat,
     /// Threads for arithmetic; all cores when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

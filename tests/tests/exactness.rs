@@ -125,7 +125,7 @@ fn answers_do_not_depend_on_packing_the_model_before() {
     let golden = Golden::load("mixtral");
     let requests = requests(&golden);
     let dir = tempfile::tempdir().unwrap();
-    for weights in ["f32", "bf16", "q8", "q4"] {
+    for weights in ["f32", "bf16", "q8", "fp8", "q4"] {
         let out = dir.path().join(weights);
         let out = out.to_str().unwrap();
         let import = ["model", "import", golden.path(), "--weights", weights, "--out", out];
@@ -185,7 +185,7 @@ fn answers_do_not_depend_on_placement_with_16_bit_weights_either() {
 
 #[test]
 fn answers_do_not_depend_on_placement_with_quantised_weights_either() {
-    for weights in ["q8", "q4"] {
+    for weights in ["q8", "fp8", "q4"] {
         check(
             "mixtral",
             weights,

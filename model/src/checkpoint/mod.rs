@@ -14,6 +14,7 @@
 mod digest;
 mod header;
 mod map;
+mod scales;
 mod shards;
 mod tensors;
 

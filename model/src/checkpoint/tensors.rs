@@ -8,10 +8,11 @@
 use std::path::Path;
 
 use super::header::Entry;
+use super::scales;
 use super::shards::Shards;
 use crate::ModelError;
 use crate::config::Architecture;
-use crate::family::{Expected, Family, Layout};
+use crate::family::{Expected, Family, Layout, Role};
 use crate::kernels::{MatrixSource, Scales, SourceDtype, read};
 
 /// All tensors of a folder; the values stay on disk.
@@ -45,21 +46,52 @@ impl Tensors {
 
     /// A tensor of exactly this shape.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, ModelError> {
-        let Some((file, entry)) = self.shards.tensors.get(name) else {
-            return Err(ModelError::tensor(&self.shards.root, name, "missing"));
-        };
-        let file = &self.shards.files[*file];
-        let error = |reason: String| ModelError::tensor(file.path(), name, reason);
+        let (entry, dtype, bytes) = self.stored(name)?;
         if entry.shape != shape {
-            return Err(error(format!("shape {:?}, expected {shape:?}", entry.shape)));
+            let reason = format!("shape {:?}, expected {shape:?}", entry.shape);
+            return Err(self.error(name, reason));
         }
+        let scales = match dtype {
+            SourceDtype::E4m3 => Some(self.scales(name, shape)?),
+            SourceDtype::F32 | SourceDtype::F16 | SourceDtype::Bf16 => None,
+        };
+        Ok(TensorView { dtype, shape: &entry.shape, bytes, scales })
+    }
+
+    /// A tensor of whatever shape, as its file has it.
+    fn stored(&self, name: &str) -> Result<(&Entry, SourceDtype, &[u8]), ModelError> {
+        let Some((file, entry)) = self.shards.tensors.get(name) else {
+            return Err(self.error(name, "missing"));
+        };
         let dtype = source_dtype(&entry.dtype).ok_or_else(|| {
-            error(format!("unsupported dtype {}; supported: BF16, F16, F32", entry.dtype))
+            let reason =
+                format!("unsupported dtype {}; supported: BF16, F16, F32, F8_E4M3", entry.dtype);
+            self.error(name, reason)
         })?;
-        let bytes = file
+        let bytes = self.shards.files[*file]
             .bytes(entry.range.clone())
-            .ok_or_else(|| error("the file became shorter while it was opened".to_owned()))?;
-        Ok(TensorView { dtype, shape: &entry.shape, bytes, scales: None })
+            .ok_or_else(|| self.error(name, "the file became shorter while it was opened"))?;
+        Ok((entry, dtype, bytes))
+    }
+
+    /// The scales of a tensor in e4m3.
+    fn scales(&self, name: &str, shape: &[usize]) -> Result<Scales<'_>, ModelError> {
+        let names = scales::names(name);
+        let Some(found) = names.iter().find(|name| self.shards.tensors.contains_key(*name)) else {
+            let reason = format!("F8_E4M3 without {}", names.join(" or "));
+            return Err(self.error(name, reason));
+        };
+        let (entry, dtype, bytes) = self.stored(found)?;
+        if dtype == SourceDtype::E4m3 {
+            return Err(self.error(found, "unsupported dtype F8_E4M3 of scales"));
+        }
+        scales::of(shape, entry, dtype, bytes).map_err(|reason| self.error(found, reason))
+    }
+
+    /// An error about a tensor, in the file where it is or should have been.
+    fn error(&self, name: &str, reason: impl Into<String>) -> ModelError {
+        let file = self.shards.tensors.get(name).map(|(file, _)| self.shards.files[*file].path());
+        ModelError::tensor(file.unwrap_or(&self.shards.root), name, reason)
     }
 
     /// Says that these bytes, which are a tensor's, will not be read again soon: otherwise a process
@@ -90,7 +122,14 @@ impl Tensors {
             if may_lack && !self.shards.tensors.contains_key(&want.name) {
                 is_complete = false;
             } else {
-                self.tensor(&want.name, &want.shape)?;
+                let view = self.tensor(&want.name, &want.shape)?;
+                // What is not multiplied in the weight format, and is little, is never in FP8.
+                let in_f32 = want.role == Role::Small || want.name == self.layout.names.embed;
+                if in_f32 && view.scales.is_some() {
+                    let reason = "F8_E4M3 is supported for matrices alone, not for norms, gates and \
+                                  embeddings";
+                    return Err(self.error(&want.name, reason));
+                }
             }
         }
         Ok(is_complete)
@@ -99,21 +138,34 @@ impl Tensors {
     fn refuse_foreign(&self, arch: &Architecture) -> Result<(), ModelError> {
         let expected: std::collections::BTreeSet<String> =
             self.expected(arch).map(|want| want.name).collect();
-        for (name, (file, _)) in &self.shards.tensors {
-            if !expected.contains(name) && !self.layout.ignores(name) {
+        for name in self.shards.tensors.keys() {
+            let scales = || scales::owner(name).is_some_and(|of| self.is_scaled_by(of, name));
+            if !expected.contains(name) && !self.layout.ignores(name) && !scales() {
                 let reason = format!("not part of {} as configured", arch.family);
-                return Err(ModelError::tensor(self.shards.files[*file].path(), name, reason));
+                return Err(self.error(name, reason));
             }
         }
         Ok(())
     }
+
+    /// Whether this is the tensor that scales the other, which is one in e4m3.
+    fn is_scaled_by(&self, tensor: &str, scales: &str) -> bool {
+        let in_e4m3 = |(_, entry): &(usize, Entry)| entry.dtype == E4M3;
+        let mut names = scales::names(tensor).into_iter();
+        let used = names.find(|name| self.shards.tensors.contains_key(name));
+        self.shards.tensors.get(tensor).is_some_and(in_e4m3) && used.is_some_and(|n| n == scales)
+    }
 }
+
+/// What files call it: the format with NaN and without infinities.
+const E4M3: &str = "F8_E4M3";
 
 fn source_dtype(name: &str) -> Option<SourceDtype> {
     match name {
         "F32" => Some(SourceDtype::F32),
         "F16" => Some(SourceDtype::F16),
         "BF16" => Some(SourceDtype::Bf16),
+        E4M3 => Some(SourceDtype::E4m3),
         _ => None,
     }
 }
@@ -136,7 +188,11 @@ impl<'a> TensorView<'a> {
     pub fn slice(&self, index: usize) -> TensorView<'a> {
         let slice_len = self.bytes.len() / self.shape[0];
         let bytes = &self.bytes[index * slice_len..(index + 1) * slice_len];
-        TensorView { shape: &self.shape[1..], bytes, ..*self }
+        let scales = self.scales.map(|scales| {
+            let len = scales.bytes.len() / self.shape[0];
+            Scales { bytes: &scales.bytes[index * len..][..len], ..scales }
+        });
+        TensorView { shape: &self.shape[1..], bytes, scales, ..*self }
     }
 
     /// A matrix `[out, in]`, for a tensor of two dimensions.

@@ -47,9 +47,8 @@ fn refuse_unsupported(fields: &Fields) -> Result<(), ModelError> {
             return Err(fields.error(name, "biases are not supported"));
         }
     }
-    if fields.value("quantization_config").is_some() {
-        let reason = "quantised checkpoints are not supported";
-        return Err(fields.error("quantization_config", reason));
+    if let Some(scheme) = fields.object("quantization_config")? {
+        require_fp8(&scheme)?;
     }
     if fields.number("partial_rotary_factor", 0.0..=1.0)?.is_some_and(|factor| factor != 1.0) {
         let reason = "only whole heads can rotate, expected 1";
@@ -62,6 +61,33 @@ fn refuse_unsupported(fields: &Fields) -> Result<(), ModelError> {
             Err(fields.error("hidden_act", reason))
         }
     }
+}
+
+/// The one quantisation that is read: e4m3 whose scales are for blocks of 128 by 128 or for whole
+/// matrices. Which of the two, and which tensors, is seen from the tensors themselves. Activations are
+/// not quantised here; a checkpoint with scales for them means something else.
+fn require_fp8(scheme: &Fields) -> Result<(), ModelError> {
+    let only = |field: &str, default: Option<&'static str>, wanted: &str| match scheme
+        .text(field)?
+        .or(default)
+    {
+        Some(have) if have == wanted => Ok(()),
+        have => {
+            let have: String = have.unwrap_or("nothing").chars().take(40).collect();
+            let reason = format!("{have}, which is not supported; supported: {wanted}");
+            Err(scheme.error(field, reason))
+        }
+    };
+    only("quant_method", None, "fp8")?;
+    only("fmt", Some("e4m3"), "e4m3")?;
+    only("activation_scheme", Some("dynamic"), "dynamic")?;
+    let Some(block) = scheme.list("weight_block_size")? else { return Ok(()) };
+    if *block != [Value::from(128), Value::from(128)] {
+        let have = excerpt(&Value::from(block.clone()));
+        let reason = format!("{have}, which is not supported; supported: [128,128]");
+        return Err(scheme.error("weight_block_size", reason));
+    }
+    Ok(())
 }
 
 fn architecture(fields: &Fields, family: &Family) -> Result<Architecture, ModelError> {

@@ -189,6 +189,53 @@ fn quantised_products_are_the_same_bits_on_every_processor() {
     }
 }
 
+/// Where the sum of a block is exact, whatever the order, a product of fp8 is what the definition says:
+/// block by block, scaled and added in one rounding. So every class gives these bits.
+#[test]
+fn fp8_products_of_exact_block_sums_are_the_scaled_sums_in_order() {
+    let mut rng = Rng::new(15);
+    // Below, at and beyond the borders of blocks, pairs and panels.
+    for (inputs, outputs) in [(1_usize, 1), (127, 33), (128, 32), (129, 31), (700, 70)] {
+        let blocks = inputs.div_ceil(128);
+        // Multiples of 2^-9 below 1/32, subnormal ones among them, and small whole numbers.
+        let codes: Vec<u8> =
+            (0..outputs * inputs).map(|_| (rng.below(24) + 128 * rng.below(2)) as u8).collect();
+        let scales = rng.values(outputs * blocks);
+        let x: Vec<f32> = (0..9 * inputs).map(|_| rng.below(9) as f32 - 4.0).collect();
+        let bytes = f32_bytes(&scales);
+        let scales_of = Scales {
+            dtype: SourceDtype::F32,
+            bytes: &bytes,
+            block: [1, 128],
+            columns: blocks,
+            outputs_before: 0,
+        };
+        let source = MatrixSource {
+            scales: Some(scales_of),
+            ..source(&codes, SourceDtype::E4m3, outputs, inputs)
+        };
+        let mut want = Vec::with_capacity(9 * outputs);
+        for x in x.chunks_exact(inputs) {
+            for out in 0..outputs {
+                let codes = codes[out * inputs..][..inputs].chunks(128);
+                let of_blocks = codes.zip(x.chunks(128)).zip(&scales[out * blocks..]);
+                want.push(of_blocks.fold(0.0_f32, |sum, ((codes, x), scale)| {
+                    let block: f32 = codes.iter().zip(x).map(|(c, x)| fp8::value(*c) * x).sum();
+                    block.mul_add(*scale, sum)
+                }));
+            }
+        }
+        for_every_class(&[WeightFormat::Fp8], |_, both| {
+            for kernels in both {
+                let packed = kernels.pack(source).unwrap();
+                let mut y = vec![f32::NAN; want.len()];
+                kernels.matmul(&x, &packed, &mut y);
+                assert_eq!(bits(&y), bits(&want), "{outputs} x {inputs}");
+            }
+        });
+    }
+}
+
 #[test]
 fn several_products_in_one_call_are_those_of_each_alone() {
     let mut rng = Rng::new(14);

@@ -30,9 +30,14 @@ pub fn read_json(path: &Path) -> Value {
 pub struct Folder(TempDir);
 
 impl Folder {
+    /// Nothing yet.
+    pub fn empty() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
     /// A copy of a golden folder, without the reference outputs.
     pub fn copy_of(name: &str) -> Self {
-        let folder = Self(tempfile::tempdir().unwrap());
+        let folder = Self::empty();
         for entry in fs::read_dir(golden(name)).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap();

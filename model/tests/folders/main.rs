@@ -5,6 +5,7 @@
 
 mod device;
 mod folder;
+mod fp8;
 mod loading;
 mod manifest;
 mod packed;

@@ -116,9 +116,35 @@ fn a_configuration_that_cannot_be_computed_is_refused_by_field() {
             &["config.json: attention_bias", "not supported"],
         ),
         (
-            "quantised",
+            "quantised in some way",
             |f| f.configure("quantization_config", json!({"bits": 4})),
-            &["config.json: quantization_config", "not supported"],
+            &["config.json: quantization_config.quant_method: nothing", "not supported", "fp8"],
+        ),
+        (
+            "quantised in four bits",
+            |f| f.configure("quantization_config", json!({"quant_method": "awq"})),
+            &["config.json: quantization_config.quant_method: awq", "not supported", "fp8"],
+        ),
+        (
+            "quantised to another format of eight bits",
+            |f| f.configure("quantization_config", json!({"quant_method": "fp8", "fmt": "e5m2"})),
+            &["config.json: quantization_config.fmt: e5m2", "not supported"],
+        ),
+        (
+            "quantised with its activations",
+            |f| {
+                let scheme = json!({"quant_method": "fp8", "activation_scheme": "static"});
+                f.configure("quantization_config", scheme);
+            },
+            &["config.json: quantization_config.activation_scheme: static", "not supported"],
+        ),
+        (
+            "quantised in other blocks",
+            |f| {
+                let scheme = json!({"quant_method": "fp8", "weight_block_size": [64, 64]});
+                f.configure("quantization_config", scheme);
+            },
+            &["config.json: quantization_config.weight_block_size: [64,64]", "[128,128]"],
         ),
         (
             "heads not grouped evenly",

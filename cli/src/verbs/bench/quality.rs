@@ -39,7 +39,7 @@ pub struct QualityArgs {
 
     /// Weight formats that are compared with bf16.
     #[arg(long, env = "ENTENTE_WEIGHTS", value_enum, value_delimiter = ',')]
-    #[arg(default_value = "q8,q4")]
+    #[arg(default_value = "q8,fp8,q4")]
     weights: Vec<Weights>,
 
     /// Prompts.

@@ -30,6 +30,42 @@ fn with_features<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// A line of codes of e4m3 as bf16 numbers.
+///
+/// # Safety
+/// The processor must have what [`Avx512`] proves.
+#[inline(always)]
+unsafe fn widened_e4m3(line: &Line) -> [__m512i; 2] {
+    let bytes: *const __m256i = line.0.as_ptr().cast();
+    // SAFETY: the caller promises it, and a line is two registers of bytes.
+    unsafe {
+        let (left, right) = (_mm256_load_si256(bytes), _mm256_load_si256(bytes.add(1)));
+        [widened_half(left), widened_half(right)]
+    }
+}
+
+/// The same of 32 codes.
+///
+/// # Safety
+/// The same.
+#[inline(always)]
+unsafe fn widened_half(codes: __m256i) -> __m512i {
+    // SAFETY: the caller promises it.
+    unsafe {
+        // The sign goes to the highest bit and those above the code; the code then moves to its
+        // place, and of its signs the highest stays.
+        let codes = _mm512_cvtepi8_epi16(codes);
+        let bits = _mm512_slli_epi16::<4>(codes);
+        let bits = _mm512_and_si512(bits, _mm512_set1_epi16(0x87f0_u16.cast_signed()));
+        // Products flush subnormal numbers of bf16, so those of e4m3 become normal here.
+        let subnormal = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x78));
+        let normal = _mm512_set1_epi16(NORMAL_OFFSET.cast_signed());
+        let offsets = _mm512_loadu_si512(SUBNORMAL_OFFSETS.as_ptr().cast());
+        let offset = _mm512_mask_permutexvar_epi16(normal, subnormal, codes, offsets);
+        _mm512_add_epi16(bits, offset)
+    }
+}
+
 // SAFETY, for every block below: `self` proves that the processor has the instructions, and
 // references to whole arrays and lines are valid to read or write in full.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -153,34 +189,15 @@ impl Isa for Avx512 {
 
     #[inline(always)]
     fn load_e4m3(self, line: &Line) -> [__m512bh; 2] {
-        let bytes: *const __m256i = line.0.as_ptr().cast();
-        unsafe {
-            let halves = [_mm256_load_si256(bytes), _mm256_load_si256(bytes.add(1))];
-            let offsets = _mm512_loadu_si512(SUBNORMAL_OFFSETS.as_ptr().cast());
-            let offset = _mm512_set1_epi16(NORMAL_OFFSET.cast_signed());
-            halves.map(
-                #[inline(always)]
-                |half| {
-                    // The sign goes up to the highest bit; the code moves to its place below.
-                    let codes = _mm512_cvtepi8_epi16(half);
-                    let bits = _mm512_slli_epi16::<4>(codes);
-                    let bits = _mm512_and_si512(bits, _mm512_set1_epi16(0x87f0_u16.cast_signed()));
-                    // Products flush subnormal numbers of bf16, so those of e4m3 become normal here.
-                    let subnormal = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x78));
-                    let offset = _mm512_mask_permutexvar_epi16(offset, subnormal, codes, offsets);
-                    std::mem::transmute(_mm512_add_epi16(bits, offset))
-                },
-            )
-        }
+        unsafe { std::mem::transmute::<[__m512i; 2], [__m512bh; 2]>(widened_e4m3(line)) }
     }
 
     #[inline(always)]
     fn widen_e4m3(self, line: &Line) -> [Line; 2] {
-        let (mut lines, pairs) = ([Line::default(); 2], self.load_e4m3(line));
-        for (line, pairs) in lines.iter_mut().zip(pairs) {
-            let bits = unsafe { std::mem::transmute::<__m512bh, __m512i>(pairs) };
-            self.store_bytes(bits, line);
-        }
+        let mut lines = [Line::default(); 2];
+        let [left, right] = unsafe { widened_e4m3(line) };
+        self.store_bytes(left, &mut lines[0]);
+        self.store_bytes(right, &mut lines[1]);
         lines
     }
 
