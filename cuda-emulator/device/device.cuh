@@ -60,6 +60,7 @@ static inline void prefetch_l2(const void* global, int bytes) {
 }
 
 static inline uint4 load_stream(const uint4* global) { return *global; }
+static inline uint2 load_stream(const uint2* global) { return *global; }
 
 static inline void* dynamic_shared() { return entente_emulator_dynamic_shared(); }
 
@@ -76,3 +77,19 @@ static inline u32 pack_bf16(float low, float high) {
 
 static inline float low_bf16(u32 pair) { return bits_to_float(pair << 16); }
 static inline float high_bf16(u32 pair) { return bits_to_float(pair & 0xffff0000u); }
+
+static inline u32 multiply_bf16(u32 a, u32 b) {
+    return pack_bf16(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b));
+}
+
+static inline u32 permute_bytes(u32 low, u32 high, u32 which) {
+    const u64 bytes = u64(high) << 32 | low;
+    u32 chosen = 0;
+    for (int i = 0; i < 4; i++) {
+        const u32 digit = which >> (4 * i) & 15;
+        // The digits from 8 on repeat a byte's sign.
+        if (digit > 7) __builtin_trap();
+        chosen |= u32(bytes >> (8 * digit) & 0xff) << (8 * i);
+    }
+    return chosen;
+}

@@ -83,7 +83,8 @@ fn program() -> Result<(PathBuf, usize), String> {
     Ok((path, kernels))
 }
 
-/// Shared memory that a block is given when the kernel is launched, by the kind of its tiles.
+/// Shared memory that a block is given when the kernel is launched, by the kind of its tiles and the
+/// form of its weights.
 fn dynamic_shared_bytes(kernel: &str) -> Result<u32, String> {
     let path = format!("{SOURCES}/geometry.cuh");
     let text = fs::read_to_string(root().join(&path)).map_err(|e| format!("{path}: {e}"))?;
@@ -91,12 +92,16 @@ fn dynamic_shared_bytes(kernel: &str) -> Result<u32, String> {
         let value = text.split_once(&format!("constexpr int {name} = "))?.1;
         value.split(';').next()?.parse().ok()
     };
+    let (form, kernel) = match kernel.strip_prefix("fp8_") {
+        Some(kernel) => ("FP8_", kernel),
+        None => ("", kernel),
+    };
     let name = match kernel.rsplit('_').next() {
-        Some("16") => "DECODE_SHARED_BYTES",
-        Some("128") => "PREFILL_SHARED_BYTES",
+        Some("16") => format!("{form}DECODE_SHARED_BYTES"),
+        Some("64" | "128") => format!("{form}PREFILL_SHARED_BYTES"),
         _ => return Ok(0),
     };
-    constant(name).ok_or_else(|| format!("{path}: no {name}"))
+    constant(&name).ok_or_else(|| format!("{path}: no {name}"))
 }
 
 /// nvcc finds its parts beside itself and the host's preprocessor on the path.

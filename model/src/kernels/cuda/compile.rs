@@ -34,6 +34,7 @@ const HEADERS: &[Source] = sources![
     "math.cuh",
     "panel.cuh",
     "prefill.cuh",
+    "weights.cuh",
 ];
 
 /// The kernels; together they are one program.

@@ -2,12 +2,13 @@
 //! device already and whose result stays there.
 
 use super::buffer::{Buffer, View, ViewMut};
-use super::geometry::{DECODE_ROWS, PREFILL_ROWS};
-use super::kernel::{Kernel, Launch};
+use super::gemm::{Gemm, Gemms};
+use super::geometry::DECODE_ROWS;
+use super::kernel::Launch;
 use super::ops::{address, row_pairs};
 use super::staging::Staging;
 use super::stream::Stream;
-use crate::kernels::{DeviceError, GatedFfn};
+use crate::kernels::{DeviceError, GatedFfn, Matrix};
 
 /// Values of `FfnTile` in `ffn.cu`, see [`super::experts`].
 const TILE_LEN: usize = 4;
@@ -53,7 +54,7 @@ impl DenseFfn {
     ///
     /// # Panics
     /// Lengths contradict each other, there are more rows than was said or a wider inner state, or
-    /// `ffn` is not on the device in bf16.
+    /// `ffn` is not on the device in one form for tensor cores.
     pub fn run(
         &mut self,
         stream: &Stream,
@@ -68,19 +69,19 @@ impl DenseFfn {
         assert_eq!(x.len(), rows * row_pairs(hidden), "{rows} rows of {hidden} values in bf16");
         assert_eq!(y.len(), rows * hidden, "{rows} rows of {hidden} values");
         assert!(rows <= self.rows_max, "{rows} rows of at most {}", self.rows_max);
-        let few = rows <= DECODE_ROWS || !stream.device().fits(Kernel::FfnGateUp128);
-        let (tile_rows, gate_up, down) = match few {
-            true => (DECODE_ROWS, Kernel::FfnGateUp16, Kernel::FfnDown16),
-            false => (PREFILL_ROWS, Kernel::FfnGateUp128, Kernel::FfnDown128),
-        };
+        let layouts = [&ffn.gate, &ffn.up, &ffn.down].map(Matrix::layout);
+        let gemms = Gemms::of(stream.device(), layouts[0]).expect("matrices for tensor cores");
+        assert_eq!(layouts, [gemms.layout; 3], "one form of weights");
+        let Gemm { rows: tile_rows, gate_up, down, .. } = *gemms.for_rows(rows);
         let count = rows.div_ceil(tile_rows);
         self.upload_tiles(stream, ffn, rows, tile_rows)?;
         let (tiles, h) = (self.tiles.slice(0..count * TILE_LEN), 0..rows * row_pairs(inner));
         let assignments = self.assignments.slice(0..rows);
         let launch = Launch::new(gate_up).input(tiles).input(assignments).input(x);
         let launch = launch.int(hidden).int(inner).output(&self.h.slice_mut(h.clone()));
-        // SAFETY: the arguments of both kernels in their order. Tiles name assignments that there
-        // are, and those rows of `x` and `h` that there are; matrices have these shapes.
+        // SAFETY: the arguments of all these kernels in their order. Tiles name assignments that
+        // there are, and those rows of `x` and `h` that there are; matrices have these shapes and
+        // this form.
         unsafe { launch.start(stream, [gate_up.blocks(inner), count, 1]) }?;
         let launch = Launch::new(down).input(tiles).input(assignments).input(self.h.slice(h));
         let launch = launch.int(inner).int(hidden).null().output(&y);

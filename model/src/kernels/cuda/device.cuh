@@ -35,6 +35,20 @@ __device__ inline u32 pack_bf16(float low, float high) {
     return word;
 }
 
+// The products of the two values of two words of bf16, rounded to nearest, subnormal ones too.
+__device__ inline u32 multiply_bf16(u32 a, u32 b) {
+    // Devices before sm_90 multiply by adding -0, which changes nothing.
+    u32 word;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(0x80008000u));
+    return word;
+}
+
+// Four of the eight bytes of two words, those of `low` being 0 to 3: each of the four lowest hex
+// digits of `which` chooses one.
+__device__ inline u32 permute_bytes(u32 low, u32 high, u32 which) {
+    return __byte_perm(low, high, which);
+}
+
 // --- Tensor cores ---
 
 // c += a * b on a 16 x 8 tile over 16 inputs, bf16 in, f32 accumulated: mma.m16n8k16 of the PTX
@@ -55,12 +69,20 @@ __device__ inline void* dynamic_shared() {
     return shared_bytes;
 }
 
-// 16 bytes of global memory that nothing writes while the kernel runs and that this SM will not
-// want again, so that they take no place in its L1.
+// 16 or 8 bytes of global memory that nothing writes while the kernel runs and that this SM will
+// not want again, so that they take no place in its L1.
 __device__ inline uint4 load_stream(const uint4* global) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(global));
+    return v;
+}
+
+__device__ inline uint2 load_stream(const uint2* global) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
                  : "l"(global));
     return v;
 }

@@ -10,14 +10,17 @@ use entente_proto::ids::KernelClass;
 
 use super::buffer::Buffer;
 use super::device::Device;
-use super::geometry::{DECODE_ROWS, PREFILL_ROWS};
-use super::kernel::{Kernel, Launch};
+use super::gemm::{Gemm, Gemms};
+use super::geometry::PREFILL_ROWS;
+use super::kernel::Launch;
 use super::loader::Loader;
 use super::ops::{address, row_pairs};
 use super::staging::Staging;
 use super::stream::Stream;
+use crate::kernels::matrix::Layout;
 use crate::kernels::{
-    DeviceError, DeviceFacts, ExpertKernels, FfnGroup, GatedFfn, Matrix, MatrixSource, WeightFormat,
+    DeviceError, DeviceFacts, ExpertKernels, FfnGroup, GatedFfn, Matrix, MatrixSource, SourceDtype,
+    WeightFormat,
 };
 
 /// Raised whenever a change gives other bits.
@@ -49,10 +52,14 @@ pub fn experts(
     format: WeightFormat,
 ) -> Result<Arc<dyn ExpertKernels>, DeviceError> {
     supported(format)?;
-    let architecture = device.architecture();
+    let (name, architecture) = (format.name(), device.architecture());
+    // Not by what the checkpoint has: only exact products depend on that.
+    let layout = Layout::of(format, SourceDtype::Bf16);
     Ok(Arc::new(Experts {
-        class: KernelClass(format!("bf16/cuda-{architecture}/{VERSION}").replace("sm_", "sm")),
-        loader: Loader::new(device)?,
+        class: KernelClass(format!("{name}/cuda-{architecture}/{VERSION}").replace("sm_", "sm")),
+        format,
+        gemms: Gemms::of(device, layout).ok_or_else(|| unsupported(format))?,
+        loader: Loader::new(device, format)?,
         work: Mutex::new(Work::new(device)?),
         device: Arc::clone(device),
     }))
@@ -60,17 +67,21 @@ pub fn experts(
 
 fn supported(format: WeightFormat) -> Result<(), DeviceError> {
     match format {
-        WeightFormat::Bf16 => Ok(()),
-        format => Err(DeviceError::Unsupported(format!(
-            "weights as {}; CUDA devices multiply bf16",
-            format.name()
-        ))),
+        WeightFormat::Bf16 | WeightFormat::Fp8 => Ok(()),
+        format => Err(unsupported(format)),
     }
+}
+
+fn unsupported(format: WeightFormat) -> DeviceError {
+    let name = format.name();
+    DeviceError::Unsupported(format!("weights as {name}; CUDA devices multiply bf16 and fp8"))
 }
 
 /// The kernels of one device. One call at a time: the device would do a second one after it anyway.
 struct Experts {
     class: KernelClass,
+    format: WeightFormat,
+    gemms: Gemms,
     device: Arc<Device>,
     loader: Loader,
     work: Mutex<Work>,
@@ -82,7 +93,7 @@ impl ExpertKernels for Experts {
     }
 
     fn format(&self) -> WeightFormat {
-        WeightFormat::Bf16
+        self.format
     }
 
     fn row_dtype(&self) -> Dtype {
@@ -112,9 +123,9 @@ impl ExpertKernels for Experts {
         // What a panic has left is as good as before: each call writes all of what it reads.
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         work.upload_rows(x, hidden)?;
-        for pass in passes(groups, hidden, self.device.fits(Kernel::FfnGateUp128)) {
+        for pass in passes(groups, hidden, &self.gemms) {
             work.prepare(&pass, x.len(), hidden)?;
-            work.launch(&pass, hidden)?;
+            work.launch(&pass, hidden, &self.gemms)?;
             work.download(&pass, hidden, y)?;
         }
         Ok(())
@@ -136,7 +147,7 @@ type Assignment = u64;
 /// What one round of launches computes.
 pub(super) struct Pass {
     inner: usize,
-    /// Of at most 16 rows, and of at most 128.
+    /// Of few rows, and of many.
     tiles: [Vec<Tile>; 2],
     /// Their rows of the result are numbered as they are.
     assignments: Vec<Assignment>,
@@ -154,15 +165,14 @@ impl Pass {
         }
     }
 
-    /// Adds rows of one expert. `large` tells whether tiles of 128 rows may be used.
-    fn push(&mut self, ffn: &GatedFfn, rows: &[(u32, u32)], large: bool) {
+    /// Adds rows of one expert.
+    fn push(&mut self, ffn: &GatedFfn, rows: &[(u32, u32)], gemms: &Gemms) {
         let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(address);
-        let few = rows.len() <= DECODE_ROWS || !large;
-        let tile_rows = if few { DECODE_ROWS } else { PREFILL_ROWS };
-        for rows in rows.chunks(tile_rows) {
+        let many = !gemms.are_few(rows.len());
+        for rows in rows.chunks(gemms.for_rows(rows.len()).rows) {
             let first = self.assignments.len() as u32;
             let tile = [gate, up, down, two(first, rows.len() as u32)];
-            self.tiles[usize::from(!few)].push(tile);
+            self.tiles[usize::from(many)].push(tile);
             for (&(from, to), number) in rows.iter().zip(first..) {
                 self.assignments.push(two(from, number));
                 self.destinations.push(to);
@@ -179,7 +189,7 @@ fn rows_max(hidden: usize, inner: usize) -> usize {
 }
 
 /// Cuts the rows of a call into passes, and those into tiles.
-pub(super) fn passes(groups: &[FfnGroup<'_>], hidden: usize, large: bool) -> Vec<Pass> {
+pub(super) fn passes(groups: &[FfnGroup<'_>], hidden: usize, gemms: &Gemms) -> Vec<Pass> {
     let mut passes: Vec<Pass> = Vec::new();
     for FfnGroup { ffn, rows } in groups {
         let inner = ffn.gate.out_features();
@@ -191,6 +201,7 @@ pub(super) fn passes(groups: &[FfnGroup<'_>], hidden: usize, large: bool) -> Vec
                 shape,
                 "experts of one layer"
             );
+            assert_eq!(matrix.layout(), gemms.layout, "weights of these kernels");
         }
         let rows_max = rows_max(hidden, inner);
         let mut rows = *rows;
@@ -202,7 +213,7 @@ pub(super) fn passes(groups: &[FfnGroup<'_>], hidden: usize, large: bool) -> Vec
                 continue;
             }
             let (now, later) = rows.split_at(rows.len().min(room));
-            passes.last_mut().expect("it has room").push(ffn, now, large);
+            passes.last_mut().expect("it has room").push(ffn, now, gemms);
             rows = later;
         }
     }
@@ -262,20 +273,20 @@ impl Work {
     }
 
     /// Starts both halves of the feed-forward for all tiles of the pass that was prepared.
-    pub fn launch(&mut self, pass: &Pass, hidden: usize) -> Result<(), DeviceError> {
+    pub fn launch(&mut self, pass: &Pass, hidden: usize, gemms: &Gemms) -> Result<(), DeviceError> {
         let (rows, inner) = (pass.assignments.len(), pass.inner);
         let [few, many] = pass.tiles.each_ref().map(|tiles| tiles.as_flattened().len());
         let tiles = [self.plan.slice(0..few), self.plan.slice(few..few + many)];
         let assignments = self.plan.slice(few + many..few + many + rows);
-        let kernels =
-            [(Kernel::FfnGateUp16, Kernel::FfnDown16), (Kernel::FfnGateUp128, Kernel::FfnDown128)];
-        for (tiles, (gate_up, down)) in tiles.into_iter().zip(kernels) {
+        for (tiles, gemm) in tiles.into_iter().zip([gemms.few, gemms.many]) {
+            let Gemm { gate_up, down, .. } = gemm;
             let count = tiles.len() / Tile::default().len();
             let launch = Launch::new(gate_up).input(tiles).input(assignments);
             let launch = launch.input(self.x.view()).int(hidden).int(inner);
             let launch = launch.output(&self.h.view_mut());
-            // SAFETY: the arguments of both kernels in their order. Tiles name assignments that
-            // there are, and those rows of `x` and `h` that there are; matrices have these shapes.
+            // SAFETY: the arguments of all these kernels in their order. Tiles name assignments that
+            // there are, and those rows of `x` and `h` that there are; matrices have these shapes
+            // and this form.
             unsafe { launch.start(&self.stream, [gate_up.blocks(inner), count, 1]) }?;
             let launch = Launch::new(down).input(tiles).input(assignments);
             let launch = launch.input(self.h.view()).int(inner).int(hidden);

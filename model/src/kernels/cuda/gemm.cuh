@@ -6,8 +6,9 @@
 
 // Rows times one matrix. `Rows` says where the rows of a tile come from and go to. Panels of a
 // block: neighbours.
-template <int PANELS, class Rows>
+template <class Form, int PANELS, class Rows>
 struct Product {
+    typedef Form Weights;
     static constexpr bool FUSED = false;
 
     Rows at;
@@ -15,7 +16,7 @@ struct Product {
     int inputs, outputs, block, rows;
 
     __device__ const uint4* panel(int i) const {
-        return panel_of(matrix, block * PANELS + i, inputs, outputs);
+        return panel_of<Weights>(matrix, block * PANELS + i, inputs, outputs);
     }
     __device__ const uint4* row(int r) const { return at.from(r, inputs); }
 

@@ -6,6 +6,8 @@
 constexpr int PANEL = 32;
 // Parts of the inner dimension that are summed by themselves, then joined in ascending order.
 constexpr int SEGMENTS = 4;
+// Inputs of which each output has one scale, where weights are fp8.
+constexpr int FP8_BLOCK = 128;
 
 // GEMM of at most 16 rows, `_16`: one warp a segment.
 constexpr int DECODE_ROWS = 16;
@@ -14,6 +16,9 @@ constexpr int DECODE_THREADS = 128;
 constexpr int DECODE_PANELS = 2;
 constexpr int DECODE_STAGES = 4;
 constexpr int DECODE_SHARED_BYTES = 81920;
+// With weights in fp8 a stage has half as many bytes of them, so there are more of them.
+constexpr int FP8_DECODE_STAGES = 6;
+constexpr int FP8_DECODE_SHARED_BYTES = 73728;
 
 // GEMM of at most 128 rows, `_128`: one warp a panel.
 constexpr int PREFILL_ROWS = 128;
@@ -21,6 +26,9 @@ constexpr int PREFILL_THREADS = 256;
 constexpr int PREFILL_PANELS = 8;
 constexpr int PREFILL_STAGES = 4;
 constexpr int PREFILL_SHARED_BYTES = 163840;
+// With weights in fp8, `_64`: the sums of a block of inputs take as many registers as the totals.
+constexpr int FP8_PREFILL_ROWS = 64;
+constexpr int FP8_PREFILL_SHARED_BYTES = 81920;
 
 // GEMM in f32: a block takes one panel and so many rows.
 constexpr int EXACT_ROWS = 4;

@@ -5,6 +5,8 @@
 pub const PANEL: usize = 32;
 /// Parts of the inner dimension that are summed by themselves, then joined in ascending order.
 pub const SEGMENTS: usize = 4;
+/// Inputs of which each output has one scale, where weights are fp8.
+pub const FP8_BLOCK: usize = 128;
 
 /// Rows of a tile of the `_16` kernels.
 pub const DECODE_ROWS: usize = 16;
@@ -17,6 +19,10 @@ pub const DECODE_PANELS: usize = 2;
 pub const DECODE_STAGES: usize = 4;
 /// Dynamic shared memory of a block.
 pub const DECODE_SHARED_BYTES: usize = 81_920;
+/// The same with weights in fp8.
+pub const FP8_DECODE_STAGES: usize = 6;
+/// The same with weights in fp8.
+pub const FP8_DECODE_SHARED_BYTES: usize = 73_728;
 
 /// Rows of a tile of the `_128` kernels.
 pub const PREFILL_ROWS: usize = 128;
@@ -29,6 +35,10 @@ pub const PREFILL_STAGES: usize = 4;
 /// Dynamic shared memory of a block. More than a block may have on consumer cards of compute
 /// capability 8.6 and 8.9 (99 KB); there the `_16` kernels give the same bits.
 pub const PREFILL_SHARED_BYTES: usize = 163_840;
+/// Rows of a tile of the `_64` kernels, whose weights are fp8.
+pub const FP8_PREFILL_ROWS: usize = 64;
+/// Dynamic shared memory of a block of theirs.
+pub const FP8_PREFILL_SHARED_BYTES: usize = 81_920;
 
 /// Rows of a block of the `matmul_exact` kernels, which takes one panel.
 pub const EXACT_ROWS: usize = 4;

@@ -18,6 +18,12 @@ pub(super) enum Kernel {
     FfnDown128,
     Matmul16,
     Matmul128,
+    Fp8FfnGateUp16,
+    Fp8FfnGateUp64,
+    Fp8FfnDown16,
+    Fp8FfnDown64,
+    Fp8Matmul16,
+    Fp8Matmul64,
     MatmulExactBf16,
     MatmulExactF32,
     RmsNorm,
@@ -31,13 +37,19 @@ pub(super) enum Kernel {
 
 impl Kernel {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 21] = [
         Self::FfnGateUp16,
         Self::FfnGateUp128,
         Self::FfnDown16,
         Self::FfnDown128,
         Self::Matmul16,
         Self::Matmul128,
+        Self::Fp8FfnGateUp16,
+        Self::Fp8FfnGateUp64,
+        Self::Fp8FfnDown16,
+        Self::Fp8FfnDown64,
+        Self::Fp8Matmul16,
+        Self::Fp8Matmul64,
         Self::MatmulExactBf16,
         Self::MatmulExactF32,
         Self::RmsNorm,
@@ -58,6 +70,12 @@ impl Kernel {
             Self::FfnDown128 => c"ffn_down_128",
             Self::Matmul16 => c"matmul_16",
             Self::Matmul128 => c"matmul_128",
+            Self::Fp8FfnGateUp16 => c"fp8_ffn_gate_up_16",
+            Self::Fp8FfnGateUp64 => c"fp8_ffn_gate_up_64",
+            Self::Fp8FfnDown16 => c"fp8_ffn_down_16",
+            Self::Fp8FfnDown64 => c"fp8_ffn_down_64",
+            Self::Fp8Matmul16 => c"fp8_matmul_16",
+            Self::Fp8Matmul64 => c"fp8_matmul_64",
             Self::MatmulExactBf16 => c"matmul_exact_bf16",
             Self::MatmulExactF32 => c"matmul_exact_f32",
             Self::RmsNorm => c"rms_norm",
@@ -75,6 +93,12 @@ impl Kernel {
         match self {
             Self::FfnGateUp16 | Self::FfnDown16 | Self::Matmul16 => geometry::DECODE_THREADS,
             Self::FfnGateUp128 | Self::FfnDown128 | Self::Matmul128 => geometry::PREFILL_THREADS,
+            Self::Fp8FfnGateUp16 | Self::Fp8FfnDown16 | Self::Fp8Matmul16 => {
+                geometry::DECODE_THREADS
+            }
+            Self::Fp8FfnGateUp64 | Self::Fp8FfnDown64 | Self::Fp8Matmul64 => {
+                geometry::PREFILL_THREADS
+            }
             Self::MatmulExactBf16 | Self::MatmulExactF32 => geometry::EXACT_THREADS,
             Self::RmsNorm => geometry::NORM_THREADS,
             Self::Rope | Self::WriteKv | Self::Add | Self::RoundRows => geometry::FLAT_THREADS,
@@ -90,6 +114,12 @@ impl Kernel {
             Self::FfnGateUp128 | Self::FfnDown128 | Self::Matmul128 => {
                 geometry::PREFILL_SHARED_BYTES
             }
+            Self::Fp8FfnGateUp16 | Self::Fp8FfnDown16 | Self::Fp8Matmul16 => {
+                geometry::FP8_DECODE_SHARED_BYTES
+            }
+            Self::Fp8FfnGateUp64 | Self::Fp8FfnDown64 | Self::Fp8Matmul64 => {
+                geometry::FP8_PREFILL_SHARED_BYTES
+            }
             _ => 0,
         }
     }
@@ -98,10 +128,14 @@ impl Kernel {
     pub fn blocks(self, outputs: usize) -> usize {
         let panels = match self {
             // Gate and up of the same outputs.
-            Self::FfnGateUp16 => geometry::DECODE_PANELS / 2,
-            Self::FfnGateUp128 => geometry::PREFILL_PANELS / 2,
-            Self::FfnDown16 | Self::Matmul16 => geometry::DECODE_PANELS,
-            Self::FfnDown128 | Self::Matmul128 => geometry::PREFILL_PANELS,
+            Self::FfnGateUp16 | Self::Fp8FfnGateUp16 => geometry::DECODE_PANELS / 2,
+            Self::FfnGateUp128 | Self::Fp8FfnGateUp64 => geometry::PREFILL_PANELS / 2,
+            Self::FfnDown16 | Self::Matmul16 | Self::Fp8FfnDown16 | Self::Fp8Matmul16 => {
+                geometry::DECODE_PANELS
+            }
+            Self::FfnDown128 | Self::Matmul128 | Self::Fp8FfnDown64 | Self::Fp8Matmul64 => {
+                geometry::PREFILL_PANELS
+            }
             _ => 1,
         };
         outputs.div_ceil(panels * geometry::PANEL)

@@ -9,33 +9,34 @@ use super::staging::{PIECE_BYTES, Uploader};
 use crate::kernels::cpu::portable::Portable;
 use crate::kernels::matrix::{Layout, PANEL};
 use crate::kernels::pool::Pool;
-use crate::kernels::{DeviceError, DeviceMemory, Matrix, MatrixSource, WeightFormat};
+use crate::kernels::{DeviceError, DeviceMemory, Matrix, MatrixSource, SourceDtype, WeightFormat};
 
 /// Brings weight matrices to a device, beside what it computes. One matrix at a time.
 pub struct Loader {
     device: Arc<Device>,
     uploader: Arc<Mutex<Uploader>>,
+    format: WeightFormat,
     /// Packs; as many threads as the machine has, asleep but for that.
     pool: Pool,
 }
 
 impl Loader {
-    /// A loader for `device`.
+    /// A loader for `device`, of weights in a format that it multiplies.
     ///
     /// # Errors
     /// The device is lost.
-    pub fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+    pub fn new(device: &Arc<Device>, format: WeightFormat) -> Result<Self, DeviceError> {
         let uploader = Arc::new(Mutex::new(Uploader::new(device)?));
         let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-        Ok(Self { device: Arc::clone(device), uploader, pool: Pool::new(threads) })
+        Ok(Self { device: Arc::clone(device), uploader, format, pool: Pool::new(threads) })
     }
 
-    /// Packs a matrix in bf16 for the tensor cores.
+    /// Packs a matrix for the tensor cores.
     ///
     /// # Errors
     /// The device has no room, or is lost.
     pub fn pack(&self, source: MatrixSource<'_>) -> Result<Matrix, DeviceError> {
-        self.pack_as(source, Layout::of(WeightFormat::Bf16, source.dtype))
+        self.pack_as(source, Layout::of(self.format, source.dtype))
     }
 
     /// Packs a matrix whose products are wanted in f32, such as a gate.
@@ -67,8 +68,10 @@ impl Loader {
     /// The device has no room, no kernels for this layout, or is lost.
     pub fn place(&self, matrix: Matrix) -> Result<Matrix, DeviceError> {
         let layout = matrix.layout();
-        if !matches!(layout, Layout::Bf16 | Layout::Bf16Widened | Layout::F32) {
-            return Err(unsupported(layout));
+        let own = Layout::of(self.format, SourceDtype::Bf16);
+        if layout != own && !matches!(layout, Layout::Bf16Widened | Layout::F32) {
+            let text = format!("weights packed as {layout:?}; these kernels multiply {own:?}");
+            return Err(DeviceError::Unsupported(text));
         }
         let Some(bytes) = matrix.host_bytes() else { return Ok(matrix) };
         let memory = self.upload(bytes.len(), PIECE_BYTES, |at, to| {
@@ -87,10 +90,6 @@ impl Loader {
         lock(&self.uploader).upload(buffer.view_mut(), piece_bytes, make)?;
         Ok(Arc::new(Weights { buffer, uploader: Arc::clone(&self.uploader) }))
     }
-}
-
-fn unsupported(layout: Layout) -> DeviceError {
-    DeviceError::Unsupported(format!("weights packed as {layout:?}; it multiplies bf16"))
 }
 
 /// Bytes of a panel with so many inputs; at least one, so that it can be divided by.

@@ -23,6 +23,7 @@ mod dense;
 mod device;
 mod driver;
 mod experts;
+mod gemm;
 // Some of it is for the comparison with the sources alone.
 #[allow(dead_code)]
 mod geometry;

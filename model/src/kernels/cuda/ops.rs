@@ -6,6 +6,7 @@
 //! its memory, which loses the device and harms nobody else.
 
 use super::buffer::{View, ViewMut};
+use super::gemm::Gemms;
 use super::geometry;
 use super::kernel::{Kernel, Launch};
 use super::stream::Stream;
@@ -20,7 +21,7 @@ impl Stream {
     /// The device is lost, as for all methods here.
     ///
     /// # Panics
-    /// Lengths contradict each other, or `w` is not on the device in bf16.
+    /// Lengths contradict each other, or `w` is not on the device in a form for tensor cores.
     pub fn matmul(
         &self,
         w: &Matrix,
@@ -29,18 +30,15 @@ impl Stream {
         y: ViewMut<'_, f32>,
     ) -> Result<(), DeviceError> {
         let (inputs, outputs) = (w.in_features(), w.out_features());
-        assert_eq!(w.layout(), Layout::Bf16, "a matrix for tensor cores");
+        let gemms = Gemms::of(self.device(), w.layout()).expect("a matrix for tensor cores");
         assert_eq!(x.len(), rows * row_pairs(inputs), "{rows} rows of {inputs} values in bf16");
         assert_eq!(y.len(), rows * outputs, "{rows} rows of {outputs} values");
-        let few = rows <= geometry::DECODE_ROWS || !self.device().fits(Kernel::Matmul128);
-        let (kernel, tile) = match few {
-            true => (Kernel::Matmul16, geometry::DECODE_ROWS),
-            false => (Kernel::Matmul128, geometry::PREFILL_ROWS),
-        };
-        let launch = Launch::new(kernel).address(address(w)).input(x);
+        let gemm = gemms.for_rows(rows);
+        let launch = Launch::new(gemm.matmul).address(address(w)).input(x);
         let launch = launch.int(rows).int(inputs).int(outputs).output(&y);
-        let grid = [kernel.blocks(outputs), rows.div_ceil(tile), 1];
-        // SAFETY: the arguments of both kernels in their order; lengths are compared above.
+        let grid = [gemm.matmul.blocks(outputs), rows.div_ceil(gemm.rows), 1];
+        // SAFETY: the arguments of all these kernels in their order; lengths are compared above, and
+        // the form of the weights is the kernel's.
         unsafe { launch.start(self, grid) }
     }
 

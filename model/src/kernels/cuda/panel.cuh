@@ -1,72 +1,59 @@
 // How a panel of weights and a row of activations meet in the tensor core, for all GEMMs.
 //
-// Weights lie in memory as processors have them (model/src/kernels/matrix.rs, `Layout::Bf16`): a
-// panel is [pair of inputs][32 outputs] of words, a word being both inputs of the pair. Rows are
-// bf16, padded with zeros to a multiple of 32 inputs.
+// Weights are in one of the forms of weights.cuh; rows are bf16, padded with zeros to a multiple of
+// 32 inputs.
 //
 // Weights are the A operand, so that the tensor core's 16 rows are outputs and its 8 columns are
 // rows of activations. Which output and which input stands for which row and column of a fragment
 // is free, as long as A, B and the reader of C agree. It is chosen such that what a lane needs lies
-// side by side. A lane is 4 g + t, g in 0..8, t in 0..4. It has outputs 4g..4g+3, a `uint4` of a
-// pair, and of each 32 inputs pairs 4t..4t+3, a `uint4` of a row:
+// side by side. A lane is 4 g + t, g in 0..8, t in 0..4. It has four neighbouring outputs, here 0 to
+// 3, and of each 32 inputs pairs 4t..4t+3, a `uint4` of a row:
 //
-//   A  two tiles of 16 outputs: rows g and g+8 are outputs 4g and 4g+1 in the first tile, 4g+2 and
-//      4g+3 in the second; of the two steps of 16 inputs, step s has pair 4t+2s in columns 2t, 2t+1
-//      and pair 4t+2s+1 in columns 2t+8, 2t+9
+//   A  two tiles of 16 outputs: rows g and g+8 are outputs 0 and 1 in the first tile, 2 and 3 in the
+//      second; of the two steps of 16 inputs, step s has pair 4t+2s in columns 2t, 2t+1 and pair
+//      4t+2s+1 in columns 2t+8, 2t+9
 //   B  row g of 8, the same pairs
-//   C  outputs 4g..4g+3 of rows 2t and 2t+1
+//   C  outputs 0 to 3 of rows 2t and 2t+1
+//
+// Which four outputs a lane has is each kernel's own: no sum depends on it.
 //
 // Order of the sum: the inputs are cut into four segments, whose lengths follow from their number
-// alone. Each is one chain of tensor core operations, from zero, in ascending order; the segments
-// are added in ascending order in f32. Every kernel does exactly this, whatever the rows.
+// alone. Each is one chain of tensor core operations, from zero, in ascending order, or, where
+// weights have scales, the sum of one such chain for each block of inputs that shares them, each
+// multiplied with its scale and added in ascending order. The segments are added in ascending order
+// in f32. Every kernel does exactly this, whatever the rows.
 #pragma once
 
-#include "device.cuh"
-#include "geometry.cuh"
+#include "weights.cuh"
 
-// Inputs that are multiplied at once.
-constexpr int CHUNK = 32;
 // 16-byte pieces of a row in a chunk.
 constexpr int ROW_PIECES = 4;
-// The same of a pair of inputs in a panel.
-constexpr int PAIR_PIECES = PANEL / 4;
-
-__device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-// Chunks of so many inputs, the last perhaps partly beyond the end.
-__device__ inline int chunks_of(int inputs) { return divide_up(inputs, CHUNK); }
-
-// Chunks of a segment; the last segments may have fewer, or none.
-__device__ inline int segment_chunks(int inputs) { return chunks_of(divide_up(inputs, SEGMENTS)); }
 
 // 16-byte pieces of a stored row.
 __device__ inline u64 row_pieces(int values) {
     return static_cast<u64>(chunks_of(values)) * ROW_PIECES;
 }
 
-// Panel `number` of a matrix, absent beyond the last.
-__device__ inline const uint4* panel_of(const uint4* matrix, int number, int inputs, int outputs) {
-    if (number * PANEL >= outputs) return nullptr;
-    return matrix + static_cast<u64>(number) * divide_up(inputs, 2) * PAIR_PIECES;
+// The pair of inputs that is pair `j` of this lane in a chunk.
+__device__ inline int lane_pair(int chunk, int j) {
+    return chunk * (CHUNK / 2) + lane() % 4 * 4 + j;
 }
-
-// The piece of a panel that is piece `j` of this lane in a chunk.
-struct LanePiece {
-    int pair;
-    int at;
-    __device__ LanePiece(int chunk, int j) {
-        pair = chunk * (CHUNK / 2) + lane() % 4 * 4 + j;
-        at = pair * PAIR_PIECES + lane() / 4;
-    }
-};
 
 // Accumulators of a panel and 8 rows: two tiles of 16 outputs, as the tensor core holds them.
 struct Totals {
     float c[2][4] = {};
 
-    // Outputs 4g..4g+3 of row 2t + odd.
+    // The four outputs of row 2t + odd.
     __device__ float4 outputs(int odd) const {
         return {c[0][odd], c[0][2 + odd], c[1][odd], c[1][2 + odd]};
+    }
+    // Adds `block`, whose four outputs have these scales.
+    __device__ void add_scaled(const float4& scale, const Totals& block) {
+        const float scales[4] = {scale.x, scale.y, scale.z, scale.w};
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            c[i / 4][i % 4] = fmaf(scales[i / 2], block.c[i / 4][i % 4], c[i / 4][i % 4]);
+        }
     }
 };
 
@@ -77,8 +64,8 @@ __device__ inline Totals operator+(const Totals& a, const Totals& b) {
     return sum;
 }
 
-// Adds a chunk to the totals of N times 8 rows: `w` are this lane's four pieces of the panel, `x`
-// its pieces of row g of each eight. The first 16 inputs of all come before the last 16 of any, so
+// Adds a chunk to the totals of N times 8 rows: `w` are this lane's four outputs of its four pairs in
+// bf16, `x` its pieces of row g of each eight. The first 16 inputs of all come before the last 16 of any, so
 // that 2 N operations are independent of one another.
 template <int N>
 __device__ inline void multiply(Totals* totals, const uint4 (&w)[4], const uint4 (&x)[N]) {
@@ -95,6 +82,65 @@ __device__ inline void multiply(Totals* totals, const uint4 (&w)[4], const uint4
         }
     }
 }
+
+// The sums of four outputs a lane and N times 8 rows: what is multiplied is added to `chain`, and
+// what `totals` are at the end of a segment is its sum.
+template <class Weights, int N, bool = SCALED<Weights>>
+struct Sums {
+    Totals totals[N];
+
+    __device__ Totals* chain() { return totals; }
+    // Before and after each chunk; `blocks` are the scales of the lane's outputs.
+    template <class Blocks>
+    __device__ void begin_chunk(int, const Blocks&) {}
+    __device__ void end_chunk(int, int) {}
+};
+
+template <class Weights, int N>
+struct Sums<Weights, N, true> {
+    Totals totals[N], block[N];
+    // Asked for when a block begins, a block's time before they are used.
+    float4 scale;
+
+    __device__ Totals* chain() { return block; }
+    template <class Blocks>
+    __device__ void begin_chunk(int chunk, const Blocks& blocks) {
+        if (chunk % Weights::BLOCK_CHUNKS == 0) scale = blocks.scale(chunk / Weights::BLOCK_CHUNKS);
+    }
+    // `end` is the chunk after the last of all: the last block may have fewer.
+    __device__ void end_chunk(int chunk, int end) {
+        if ((chunk + 1) % Weights::BLOCK_CHUNKS != 0 && chunk + 1 != end) return;
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            totals[n].add_scaled(scale, block[n]);
+            block[n] = Totals();
+        }
+    }
+};
+
+// Where the scales of four outputs of a panel are, those of one block after those of another.
+template <class Weights, bool = SCALED<Weights>>
+struct QuadScales {
+    __device__ QuadScales() {}
+    __device__ QuadScales(const uint4*, int, int) {}
+};
+
+template <class Weights>
+struct QuadScales<Weights, true> {
+    const uint4* first;
+
+    __device__ QuadScales() : first(nullptr) {}
+    __device__ QuadScales(const uint4* panel, int inputs, int quad)
+        : first(panel == nullptr ? nullptr : panel + Weights::scales_at(inputs) + quad) {}
+
+    // Zeros where there is no panel, as its weights are.
+    __device__ float4 scale(int block) const {
+        if (first == nullptr) return {0, 0, 0, 0};
+        const uint4 bits = load_stream(first + block * Weights::SCALE_PIECES);
+        return {bits_to_float(bits.x), bits_to_float(bits.y), bits_to_float(bits.z),
+                bits_to_float(bits.w)};
+    }
+};
 
 __device__ inline float4 operator+(const float4& a, const float4& b) {
     return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};

@@ -1,7 +1,8 @@
 // GEMM of many rows: as fast as the tensor cores multiply.
 //
-// A block multiplies eight panels, one a warp, with up to 128 rows. What bounds it beside the
-// tensor cores, for a chunk of 32 inputs at the 800 or so cycles that they take for it on an H100:
+// A block multiplies eight panels, one a warp, with up to 128 rows, or 64 where weights are fp8. What
+// bounds it beside the tensor cores, for a chunk of 32 inputs at the 800 or so cycles that they take
+// for it on an H100, in bf16:
 //
 // - L2 cache: 16 KB of weights and 8 KB of rows, 30 bytes a cycle and SM. A tile of 128 outputs
 //   would want 40, more than there is.
@@ -9,8 +10,13 @@
 // - registers: 128 accumulators a lane. The sum of the segments before would be 128 more, so it is
 //   kept in shared memory, 128 KB of it; it is touched at three borders only.
 //
-// Weights need no shared memory: a panel is one warp's alone, and lies such that a lane's 16 bytes
-// are parts of its own fragments. They go from memory to the cache four chunks ahead, 64 KB an SM,
+// In fp8 the sum of a block of inputs stands beside that of its segment, for which half as many rows
+// leave room. Weights are half the bytes, so the cache is asked for no more than in bf16; but each is
+// widened for 64 rows only. That takes 3 or 4 integer operations for two weights, and their units 200
+// to 250 of the 410 cycles of a chunk; one warp of a scheduler widens while another multiplies.
+//
+// Weights need no shared memory: a panel is one warp's alone, and lies such that a lane's 16 bytes,
+// or 8, are parts of its own fragments. They go from memory to the cache ahead of time, 64 KB an SM,
 // and from there to registers one chunk ahead. Rows are every warp's; they pass through a ring of
 // stages, copied asynchronously, three chunks ahead. A warp reads 8 rows of 64 bytes, which follow
 // one another: no two lanes meet in a bank.
@@ -19,10 +25,8 @@
 #include "panel.cuh"
 
 static_assert(PREFILL_THREADS == PREFILL_PANELS * WARP, "a warp multiplies one panel");
-static_assert(PREFILL_SHARED_BYTES ==
-                  PREFILL_STAGES * PREFILL_ROWS * ROW_PIECES * 16 +
-                      PREFILL_PANELS * PANEL * PREFILL_ROWS * 4,
-              "a ring of rows and the totals");
+// The fewest rows for which each thread has something to copy.
+constexpr int PREFILL_ROWS_MIN = PREFILL_THREADS / ROW_PIECES;
 
 // Rows of a tile, as they stream through shared memory: [stage][row][piece].
 template <int ROWS>
@@ -59,21 +63,26 @@ struct RowRing {
     }
 };
 
-// The panel of a warp, as it streams through registers.
+// The panel of a warp, as it streams through registers. Of each pair a lane has outputs 4g..4g+3.
+template <class Weights>
 struct PanelStream {
+    typedef typename Weights::Quad Quad;
+
     const uint4* panel;
+    QuadScales<Weights> scales;
     int pairs;
 
     // A warp without a panel multiplies zeros, so that it meets the others at the barriers.
     __device__ PanelStream(const uint4* panel, int inputs)
-        : panel(panel), pairs(panel == nullptr ? 0 : divide_up(inputs, 2)) {}
+        : panel(panel), scales(panel, inputs, lane() / 4),
+          pairs(panel == nullptr ? 0 : divide_up(inputs, 2)) {}
 
-    __device__ void load(int chunk, uint4 (&w)[4]) const {
+    __device__ void load(int chunk, Quad (&quads)[4]) const {
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            LanePiece piece(chunk, j);
-            w[j] = {0, 0, 0, 0};
-            if (piece.pair < pairs) w[j] = load_stream(panel + piece.at);
+            const int pair = lane_pair(chunk, j), at = pair * QUADS + lane() / 4;
+            quads[j] = Quad();
+            if (pair < pairs) quads[j] = load_stream(reinterpret_cast<const Quad*>(panel) + at);
         }
     }
 
@@ -84,7 +93,7 @@ struct PanelStream {
         const int first = min(chunk * (CHUNK / 2), pairs);
         const int here = min(count * (CHUNK / 2), pairs - first);
         if (lane() != 0 || here <= 0) return;
-        prefetch_l2(panel + first * PAIR_PIECES, here * PAIR_PIECES * 16);
+        prefetch_l2(panel + first * Weights::PAIR_PIECES, here * Weights::PAIR_PIECES * 16);
     }
 };
 
@@ -109,27 +118,29 @@ struct SharedTotals {
 };
 
 // What a warp does: its panel times the rows of the tile.
-template <int ROWS>
+template <class Weights, int ROWS>
 struct PrefillWarp {
+    typedef typename Weights::Quad Quad;
+
     static constexpr int TILES = ROWS / 8;
     // Tiles whose rows are read together.
     static constexpr int GROUP = 4;
     static constexpr int AHEAD = PREFILL_STAGES - 1;
-    // Chunks of weights that are asked for before they are loaded.
-    static constexpr int FAR = 4;
+    // Chunks of weights that are asked for before they are loaded: 8 KB of a panel.
+    static constexpr int FAR = 32 / Weights::PAIR_PIECES;
 
     const RowRing<ROWS>& ring;
-    const PanelStream& panel;
-    const SharedTotals& sums;
+    const PanelStream<Weights>& panel;
+    const SharedTotals& joined;
     // Chunks in all, chunks of a segment, the segment under way and the chunk after it.
     int chunks, length, segment, border;
     uint4 first_rows[GROUP];
-    Totals totals[TILES];
+    Sums<Weights, TILES> sums;
 
-    __device__ PrefillWarp(const RowRing<ROWS>& ring, const PanelStream& panel,
-                           const SharedTotals& sums, int inputs)
-        : ring(ring), panel(panel), sums(sums), chunks(chunks_of(inputs)),
-          length(segment_chunks(inputs)), segment(0), border(length) {}
+    __device__ PrefillWarp(const RowRing<ROWS>& ring, const PanelStream<Weights>& panel,
+                           const SharedTotals& joined, int inputs)
+        : ring(ring), panel(panel), joined(joined), chunks(chunks_of(inputs)),
+          length(segment_chunks<Weights>(inputs)), segment(0), border(length) {}
 
     __device__ void read_rows(int chunk, int tile, uint4 (&x)[GROUP]) const {
         #pragma unroll
@@ -137,14 +148,16 @@ struct PrefillWarp {
     }
 
     // Adds the segment to those before it and begins the next; after the last, the sum of all is
-    // left in `totals`.
+    // left in `sums.totals`.
     __device__ void end_segment() {
         #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            Totals sum = totals[tile];
-            if (segment > 0) sum = sums.get(tile, thread()) + sum;
-            if (segment < SEGMENTS - 1) sums.put(tile, sum);
-            totals[tile] = segment < SEGMENTS - 1 ? Totals() : sum;
+            Totals& total = sums.totals[tile];
+            if (segment > 0) total = joined.get(tile, thread()) + total;
+            if (segment < SEGMENTS - 1) {
+                joined.put(tile, total);
+                total = Totals();
+            }
         }
         segment++;
         border += length;
@@ -152,28 +165,31 @@ struct PrefillWarp {
 
     // Multiplies a chunk with `w` and asks for the next one's weights, for which there is thus the
     // whole chunk's time.
-    __device__ void step(int chunk, uint4 (&next)[4]) {
+    __device__ void step(int chunk, Quad (&next)[4]) {
         // A fragment is half of one piece and half of another, so they must be moved in any case.
-        const uint4 w[4] = {next[0], next[1], next[2], next[3]};
+        const uint4 w[4] = {Weights::words(next[0]), Weights::words(next[1]),
+                            Weights::words(next[2]), Weights::words(next[3])};
         // A group a chunk, also where nothing is left to copy, so that the count holds. After the
         // barrier the next chunk is there, all threads' pieces of it, and nobody reads the stage of
         // the chunk before any more, which is the one to fill.
         copy_wait<AHEAD - 2>();
         block_sync();
         panel.load(chunk + 1, next);
+        sums.begin_chunk(chunk, panel.scales);
         // These were read before the barrier, so that no warp waits for shared memory behind it.
-        multiply(totals, w, first_rows);
+        multiply(sums.chain(), w, first_rows);
         if (chunk + AHEAD < chunks) ring.copy(chunk + AHEAD);
         copy_commit();
         #pragma unroll
         for (int tile = GROUP; tile < TILES; tile += GROUP) {
             uint4 x[GROUP];
             read_rows(chunk, tile, x);
-            multiply(totals + tile, w, x);
+            multiply(sums.chain() + tile, w, x);
         }
         // After the last chunk these are any bytes, and not used.
         read_rows(chunk + 1, 0, first_rows);
         panel.prefetch(chunk + FAR, 1);
+        sums.end_chunk(chunk, chunks);
         if (chunk + 1 == border) end_segment();
     }
 
@@ -183,7 +199,7 @@ struct PrefillWarp {
             if (chunk < chunks) ring.copy(chunk);
             copy_commit();
         }
-        uint4 next[4];
+        Quad next[4];
         panel.load(0, next);
         panel.prefetch(1, FAR - 1);
         copy_wait<AHEAD - 1>();
@@ -198,13 +214,13 @@ struct PrefillWarp {
 // Hands the sums to the job. Lanes have outputs 4g..4g+3 of rows 2t and 2t+1 of each eight.
 template <int TILES, class Job>
 __device__ void prefill_store(const Job& job, const Totals (&totals)[TILES],
-                              const SharedTotals& sums) {
+                              const SharedTotals& joined) {
     constexpr int HALF = PREFILL_PANELS / 2;
     if constexpr (Job::FUSED) {
         // The warps of up hand theirs to those of gate.
         if (warp() >= HALF) {
             #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) sums.put(tile, totals[tile]);
+            for (int tile = 0; tile < TILES; tile++) joined.put(tile, totals[tile]);
         }
         block_sync();
         if (warp() >= HALF) return;
@@ -212,7 +228,7 @@ __device__ void prefill_store(const Job& job, const Totals (&totals)[TILES],
     #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         Totals partner;
-        if constexpr (Job::FUSED) partner = sums.get(tile, thread() + HALF * WARP);
+        if constexpr (Job::FUSED) partner = joined.get(tile, thread() + HALF * WARP);
         #pragma unroll
         for (int odd = 0; odd < 2; odd++) {
             const int row = tile * 8 + lane() % 4 * 2 + odd, quad = lane() / 4;
@@ -230,23 +246,28 @@ __device__ void prefill_store(const Job& job, const Totals (&totals)[TILES],
 // Multiplies the panels of a block with the rows of its tile, at most `ROWS`.
 template <int ROWS, class Job>
 __device__ void prefill(const Job& job) {
+    typedef typename Job::Weights Weights;
     const RowRing<ROWS> ring(job);
-    const PanelStream panel(job.panel(warp()), job.inputs);
-    const SharedTotals sums = {
+    const PanelStream<Weights> panel(job.panel(warp()), job.inputs);
+    const SharedTotals joined = {
         reinterpret_cast<float4*>(ring.slots + PREFILL_STAGES * RowRing<ROWS>::STAGE)};
-    PrefillWarp<ROWS> work(ring, panel, sums, job.inputs);
+    PrefillWarp<Weights, ROWS> work(ring, panel, joined, job.inputs);
     work.sum();
-    prefill_store(job, work.totals, sums);
+    prefill_store(job, work.sums.totals, joined);
 }
 
-// The same for a tile of few rows with half the work, for the same bits.
+// The same for a tile of few rows with less work, for the same bits.
 template <class Job>
 __device__ void prefill(const Job& job) {
+    constexpr int ROWS = Job::Weights::PREFILL_ROWS;
+    static_assert(Job::Weights::PREFILL_SHARED_BYTES ==
+                      PREFILL_STAGES * ROWS * ROW_PIECES * 16 + PREFILL_PANELS * PANEL * ROWS * 4,
+                  "a ring of rows and the totals");
     if (job.rows <= 0) return;
-    if (job.rows <= PREFILL_ROWS / 2) {
-        prefill<PREFILL_ROWS / 2>(job);
-    } else {
-        prefill<PREFILL_ROWS>(job);
+    if (job.rows <= PREFILL_ROWS_MIN) {
+        prefill<PREFILL_ROWS_MIN>(job);
+    } else if constexpr (ROWS > PREFILL_ROWS_MIN) {
+        prefill<ROWS>(job);
     }
 }
 

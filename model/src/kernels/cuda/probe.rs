@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::buffer::Buffer;
 use super::device::Device;
 use super::experts::{Work, passes};
-use super::kernel::Kernel;
+use super::gemm::Gemms;
 use super::stream::{Event, Stream};
 use crate::kernels::{DeviceError, FfnGroup};
 
@@ -55,10 +55,12 @@ impl Probe {
         let hidden = group.ffn.gate.in_features();
         self.work.upload_rows(x, hidden)?;
         let mut time = Duration::ZERO;
-        for pass in passes(groups, hidden, self.device.fits(Kernel::FfnGateUp128)) {
+        let layout = group.ffn.gate.layout();
+        let gemms = Gemms::of(&self.device, layout).expect("matrices that are on a device");
+        for pass in passes(groups, hidden, &gemms) {
             self.work.prepare(&pass, x.len(), hidden)?;
             let stream = Arc::clone(self.work.stream());
-            time += stream.time(repeats, |_| self.work.launch(&pass, hidden))?;
+            time += stream.time(repeats, |_| self.work.launch(&pass, hidden, &gemms))?;
         }
         Ok(time)
     }

@@ -5,12 +5,26 @@
 mod attention;
 mod experts;
 mod faults;
+mod fp8;
 mod memory;
 
 use std::cell::RefCell;
 
 use super::*;
 use crate::kernels::cuda::{Buffer, Cublas, Device, Loader, Staging, Stream, Value, row_pairs};
+
+/// Each check runs once for each format of weights that devices multiply.
+macro_rules! for_each_format {
+    ($($check:ident),+ $(,)?) => {
+        mod in_bf16 {
+            $(#[test] fn $check() { super::$check(crate::kernels::WeightFormat::Bf16); })+
+        }
+        mod in_fp8 {
+            $(#[test] fn $check() { super::$check(crate::kernels::WeightFormat::Fp8); })+
+        }
+    };
+}
+use for_each_format;
 
 /// A device, and the way there and back.
 struct Gpu {
@@ -65,16 +79,28 @@ fn rows16(values: &[f32], len: usize) -> Vec<u32> {
 /// Row counts at which tiles begin to differ.
 const ROWS: [usize; 12] = [1, 2, 8, 15, 16, 17, 64, 65, 127, 128, 129, 300];
 
-#[test]
-fn matmul_agrees_with_the_reference_and_each_row_is_as_alone() {
+/// Packs a matrix for a device, and tells which weights that leaves.
+fn packed(format: WeightFormat, w: &[f32], [outputs, inputs]: [usize; 2]) -> (Matrix, Vec<f32>) {
+    let bytes = bf16_bytes(w);
+    let kernels = select(format, 1).unwrap();
+    let packed = kernels.pack(source(&bytes, SourceDtype::Bf16, outputs, inputs)).unwrap();
+    let weights = stored(format, &packed, &rounded(w));
+    (packed, weights)
+}
+
+for_each_format![matmul_agrees_with_the_reference_and_each_row_is_as_alone];
+
+fn matmul_agrees_with_the_reference_and_each_row_is_as_alone(format: WeightFormat) {
     let (gpu, mut rng) = (Gpu::new(), Rng::new(1));
-    let loader = Loader::new(&gpu.device).unwrap();
-    // Less than a pair, a chunk, a segment and a panel; whole ones; more than the stages hold.
-    for (inputs, outputs) in [(1, 1), (7, 33), (64, 112), (112, 64), (33, 8), (200, 70), (640, 40)]
-    {
+    let loader = Loader::new(&gpu.device, format).unwrap();
+    // Less than a pair, a chunk, a segment and a panel; whole ones; more than the stages hold; with
+    // scales, several blocks in a segment, of which the last is not full.
+    let shapes =
+        [(1, 1), (7, 33), (64, 112), (112, 64), (33, 8), (200, 70), (640, 40), (1_100, 66)];
+    for (inputs, outputs) in shapes {
         let (x, w) = (rng.values(300 * inputs), rng.values(outputs * inputs));
-        let packed =
-            loader.pack(source(&bf16_bytes(&w), SourceDtype::Bf16, outputs, inputs)).unwrap();
+        let (packed, weights) = packed(format, &w, [outputs, inputs]);
+        let packed = loader.place(packed).unwrap();
         let multiply = |rows: usize| {
             let x = gpu.put(&rows16(&x[..rows * inputs], inputs));
             let mut y = gpu.unwritten(rows * outputs);
@@ -82,7 +108,7 @@ fn matmul_agrees_with_the_reference_and_each_row_is_as_alone() {
             gpu.get(&y)
         };
         let want = multiply(300);
-        let reference = reference::matmul(&rounded(&x), &rounded(&w), inputs).unwrap();
+        let reference = reference::matmul(&rounded(&x), &weights, inputs).unwrap();
         assert_close(&want, &reference, 1e-5);
         for rows in ROWS {
             let have = multiply(rows);
@@ -116,7 +142,7 @@ fn cublas_is_asked_for_the_same_product() {
 #[test]
 fn exact_products_agree_with_the_reference_and_each_row_is_as_alone() {
     let (gpu, mut rng) = (Gpu::new(), Rng::new(2));
-    let loader = Loader::new(&gpu.device).unwrap();
+    let loader = Loader::new(&gpu.device, WeightFormat::Fp8).unwrap();
     for (inputs, outputs) in [(1, 1), (7, 33), (64, 8), (301, 40)] {
         let (x, w) = (rng.values(21 * inputs), rng.values(outputs * inputs));
         let sources = [

@@ -4,7 +4,17 @@
 use super::*;
 use crate::kernels::cuda;
 
-/// An expert and its weights as they were made.
+for_each_format![
+    experts_agree_with_the_reference,
+    every_number_of_rows_to_512_gives_the_bits_of_a_row_alone,
+    rows_have_the_same_bits_in_any_company_and_grouping_and_others_are_left_alone,
+    as_many_rows_as_a_frame_may_have_go_through_in_several_passes,
+    the_order_in_which_a_device_runs_threads_changes_no_bit,
+    a_matrix_that_was_packed_before_is_the_one_that_is_packed_on_the_way,
+    weights_in_a_form_without_kernels_are_refused,
+];
+
+/// An expert and its weights as they are multiplied.
 struct Expert {
     ffn: GatedFfn,
     weights: [Vec<f32>; 3],
@@ -12,17 +22,14 @@ struct Expert {
 
 impl Expert {
     fn new(rng: &mut Rng, kernels: &dyn ExpertKernels, hidden: usize, inner: usize) -> Self {
-        let weights = [(); 3].map(|()| rounded(&rng.values(hidden * inner)));
-        let pack = |values: &[f32], out, inputs| {
-            kernels.pack(source(&bf16_bytes(values), SourceDtype::Bf16, out, inputs)).unwrap()
+        let mut pack = |shape| {
+            let (packed, weights) = packed(kernels.format(), &rng.values(hidden * inner), shape);
+            (kernels.place(packed).unwrap(), weights)
         };
-        let ffn = GatedFfn {
-            gate: pack(&weights[0], inner, hidden),
-            up: pack(&weights[1], inner, hidden),
-            down: pack(&weights[2], hidden, inner),
-            activation: Activation::SwiGlu,
-        };
-        Self { ffn, weights }
+        let [gate, up, down] = [[inner, hidden], [inner, hidden], [hidden, inner]].map(&mut pack);
+        let weights = [gate.1, up.1, down.1];
+        let (gate, up, down, activation) = (gate.0, up.0, down.0, Activation::SwiGlu);
+        Self { ffn: GatedFfn { gate, up, down, activation }, weights }
     }
 
     fn reference(&self, x: &[f32], hidden: usize) -> Vec<f32> {
@@ -31,12 +38,12 @@ impl Expert {
     }
 }
 
-fn kernels() -> (Gpu, Arc<dyn ExpertKernels>) {
-    kernels_on(Gpu::new())
+fn kernels(format: WeightFormat) -> (Gpu, Arc<dyn ExpertKernels>) {
+    kernels_on(Gpu::new(), format)
 }
 
-fn kernels_on(gpu: Gpu) -> (Gpu, Arc<dyn ExpertKernels>) {
-    let kernels = cuda::experts(&gpu.device, WeightFormat::Bf16).unwrap();
+fn kernels_on(gpu: Gpu, format: WeightFormat) -> (Gpu, Arc<dyn ExpertKernels>) {
+    let kernels = cuda::experts(&gpu.device, format).unwrap();
     (gpu, kernels)
 }
 
@@ -56,10 +63,9 @@ fn compute(
     y
 }
 
-#[test]
-fn experts_agree_with_the_reference() {
-    let ((_gpu, kernels), mut rng) = (kernels(), Rng::new(21));
-    assert_eq!(kernels.class().to_string(), "bf16/cuda-sm90/1");
+fn experts_agree_with_the_reference(format: WeightFormat) {
+    let ((_gpu, kernels), mut rng) = (kernels(format), Rng::new(21));
+    assert_eq!(kernels.class().to_string(), format!("{}/cuda-sm90/1", format.name()));
     // Odd ones, those of golden checkpoints, and more than one block of outputs.
     for (hidden, inner) in [(7, 33), (33, 7), (64, 112), (64, 48), (128, 256), (96, 300)] {
         let expert = Expert::new(&mut rng, &*kernels, hidden, inner);
@@ -75,9 +81,8 @@ fn experts_agree_with_the_reference() {
     }
 }
 
-#[test]
-fn every_number_of_rows_to_512_gives_the_bits_of_a_row_alone() {
-    let ((_gpu, kernels), mut rng) = (kernels(), Rng::new(22));
+fn every_number_of_rows_to_512_gives_the_bits_of_a_row_alone(format: WeightFormat) {
+    let ((_gpu, kernels), mut rng) = (kernels(format), Rng::new(22));
     let (hidden, inner) = (33, 40);
     let expert = Expert::new(&mut rng, &*kernels, hidden, inner);
     let x = bf16_bytes(&rng.values(512 * hidden));
@@ -92,9 +97,10 @@ fn every_number_of_rows_to_512_gives_the_bits_of_a_row_alone() {
     }
 }
 
-#[test]
-fn rows_have_the_same_bits_in_any_company_and_grouping_and_others_are_left_alone() {
-    let ((_gpu, kernels), mut rng) = (kernels(), Rng::new(23));
+fn rows_have_the_same_bits_in_any_company_and_grouping_and_others_are_left_alone(
+    format: WeightFormat,
+) {
+    let ((_gpu, kernels), mut rng) = (kernels(format), Rng::new(23));
     let (hidden, experts) = (64, 3);
     // One expert is wider than the others, as a shared one is.
     let all = [112, 112, 48].map(|inner| Expert::new(&mut rng, &*kernels, hidden, inner));
@@ -130,9 +136,8 @@ fn rows_have_the_same_bits_in_any_company_and_grouping_and_others_are_left_alone
     }
 }
 
-#[test]
-fn as_many_rows_as_a_frame_may_have_go_through_in_several_passes() {
-    let ((_gpu, kernels), mut rng) = (kernels(), Rng::new(26));
+fn as_many_rows_as_a_frame_may_have_go_through_in_several_passes(format: WeightFormat) {
+    let ((_gpu, kernels), mut rng) = (kernels(format), Rng::new(26));
     let (hidden, rows, experts) = (8, 4_096, 16);
     let expert = Expert::new(&mut rng, &*kernels, hidden, 8);
     let x = bf16_bytes(&rng.values(rows * hidden));
@@ -148,11 +153,10 @@ fn as_many_rows_as_a_frame_may_have_go_through_in_several_passes() {
     }
 }
 
-#[test]
-fn the_order_in_which_a_device_runs_threads_changes_no_bit() {
+fn the_order_in_which_a_device_runs_threads_changes_no_bit(format: WeightFormat) {
     let (hidden, inner) = (96, 300);
     let compute = |seed| {
-        let ((_gpu, kernels), mut rng) = (kernels_on(Gpu::with_seed(seed)), Rng::new(25));
+        let ((_gpu, kernels), mut rng) = (kernels_on(Gpu::with_seed(seed), format), Rng::new(25));
         let expert = Expert::new(&mut rng, &*kernels, hidden, inner);
         let x = bf16_bytes(&rng.values(140 * hidden));
         let list: Vec<(u32, u32)> = (0..140).map(|r| (r, r)).collect();
@@ -166,10 +170,9 @@ fn the_order_in_which_a_device_runs_threads_changes_no_bit() {
     }
 }
 
-#[test]
-fn a_matrix_that_was_packed_before_is_the_one_that_is_packed_on_the_way() {
-    let ((_gpu, kernels), mut rng) = (kernels(), Rng::new(24));
-    let host = select(WeightFormat::Bf16, 2).unwrap();
+fn a_matrix_that_was_packed_before_is_the_one_that_is_packed_on_the_way(format: WeightFormat) {
+    let ((_gpu, kernels), mut rng) = (kernels(format), Rng::new(24));
+    let host = select(format, 2).unwrap();
     for (out, inputs) in [(1, 1), (35, 7), (70, 96)] {
         let bytes = bf16_bytes(&rng.values(out * inputs));
         let source = source(&bytes, SourceDtype::Bf16, out, inputs);
@@ -186,16 +189,19 @@ fn a_matrix_that_was_packed_before_is_the_one_that_is_packed_on_the_way() {
     }
 }
 
-#[test]
-fn weights_in_a_form_without_kernels_are_refused() {
-    let (gpu, kernels) = kernels();
+fn weights_in_a_form_without_kernels_are_refused(format: WeightFormat) {
+    let (gpu, kernels) = kernels(format);
     let unsupported = |told: Option<DeviceError>| {
         assert!(matches!(told, Some(DeviceError::Unsupported(_))), "{told:?}");
     };
-    for format in [WeightFormat::F32, WeightFormat::Q8, WeightFormat::Q4] {
-        unsupported(cuda::experts(&gpu.device, format).err());
+    for other in WeightFormat::ALL.into_iter().filter(|other| *other != format) {
+        if !matches!(other, WeightFormat::Bf16 | WeightFormat::Fp8) {
+            unsupported(cuda::experts(&gpu.device, other).err());
+        }
+        // What is widened for exact products has a place there.
+        if other != WeightFormat::F32 {
+            let (packed, _) = packed(other, &[0.5; 32 * 32], [32, 32]);
+            unsupported(kernels.place(packed).err());
+        }
     }
-    let host = select(WeightFormat::Q8, 1).unwrap();
-    let packed = host.pack(source(&[0; 32 * 32 * 2], SourceDtype::Bf16, 32, 32)).unwrap();
-    unsupported(kernels.place(packed).err());
 }
