@@ -23,15 +23,17 @@ const KV_CACHE_MIB: usize = 256;
 /// The device cannot be used, or not with the rest of the configuration.
 pub(super) fn open_device(config: &Config) -> Result<Option<Arc<Device>>, Error> {
     let DeviceId::Cuda(ordinal) = config.device else { return Ok(None) };
-    let (key, value) = match (config.weights, kv_dtype(config)) {
-        (WeightFormat::Bf16, KvDtype::Bf16) => {
+    let (key, value, takes) = match (config.weights, kv_dtype(config)) {
+        (WeightFormat::Bf16 | WeightFormat::Fp8, KvDtype::Bf16) => {
             let device = Device::open(ordinal);
             return device.map(Some).map_err(|source| device_error(config, source));
         }
-        (WeightFormat::Bf16, kv_dtype) => ("engine.kv_dtype", kv_dtype.name()),
-        (weights, _) => ("weights", weights.name()),
+        (WeightFormat::Bf16 | WeightFormat::Fp8, kv_dtype) => {
+            ("engine.kv_dtype", kv_dtype.name(), "bf16")
+        }
+        (weights, _) => ("weights", weights.name(), "bf16 or fp8"),
     };
-    Err(Error::Config(format!("{key} is {value}, device = \"{}\" takes bf16", config.device)))
+    Err(Error::Config(format!("{key} is {value}, device = \"{}\" takes {takes}", config.device)))
 }
 
 /// How the cache keeps keys and values.
@@ -64,8 +66,9 @@ pub(super) fn trunk(
     let blocks = kv_cache_mib.map(|mib| kv_blocks(mib, block_bytes)).transpose()?;
     let sequences_max = running_max.min(step_rows_max);
     let bounds = StepBounds { rows_max: step_rows_max, sequences_max };
-    let trunk = CudaTrunk::new(&device, architecture.clone(), weights, bounds, blocks)
-        .map_err(|source| device_error(config, source))?;
+    let trunk =
+        CudaTrunk::new(&device, architecture.clone(), config.weights, weights, bounds, blocks)
+            .map_err(|source| device_error(config, source))?;
     let blocks = trunk.blocks();
     tracing::info!(device = %config.device, name = device.facts().name, blocks, "uses a device");
     Ok((Box::new(trunk), blocks))

@@ -7,7 +7,7 @@ use entente_coordinator::config::{Config, EngineConfig};
 use entente_coordinator::engine::sampler::ScoredToken;
 use entente_coordinator::engine::{Event, Request};
 use entente_cuda_emulator::stand_in;
-use entente_model::kernels::DeviceId;
+use entente_model::kernels::{DeviceId, WeightFormat};
 use safetensors::SafeTensors;
 use tokio::sync::mpsc;
 
@@ -105,16 +105,14 @@ fn log_sum_exp(row: &[f32]) -> f32 {
     sum.ln() as f32
 }
 
-impl Case {
-    /// The tokens whose margin says that rounding did not choose them.
-    fn check_greedy(&self, heard: &Heard) {
-        for (at, (have, want)) in heard.tokens.iter().zip(&self.greedy).enumerate() {
-            if have.token.id != *want {
-                let margin = have.top[0].logprob - have.top[1].logprob;
-                assert!(margin <= MARGIN, "token {at} is {have:?} and not {want}");
-                // From here on they are different texts.
-                return;
-            }
+/// The tokens whose margin says that rounding did not choose them.
+fn check_greedy(heard: &Heard, greedy: impl Iterator<Item = u32>) {
+    for (at, (have, want)) in heard.tokens.iter().zip(greedy).enumerate() {
+        if have.token.id != want {
+            let margin = have.top[0].logprob - have.top[1].logprob;
+            assert!(margin <= MARGIN, "token {at} is {have:?} and not {want}");
+            // From here on they are different texts.
+            return;
         }
     }
 }
@@ -135,36 +133,65 @@ fn median(deviations: &[f32]) -> f32 {
 /// An engine in whose process everything is computed on the device, experts too, beside one on the
 /// processor. Those two round in the same places and differ in the order of sums, which now and then
 /// rounds a value the other way or, where two experts are as good, chooses the other one: later
-/// tokens see that. The reference is not rounded at all. So what holds of most tokens is asked.
-fn check_against_reference(model: &str) {
+/// tokens see that. The reference is not rounded at all. So what holds of most tokens is asked; and
+/// of weights in fp8, which are others than the reference's, that both engines make the same of them.
+fn check_against_reference(model: &str, weights: WeightFormat) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(model);
     let cases = golden(&dir);
     let roster = roster(&[listener()], 1);
     let inproc = config(&roster, Transport::Inproc, EngineConfig::default());
-    let cpu = Config { model: dir, ..inproc };
+    let cpu = Config { model: dir, weights, ..inproc };
     let engine = Engine::start(&on_device(cpu.clone()));
-    assert_eq!(engine.started.kernel_class.0, "bf16/cuda-sm90/1");
+    assert_eq!(engine.started.kernel_class.0, format!("{}/cuda-sm90/1", weights.name()));
     let cpu = Engine::start(&cpu);
     for (number, case) in cases.iter().enumerate() {
         let heard = Heard::all(&mut submit(&engine, &case.prompt));
+        let rounded = Heard::all(&mut submit(&cpu, &case.prompt));
+        let scores = rounded.prompt.iter().map(|score| score.token.logprob);
+        let from_cpu = median(&deviations(&heard, scores));
+        assert!(from_cpu <= TOLERANCE, "case {number}: {from_cpu} from the processor");
+        if weights == WeightFormat::Fp8 {
+            check_greedy(&heard, rounded.tokens.iter().map(|score| score.token.id));
+            continue;
+        }
         let from_reference = median(&deviations(&heard, case.scores.iter().copied()));
         assert!(from_reference <= TOLERANCE, "case {number}: {from_reference} from the reference");
-        case.check_greedy(&heard);
-        let rounded = Heard::all(&mut submit(&cpu, &case.prompt));
-        let rounded = rounded.prompt.iter().map(|score| score.token.logprob);
-        let from_cpu = median(&deviations(&heard, rounded));
-        assert!(from_cpu <= TOLERANCE, "case {number}: {from_cpu} from the processor");
+        check_greedy(&heard, case.greedy.iter().copied());
     }
 }
 
 #[test]
 fn mixtral_computes_what_the_reference_computes() {
-    check_against_reference("mixtral");
+    check_against_reference("mixtral", WeightFormat::Bf16);
 }
 
 #[test]
 fn mistral_with_dense_layers_and_a_window_computes_what_the_reference_computes() {
-    check_against_reference("mistral-swa");
+    check_against_reference("mistral-swa", WeightFormat::Bf16);
+}
+
+#[test]
+fn mixtral_in_fp8_computes_what_a_processor_computes() {
+    check_against_reference("mixtral", WeightFormat::Fp8);
+}
+
+#[test]
+fn mistral_in_fp8_computes_what_a_processor_computes() {
+    check_against_reference("mistral-swa", WeightFormat::Fp8);
+}
+
+#[test]
+fn a_rows_logits_in_fp8_are_the_same_bits_in_any_company_and_chunk() {
+    let roster = roster(&[listener()], 1);
+    let start = |bounds| {
+        let config = config(&roster, Transport::Inproc, bounds);
+        Engine::start(&on_device(Config { weights: WeightFormat::Fp8, ..config }))
+    };
+    let want = alone(&start(EngineConfig::default()));
+    for step_rows_max in [512, 29] {
+        let engine = start(EngineConfig { step_rows_max, ..EngineConfig::default() });
+        assert!(together(&engine) == want, "{step_rows_max} rows");
+    }
 }
 
 #[test]

@@ -64,20 +64,21 @@ impl CudaTrunk {
         plan::block_bytes(architecture)
     }
 
-    /// Takes the weights to the device, and sets memory aside for steps within `bounds` and for a
-    /// cache of so many blocks, or of those that fit in most of what is left.
+    /// Takes the weights, packed in `format`, to the device, and sets memory aside for steps within
+    /// `bounds` and for a cache of so many blocks, or of those that fit in most of what is left.
     ///
     /// # Errors
-    /// The device has no room, no kernels for the architecture, or is lost.
+    /// The device has no room, no kernels for the architecture or the format, or is lost.
     pub fn new(
         device: &Arc<Device>,
         architecture: Architecture,
+        format: WeightFormat,
         weights: CoordinatorWeights,
         bounds: StepBounds,
         blocks: Option<usize>,
     ) -> Result<Self, DeviceError> {
         plan::check(&architecture)?;
-        let kernels = cuda::experts(device, WeightFormat::Bf16)?;
+        let kernels = cuda::experts(device, format)?;
         let stream = Stream::new(device)?;
         let mut stagings = Stagings::new(device)?;
         let staging = &mut stagings.x;
