@@ -9,7 +9,7 @@
 //! | `DEVICES` | devices of the machine | 1 |
 //! | `MEMORY_BYTES` | memory of each | 1 GiB |
 //! | `SEED` | order of blocks, warps and lanes; see [`crate::engine::Order`] | 0 |
-//! | `FAULTS` | `lost`, `wrong-architecture`, `slow=MILLISECONDS` (each kernel), by spaces | none |
+//! | `FAULTS` | `lost`, `wrong-architecture`, `no-graphs` (no stream can be captured), `slow=MILLISECONDS` (each kernel), by spaces | none |
 //! | `CONTROL` | the file | none |
 
 use std::path::PathBuf;
@@ -25,6 +25,8 @@ pub struct Faults {
     pub lost: bool,
     /// No image has code for the device.
     pub wrong_architecture: bool,
+    /// No stream can be captured.
+    pub no_graphs: bool,
     /// How long each kernel takes beside its work.
     pub slow: Duration,
 }
@@ -36,6 +38,7 @@ impl Faults {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("lost", _) => self.lost = true,
                 ("wrong-architecture", _) => self.wrong_architecture = true,
+                ("no-graphs", _) => self.no_graphs = true,
                 ("slow", milliseconds) => {
                     let milliseconds = milliseconds.parse().expect("slow=MILLISECONDS");
                     self.slow = Duration::from_millis(milliseconds);
@@ -56,6 +59,7 @@ pub struct Settings {
     /// Order of blocks, warps and lanes.
     pub seed: u64,
     faults: Faults,
+    planted: Faults,
     control: Option<PathBuf>,
 }
 
@@ -73,13 +77,26 @@ impl Settings {
             memory_bytes: number("MEMORY_BYTES", 1 << 30) as usize,
             seed: number("SEED", 0),
             faults,
+            planted: Faults::default(),
             control: env::var_os(format!("{PREFIX}CONTROL")).map(PathBuf::from),
         }
+    }
+
+    /// Plants faults of this process, beside those of the environment and in place of those that
+    /// were planted in this way before.
+    pub fn plant(&mut self, text: &str) {
+        self.planted = Faults::default();
+        self.planted.add(text);
     }
 
     /// What goes wrong just now.
     pub fn faults(&self) -> Faults {
         let mut faults = self.faults.clone();
+        let Faults { lost, wrong_architecture, no_graphs, slow } = self.planted;
+        faults.lost |= lost;
+        faults.wrong_architecture |= wrong_architecture;
+        faults.no_graphs |= no_graphs;
+        faults.slow = faults.slow.max(slow);
         let text = self.control.as_ref().and_then(|path| fs::read_to_string(path).ok());
         let own = format!("pid={} ", std::process::id());
         for line in text.as_deref().unwrap_or_default().lines() {

@@ -10,12 +10,15 @@
 //! On a machine with a GPU the same tests run on it, those that plant faults excepted: where
 //! `ENTENTE_TEST_CUDA=device` is set, nothing is put anywhere, and programs find what is installed.
 
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// The driver, the compiler library and cuBLAS as files, and the names under which programs ask for them.
+pub use crate::driver::Launches;
+
+/// The driver, the compiler library and cuBLAS as files, and the names under which programs
+/// ask for them.
 const LIBRARIES: [(&str, &[&str]); 3] = [
     ("libentente_cuda_emulator.so", &["libcuda.so", "libcuda.so.1"]),
     ("libentente_nvrtc_emulator.so", &["libnvrtc.so", "libnvrtc.so.12"]),
@@ -51,7 +54,15 @@ pub fn on_device() -> bool {
 /// An emulator that this process has loaded, or the machine's own device.
 #[derive(Clone, Copy, Debug)]
 pub struct Emulator {
-    set_seed: Option<extern "C" fn(u64)>,
+    functions: Option<Functions>,
+}
+
+/// What the loaded library has for tests.
+#[derive(Clone, Copy, Debug)]
+struct Functions {
+    set_seed: extern "C" fn(u64),
+    launches: extern "C" fn() -> Launches,
+    plant: unsafe extern "C" fn(*const c_char),
 }
 
 /// Loads the emulator into this process, whose searches for `libcuda.so`, `libnvrtc.so` and
@@ -61,7 +72,7 @@ pub struct Emulator {
 /// When the libraries are not beside the test that asks.
 pub fn load() -> Emulator {
     if on_device() {
-        return Emulator { set_seed: None };
+        return Emulator { functions: None };
     }
     let [driver, ..] = LIBRARIES.map(|(library, _)| {
         let path = built().join(library);
@@ -71,22 +82,53 @@ pub fn load() -> Emulator {
         assert!(!library.is_null(), "{} cannot be loaded", path.display());
         library
     });
-    // SAFETY: a function of our own library, of this type.
-    let set_seed = unsafe {
-        let function = libc::dlsym(driver, c"entente_emulator_set_seed".as_ptr());
-        std::mem::transmute::<*mut c_void, Option<extern "C" fn(u64)>>(function)
+    let find = |name: &CStr| {
+        // SAFETY: the library stays loaded.
+        let function = unsafe { libc::dlsym(driver, name.as_ptr()) };
+        assert!(!function.is_null(), "the library was built with this crate");
+        function
     };
-    assert!(set_seed.is_some(), "the library was built with this crate");
-    Emulator { set_seed }
+    // SAFETY: functions of our own library, of these types.
+    let functions = unsafe {
+        Functions {
+            set_seed: std::mem::transmute::<*mut c_void, extern "C" fn(u64)>(find(
+                c"entente_emulator_set_seed",
+            )),
+            launches: std::mem::transmute::<*mut c_void, extern "C" fn() -> Launches>(find(
+                c"entente_emulator_launches",
+            )),
+            plant: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char)>(find(
+                c"entente_emulator_plant",
+            )),
+        }
+    };
+    Emulator { functions: Some(functions) }
 }
 
 impl Emulator {
     /// Changes the order of blocks, warps and lanes; see [`crate::engine::Order`]. A real device has
     /// its own.
     pub fn set_seed(&self, seed: u64) {
-        if let Some(set_seed) = self.set_seed {
-            set_seed(seed);
+        if let Some(functions) = self.functions {
+            (functions.set_seed)(seed);
         }
+    }
+
+    /// Plants faults in this process, by the words of [`crate::settings`], in place of those that
+    /// were planted before.
+    ///
+    /// # Panics
+    /// On a real device.
+    pub fn plant(&self, faults: &str) {
+        let functions = self.functions.expect("faults are planted in the emulator");
+        let faults = CString::new(faults).expect("words have no zeros");
+        // SAFETY: a string that ends with a zero.
+        unsafe { (functions.plant)(faults.as_ptr()) };
+    }
+
+    /// What the process has asked devices to run so far; a real device does not tell.
+    pub fn launches(&self) -> Option<Launches> {
+        self.functions.map(|functions| (functions.launches)())
     }
 }
 
@@ -100,6 +142,26 @@ fn built() -> PathBuf {
 extern "C" fn entente_emulator_set_seed(seed: u64) {
     crate::driver::machine(|driver| {
         driver.set_seed(seed);
+        Ok(())
+    });
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn entente_emulator_launches() -> Launches {
+    let mut launches = Launches::default();
+    crate::driver::machine(|driver| {
+        launches = driver.launches();
+        Ok(())
+    });
+    launches
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn entente_emulator_plant(faults: *const c_char) {
+    // SAFETY: the caller hands over a string that ends with a zero.
+    let faults = unsafe { CStr::from_ptr(faults) }.to_string_lossy();
+    crate::driver::machine(|driver| {
+        driver.plant(&faults);
         Ok(())
     });
 }

@@ -138,5 +138,8 @@ extern "C" fn cuCtxSetFlags(_flags: c_uint) -> Code {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuCtxSynchronize() -> Code {
-    current(|driver, device| driver.synchronise_device(device))
+    current(|driver, device| {
+        driver.may_wait_for_device(device)?;
+        driver.synchronise_device(device)
+    })
 }

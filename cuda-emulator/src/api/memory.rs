@@ -19,19 +19,28 @@ unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> Cod
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemAlloc_v2(to: *mut usize, bytes: usize) -> Code {
-    // SAFETY: the caller has room for an address.
-    current(|driver, device| unsafe { put(to, driver.allocate(device, bytes)?) })
+    current(|driver, device| {
+        driver.may_block()?;
+        // SAFETY: the caller has room for an address.
+        unsafe { put(to, driver.allocate(device, bytes)?) }
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFree_v2(address: usize) -> Code {
-    current(|driver, device| driver.free(device, address))
+    current(|driver, device| {
+        driver.may_block()?;
+        driver.free(device, address)
+    })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostAlloc(to: *mut usize, bytes: usize, _flags: c_uint) -> Code {
-    // SAFETY: the caller has room for an address.
-    current(|driver, _| unsafe { put(to, driver.allocate_host(bytes)?) })
+    current(|driver, _| {
+        driver.may_block()?;
+        // SAFETY: the caller has room for an address.
+        unsafe { put(to, driver.allocate_host(bytes)?) }
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -42,7 +51,10 @@ unsafe extern "C" fn cuMemAllocHost_v2(to: *mut usize, bytes: usize) -> Code {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFreeHost(address: usize) -> Code {
-    current(|driver, _| driver.free_host(address))
+    current(|driver, _| {
+        driver.may_block()?;
+        driver.free_host(address)
+    })
 }
 
 /// From the host: out of memory that is the driver's own when the stream comes to it, out of any
@@ -73,8 +85,12 @@ fn to_host(
     stream: Handle,
 ) -> Result<(), Code> {
     driver.is_device_memory(from, bytes)?;
+    if driver.is_pinned(to, bytes) {
+        return driver.ask(stream, Work::Copy { to, from, bytes });
+    }
+    driver.may_wait_for(stream)?;
     driver.ask(stream, Work::Copy { to, from, bytes })?;
-    if driver.is_pinned(to, bytes) { Ok(()) } else { driver.synchronise(stream) }
+    driver.synchronise(stream)
 }
 
 fn within_device(
@@ -114,6 +130,7 @@ unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemcpyHtoD_v2(to: usize, from: usize, bytes: usize) -> Code {
     current(|driver, _| {
+        driver.may_block()?;
         // SAFETY: as above.
         unsafe { to_device(driver, to, from, bytes, 0) }?;
         driver.synchronise(0)
@@ -128,6 +145,7 @@ extern "C" fn cuMemcpyDtoHAsync_v2(to: usize, from: usize, bytes: usize, stream:
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoH_v2(to: usize, from: usize, bytes: usize) -> Code {
     current(|driver, _| {
+        driver.may_block()?;
         to_host(driver, to, from, bytes, 0)?;
         driver.synchronise(0)
     })
@@ -141,6 +159,7 @@ extern "C" fn cuMemcpyDtoDAsync_v2(to: usize, from: usize, bytes: usize, stream:
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoD_v2(to: usize, from: usize, bytes: usize) -> Code {
     current(|driver, _| {
+        driver.may_block()?;
         within_device(driver, to, from, bytes, 0)?;
         driver.synchronise(0)
     })
@@ -154,6 +173,7 @@ extern "C" fn cuMemsetD8Async(to: usize, value: u8, bytes: usize, stream: Handle
 #[unsafe(no_mangle)]
 extern "C" fn cuMemsetD8_v2(to: usize, value: u8, bytes: usize) -> Code {
     current(|driver, _| {
+        driver.may_block()?;
         fill(driver, to, value, bytes, 0)?;
         driver.synchronise(0)
     })

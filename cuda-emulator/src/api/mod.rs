@@ -5,6 +5,7 @@
 //! name.
 
 mod context;
+mod graph;
 mod memory;
 mod module;
 mod stream;

@@ -37,12 +37,16 @@ extern "C" fn cuStreamDestroy_v2(stream: Handle) -> Code {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamSynchronize(stream: Handle) -> Code {
-    current(|driver, _| driver.synchronise(stream))
+    current(|driver, _| {
+        driver.may_wait_for(stream)?;
+        driver.synchronise(stream)
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamQuery(stream: Handle) -> Code {
     current(|driver, _| {
+        driver.may_wait_for(stream)?;
         let stream = driver.stream(stream)?;
         if driver.step(stream)? { Err(Code::ERROR_NOT_READY) } else { Ok(()) }
     })
@@ -71,12 +75,18 @@ extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> Code {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventQuery(event: Handle) -> Code {
-    current(|driver, _| driver.query_event(event))
+    current(|driver, _| {
+        driver.may_block()?;
+        driver.query_event(event)
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventSynchronize(event: Handle) -> Code {
-    current(|driver, _| driver.synchronise_event(event))
+    current(|driver, _| {
+        driver.may_block()?;
+        driver.synchronise_event(event)
+    })
 }
 
 #[unsafe(no_mangle)]

@@ -35,11 +35,17 @@ codes! {
     ERROR_NO_BINARY_FOR_GPU = 209, "no kernel image is available for execution on the device";
     ERROR_ECC_UNCORRECTABLE = 214, "uncorrectable ECC error encountered";
     ERROR_INVALID_HANDLE = 400, "invalid resource handle";
+    ERROR_ILLEGAL_STATE = 401, "the operation cannot be performed in the present state";
     ERROR_NOT_FOUND = 500, "named symbol not found";
     ERROR_NOT_READY = 600, "device not ready";
     ERROR_ILLEGAL_ADDRESS = 700, "an illegal memory access was encountered";
     ERROR_LAUNCH_FAILED = 719, "unspecified launch failure";
     ERROR_NOT_SUPPORTED = 801, "operation not supported";
+    ERROR_STREAM_CAPTURE_UNSUPPORTED = 900, "operation not permitted when stream is capturing";
+    ERROR_STREAM_CAPTURE_INVALIDATED = 901, "operation failed due to a previous error during capture";
+    ERROR_STREAM_CAPTURE_ISOLATION = 905, "dependency created on uncaptured work in another stream";
+    ERROR_CAPTURED_EVENT = 907, "operation not permitted on an event last recorded in a capturing stream";
+    ERROR_STREAM_CAPTURE_WRONG_THREAD = 908, "attempt to terminate a thread-local capture sequence from another thread";
 }
 
 fn c_str(text: &'static str) -> &'static CStr {

@@ -4,6 +4,7 @@
 //! that a device may take: a buffer of the host that is written to too early, a result that is read
 //! without a wait, an event that nobody waited for, all show. One lock is around everything.
 
+mod capture;
 mod code;
 mod device;
 mod module;
@@ -11,12 +12,13 @@ mod stream;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use crate::engine::Order;
 use crate::memory::Region;
 use crate::settings::Settings;
 
+pub use capture::Mode;
 pub use code::Code;
 pub use device::{Device, attribute};
 pub use module::{Function, Module};
@@ -24,6 +26,16 @@ pub use stream::{Event, Launch, Stream, Work};
 
 /// A pointer that names something of this driver to its caller.
 pub type Handle = usize;
+
+/// How often streams were asked to run something.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Launches {
+    /// One kernel.
+    pub kernels: u64,
+    /// A graph, whatever is in it.
+    pub graphs: u64,
+}
 
 /// The whole machine.
 #[derive(Debug)]
@@ -34,7 +46,11 @@ pub struct Driver {
     devices: Vec<Device>,
     /// The default stream of a device has the device's context as its handle.
     streams: BTreeMap<Handle, Stream>,
-    events: BTreeMap<Handle, std::sync::Arc<Event>>,
+    events: BTreeMap<Handle, Arc<Event>>,
+    /// What was captured, and what was made of it to be launched.
+    graphs: BTreeMap<Handle, Arc<Vec<Work>>>,
+    executables: BTreeMap<Handle, Arc<Vec<Work>>>,
+    launches: Launches,
     modules: BTreeMap<Handle, Module>,
     functions: BTreeMap<Handle, Function>,
     /// Memory of the host that the driver has given out, by its address.
@@ -83,6 +99,9 @@ impl Driver {
             devices,
             streams: (0..settings.devices).map(|at| (at + 1, Stream::new(at))).collect(),
             events: BTreeMap::new(),
+            graphs: BTreeMap::new(),
+            executables: BTreeMap::new(),
+            launches: Launches::default(),
             modules: BTreeMap::new(),
             functions: BTreeMap::new(),
             host: BTreeMap::new(),
@@ -128,6 +147,16 @@ impl Driver {
     /// Changes the order of blocks, warps and lanes.
     pub fn set_seed(&mut self, seed: u64) {
         self.order = Order::new(seed);
+    }
+
+    /// Plants faults, in place of those that were planted before.
+    pub fn plant(&mut self, faults: &str) {
+        self.settings.plant(faults);
+    }
+
+    /// How often streams were asked to run something.
+    pub fn launches(&self) -> Launches {
+        self.launches
     }
 
     /// Finds what has gone wrong since.

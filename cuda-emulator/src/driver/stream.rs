@@ -1,14 +1,15 @@
 //! Streams, events, and when what was asked of them is done.
 //!
 //! A stream is done in order, as far as somebody waits for; where it waits for another stream's
-//! event, that stream is done first, up to there.
+//! event, that stream is done first, up to there. One that is captured records and does nothing.
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use super::capture::Capture;
 use super::{Code, Driver, Function, Handle};
 use crate::engine::{self, BLOCK_THREADS_MAX, GRID_SIDE_MAX};
 
@@ -89,6 +90,8 @@ pub struct Event {
     stream: AtomicU64,
     /// Up to which of those it has come.
     done: AtomicU64,
+    /// Whether the stream was captured where it was last asked to be recorded.
+    pub is_captured: AtomicBool,
     /// When it last came to one.
     time: Mutex<Option<Instant>>,
 }
@@ -143,6 +146,8 @@ pub enum Work {
     Record(Arc<Event>, u64),
     /// To wait until another stream has come to an event the so many-th time.
     Wait(Arc<Event>, u64, Handle),
+    /// To do all of this, one after the other.
+    Graph(Arc<Vec<Work>>),
 }
 
 /// A queue of work.
@@ -151,12 +156,14 @@ pub struct Stream {
     /// The number of its device.
     pub device: usize,
     work: VecDeque<Work>,
+    /// What it records, if it does.
+    pub capture: Option<Capture>,
 }
 
 impl Stream {
     /// A stream of a device, without work.
     pub fn new(device: usize) -> Self {
-        Self { device, work: VecDeque::new() }
+        Self { device, work: VecDeque::new(), capture: None }
     }
 }
 
@@ -181,14 +188,22 @@ impl Driver {
         outcome
     }
 
-    /// Asks a stream to do something.
+    /// Asks a stream to do something, or to record it.
     pub fn ask(&mut self, stream: Handle, work: Work) -> Result<(), Code> {
         let handle = self.stream(stream)?;
-        if matches!(work, Work::Launch(_)) {
+        if matches!(work, Work::Launch(_) | Work::Graph(_)) {
             self.look_for_faults();
         }
         let stream = self.streams.get_mut(&handle).ok_or(Code::ERROR_INVALID_HANDLE)?;
         self.devices[stream.device].alive()?;
+        if let Some(capture) = &mut stream.capture {
+            return capture.record(work);
+        }
+        match work {
+            Work::Launch(_) => self.launches.kernels += 1,
+            Work::Graph(_) => self.launches.graphs += 1,
+            _ => {}
+        }
         stream.work.push_back(work);
         Ok(())
     }
@@ -213,22 +228,30 @@ impl Driver {
         let device = stream.device;
         self.devices[device].alive()?;
         let Some(work) = stream.work.pop_front() else { return Ok(false) };
+        self.perform(device, &work)?;
+        Ok(true)
+    }
+
+    fn perform(&mut self, device: usize, work: &Work) -> Result<(), Code> {
         match work {
             // SAFETY: whoever asked for it has promised that both places stay until it is done.
             Work::Copy { to, from, bytes } => unsafe {
-                (to as *mut u8).copy_from(from as *const u8, bytes);
+                (*to as *mut u8).copy_from(*from as *const u8, *bytes);
             },
             // SAFETY: as above.
             Work::Write { to, bytes } => unsafe {
-                (to as *mut u8).copy_from(bytes.as_ptr(), bytes.len());
+                (*to as *mut u8).copy_from(bytes.as_ptr(), bytes.len());
             },
             // SAFETY: as above.
-            Work::Fill { to, value, bytes } => unsafe { (to as *mut u8).write_bytes(value, bytes) },
-            Work::Launch(launch) => self.run(device, &launch)?,
-            Work::Record(event, number) => event.come(number),
-            Work::Wait(event, number, other) => self.reach(&event, number, other)?,
+            Work::Fill { to, value, bytes } => unsafe {
+                (*to as *mut u8).write_bytes(*value, *bytes);
+            },
+            Work::Launch(launch) => self.run(device, launch)?,
+            Work::Record(event, number) => event.come(*number),
+            Work::Wait(event, number, other) => self.reach(event, *number, *other)?,
+            Work::Graph(works) => works.iter().try_for_each(|work| self.perform(device, work))?,
         }
-        Ok(true)
+        Ok(())
     }
 
     fn run(&mut self, device: usize, launch: &Launch) -> Result<(), Code> {
@@ -275,6 +298,12 @@ impl Driver {
     /// Asks a stream to tell when it has come here.
     pub fn record(&mut self, event: Handle, stream: Handle) -> Result<(), Code> {
         let (event, stream) = (self.event(event)?, self.stream(stream)?);
+        let is_captured = self.streams.get(&stream).is_some_and(|stream| stream.capture.is_some());
+        event.is_captured.store(is_captured, Ordering::Relaxed);
+        if is_captured {
+            // A place within a graph, where nothing is to be done.
+            return Ok(());
+        }
         let number = event.asked.fetch_add(1, Ordering::Relaxed) + 1;
         event.stream.store(stream as u64, Ordering::Relaxed);
         self.ask(stream, Work::Record(event, number))
@@ -291,6 +320,7 @@ impl Driver {
     /// Waits for an event, if it was asked to be recorded.
     pub fn synchronise_event(&mut self, event: Handle) -> Result<(), Code> {
         let event = self.event(event)?;
+        Self::not_captured(&event)?;
         let number = event.asked.load(Ordering::Relaxed);
         self.reach(&event, number, event.stream.load(Ordering::Relaxed) as Handle)
     }
@@ -299,6 +329,7 @@ impl Driver {
     /// asks again and again gets there.
     pub fn query_event(&mut self, event: Handle) -> Result<(), Code> {
         let event = self.event(event)?;
+        Self::not_captured(&event)?;
         if event.done.load(Ordering::Relaxed) >= event.asked.load(Ordering::Relaxed) {
             return Ok(());
         }
