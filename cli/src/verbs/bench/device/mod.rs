@@ -158,7 +158,8 @@ fn lines(
         }
     }
     for &trunk in &args.trunks {
-        lines.extend(trunk::products(machine, trunk, &args.shapes, &rows)?);
+        let weights = WeightFormat::from(args.weights);
+        lines.extend(trunk::products(machine, weights, trunk, &args.shapes, &rows)?);
         for &rows in &rows {
             for &positions in &args.positions {
                 lines.extend(trunk::attention(machine, trunk, rows, positions as usize)?);

@@ -3,7 +3,9 @@
 use entente_model::kernels::cuda::{
     Buffer, KvView, Loader, attention_partial_len, attention_run_len, attention_splits, row_pairs,
 };
-use entente_model::kernels::{BLOCK_LEN, DeviceError, Matrix, MatrixSource, SourceDtype};
+use entente_model::kernels::{
+    BLOCK_LEN, DeviceError, Matrix, MatrixSource, SourceDtype, WeightFormat,
+};
 use half::bf16;
 
 use super::machine::{Machine, REPEATS, copies, median_us};
@@ -40,12 +42,15 @@ impl Projection {
         let mut weight = || bf16::from_f64((random.uniform() - 0.5) * 0.04).to_le_bytes();
         let bytes: Vec<u8> = (0..out_features * in_features).flat_map(|_| weight()).collect();
         let dtype = SourceDtype::Bf16;
-        let pack = |_| {
+        let pack = || {
             let source =
                 MatrixSource { out_features, in_features, dtype, bytes: &bytes, scales: None };
             if exact { loader.pack_exact(source) } else { loader.pack(source) }
         };
-        let cold = (0..copies(bytes.len())).map(pack).collect::<Result<_, _>>()?;
+        let mut cold = vec![pack()?];
+        for _ in 1..copies(cold[0].bytes()) {
+            cold.push(pack()?);
+        }
         Ok(Self { name, cold, exact })
     }
 
@@ -78,11 +83,12 @@ impl Projection {
 /// Products with the matrices of a layer and of the head, at each number of rows.
 pub fn products(
     machine: &Machine,
+    weights: WeightFormat,
     trunk: Trunk,
     shapes: &[Shape],
     rows: &[usize],
 ) -> anyhow::Result<Vec<Line>> {
-    let loader = Loader::new(&machine.device)?;
+    let loader = Loader::new(&machine.device, weights)?;
     let (hidden, q) = (trunk.hidden, trunk.q_len());
     let mut matrices = vec![
         ("matmul q", [q, hidden], false),
