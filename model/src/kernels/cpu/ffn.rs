@@ -194,16 +194,17 @@ impl Section<'_> {
         let panels = self.panels(&groups);
         let outputs = gate.outputs(&panels);
         let x = &input[self.input_at..][..self.input.total()];
-        let product = |w, upcoming| {
-            let mut values = cpu.products.take(self.rows.len() * outputs.len());
-            let out = Scatter::new(&mut values);
+        let mut products = cpu.products.take(2 * self.rows.len() * outputs.len());
+        let (joined, linear) = products.split_at_mut(self.rows.len() * outputs.len());
+        let product = |w, upcoming, values: &mut [f32]| {
+            let out = Scatter::new(values);
             let to = Destination::all(&out, outputs.len());
             // SAFETY: the values are this call's alone.
             unsafe { multiply(cpu, w, panels.clone(), upcoming, &self.input, x, &to) };
-            values
         };
-        let mut joined = product(gate, next.after(true));
-        join(cpu.isa, *activation, &mut joined, &product(up, next.after(false)));
+        product(gate, next.after(true), joined);
+        product(up, next.after(false), linear);
+        join(cpu.isa, *activation, joined, linear);
         for t in 0..self.inner.count() {
             // A tile is stored input by input, so some groups' part of it is contiguous.
             let (first, count) = self.inner.tile(t);
