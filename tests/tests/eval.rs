@@ -37,7 +37,7 @@ fn accuracy(weights: &str) -> f64 {
 #[test]
 fn quantised_weights_cost_the_phrasebook_little() {
     let bf16 = accuracy("bf16");
-    for (weights, loss_max) in [("q8", 0.003), ("q4", 0.015)] {
+    for (weights, loss_max) in [("q8", 0.003), ("fp8", 0.005), ("q4", 0.015)] {
         let quantised = accuracy(weights);
         println!("{weights} {quantised}, bf16 {bf16}");
         assert!(bf16 - quantised <= loss_max, "{weights} {quantised}, bf16 {bf16}");
