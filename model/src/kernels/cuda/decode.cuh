@@ -24,6 +24,8 @@
 #include "panel.cuh"
 
 constexpr int DECODE_TILES = DECODE_ROWS / 8;
+// Blocks that share an SM by their shared memory, so that the compiler saves no registers for more.
+constexpr int DECODE_BLOCKS = 2;
 // Fours of outputs that a lane has.
 constexpr int DECODE_QUADS = DECODE_PANELS * QUADS / 8;
 

@@ -108,7 +108,7 @@ __device__ inline void down_many(const FfnTile* tiles, const Assignment* assignm
                                                        order.outputs, tile.rows});
 }
 
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS)
 ffn_gate_up_16(const FfnTile* tiles, const Assignment* assignments, const uint4* x, int hidden,
                int inner, uint4* h) {
     gate_up_few<Bf16Weights>(tiles, assignments, x, hidden, inner, h);
@@ -120,7 +120,7 @@ ffn_gate_up_128(const FfnTile* tiles, const Assignment* assignments, const uint4
     gate_up_many<Bf16Weights>(tiles, assignments, x, hidden, inner, h);
 }
 
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS)
 ffn_down_16(const FfnTile* tiles, const Assignment* assignments, const uint4* h, int inner,
             int hidden, uint4* y16, float* y32) {
     down_few<Bf16Weights>(tiles, assignments, h, inner, hidden, y16, y32);
@@ -132,7 +132,7 @@ ffn_down_128(const FfnTile* tiles, const Assignment* assignments, const uint4* h
     down_many<Bf16Weights>(tiles, assignments, h, inner, hidden, y16, y32);
 }
 
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS)
 fp8_ffn_gate_up_16(const FfnTile* tiles, const Assignment* assignments, const uint4* x, int hidden,
                    int inner, uint4* h) {
     gate_up_few<Fp8Weights>(tiles, assignments, x, hidden, inner, h);
@@ -144,7 +144,7 @@ fp8_ffn_gate_up_64(const FfnTile* tiles, const Assignment* assignments, const ui
     gate_up_many<Fp8Weights>(tiles, assignments, x, hidden, inner, h);
 }
 
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS)
 fp8_ffn_down_16(const FfnTile* tiles, const Assignment* assignments, const uint4* h, int inner,
                 int hidden, uint4* y16, float* y32) {
     down_few<Fp8Weights>(tiles, assignments, h, inner, hidden, y16, y32);

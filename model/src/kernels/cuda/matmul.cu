@@ -36,7 +36,7 @@ __device__ inline void matmul_many(const uint4* w, const uint4* x, int rows, int
                                                         min(rows - first, Weights::PREFILL_ROWS)});
 }
 
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS)
 matmul_16(const uint4* w, const uint4* x, int rows, int inputs, int outputs, float* y) {
     matmul_few<Bf16Weights>(w, x, rows, inputs, outputs, y);
 }
@@ -46,7 +46,7 @@ matmul_128(const uint4* w, const uint4* x, int rows, int inputs, int outputs, fl
     matmul_many<Bf16Weights>(w, x, rows, inputs, outputs, y);
 }
 
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS)
 fp8_matmul_16(const uint4* w, const uint4* x, int rows, int inputs, int outputs, float* y) {
     matmul_few<Fp8Weights>(w, x, rows, inputs, outputs, y);
 }
