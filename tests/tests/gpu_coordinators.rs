@@ -15,8 +15,10 @@ use serde_json::json;
 /// Enough for what a step takes, and for a cache of some megabytes.
 const MEMORY_BYTES: u64 = 160 << 20;
 
-fn start(gpus: &Gpus) -> Cluster {
-    let args = ["--no-restart", "--regions", "fr=1,se=1", "--device", "fr-coordinator=cuda:0"];
+/// With these processes of fr on GPUs.
+fn start(gpus: &Gpus, devices: &str, args: &[&str]) -> Cluster {
+    let usual = ["--no-restart", "--regions", "fr=1,se=1", "--device", devices];
+    let args = [&usual, args].concat();
     let cluster = Cluster::try_start_in(gpus.variables(), &args);
     cluster.unwrap_or_else(|end| panic!("{args:?} did not start: {end:#?}"))
 }
@@ -42,7 +44,7 @@ fn pid(cluster: &Cluster, name: &str) -> u64 {
 #[test]
 fn a_coordinator_on_a_gpu_answers_like_one_on_a_processor() {
     let gpus = Gpus::new(1, MEMORY_BYTES, "");
-    let cluster = start(&gpus);
+    let cluster = start(&gpus, "fr-coordinator=cuda:0", &[]);
     let [fr, se] = cluster.endpoints().try_into().unwrap();
     let metrics = http::get(&format!("{fr}/metrics")).text;
     let device = "entente_device_info{device=\"cuda:0\",kernel_class=\"bf16/cuda-sm";
@@ -53,7 +55,7 @@ fn a_coordinator_on_a_gpu_answers_like_one_on_a_processor() {
 #[test]
 fn a_coordinator_that_loses_its_gpu_says_so_and_harms_nobody_else() {
     let gpus = Gpus::new(1, MEMORY_BYTES, "");
-    let cluster = start(&gpus);
+    let cluster = start(&gpus, "fr-coordinator=cuda:0", &[]);
     let [fr, se] = cluster.endpoints().try_into().unwrap();
     let answers = ask(&se);
     let process = cluster.process("fr-coordinator");
@@ -70,6 +72,18 @@ fn a_coordinator_that_loses_its_gpu_says_so_and_harms_nobody_else() {
         wait_for(STOP_DEADLINE, || cluster.stderr().contains("exit status: 9").then_some(()));
     assert!(ended.is_some(), "{}", cluster.stderr());
     assert_eq!(ask(&se), answers);
+}
+
+#[test]
+fn a_country_on_gpus_answers_like_one_on_processors_in_fp8_too() {
+    let gpus = Gpus::new(2, MEMORY_BYTES, "");
+    let devices = "fr-coordinator=cuda:0,fr-expert-1=cuda:1";
+    let cluster = start(&gpus, devices, &["--weights", "fp8"]);
+    let [fr, se] = cluster.endpoints().try_into().unwrap();
+    let metrics = http::get(&format!("{fr}/metrics")).text;
+    let device = "entente_device_info{device=\"cuda:0\",kernel_class=\"fp8/cuda-sm";
+    assert!(metrics.contains(device), "{metrics}");
+    assert_eq!(ask(&fr), ask(&se));
 }
 
 #[test]

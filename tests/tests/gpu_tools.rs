@@ -125,6 +125,27 @@ fn every_kernel_on_a_gpu_is_measured_beside_copies_and_cublas() {
 }
 
 #[test]
+fn weights_in_fp8_are_measured_by_the_half_of_the_bytes_that_they_take() {
+    let machine = Machine::new(&[]);
+    let [bf16, fp8] = ["bf16", "fp8"].map(|weights| {
+        let report = found(&machine.bench(&[("ENTENTE_WEIGHTS", weights)]));
+        assert_eq!(report["kernel_class"], format!("{weights}/cuda-sm90/1"));
+        let weights = lines(&report).filter(|line| {
+            let kernel = line["kernel"].as_str().unwrap();
+            kernel == "experts" || kernel == "matmul q"
+        });
+        weights
+            .map(|line| line["moved_gb_s"].as_f64().unwrap() * line["kernels_us"].as_f64().unwrap())
+            .collect::<Vec<f64>>()
+    });
+    assert_eq!((bf16.len(), fp8.len()), (2, 2));
+    for (fp8, bf16) in fp8.iter().zip(&bf16) {
+        // And a scale for each output, which is not little where matrices are small.
+        assert!((0.5..0.6).contains(&(fp8 / bf16)), "{fp8} instead of {bf16}");
+    }
+}
+
+#[test]
 fn without_cublas_there_are_no_shares_of_it_and_a_sentence_says_why() {
     let machine = Machine::new(&CUBLAS);
     let report = found(&machine.bench_with(&["--rows", "1", "-o", "json"], &[]));
