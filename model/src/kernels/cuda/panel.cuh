@@ -65,8 +65,8 @@ __device__ inline Totals operator+(const Totals& a, const Totals& b) {
 }
 
 // Adds a chunk to the totals of N times 8 rows: `w` are this lane's four outputs of its four pairs in
-// bf16, `x` its pieces of row g of each eight. The first 16 inputs of all come before the last 16 of any, so
-// that 2 N operations are independent of one another.
+// bf16, `x` its pieces of row g of each eight. The first 16 inputs of all come before the last 16 of
+// any, so that 2 N operations are independent of one another.
 template <int N>
 __device__ inline void multiply(Totals* totals, const uint4 (&w)[4], const uint4 (&x)[N]) {
     #pragma unroll
@@ -83,8 +83,8 @@ __device__ inline void multiply(Totals* totals, const uint4 (&w)[4], const uint4
     }
 }
 
-// The sums of four outputs a lane and N times 8 rows: what is multiplied is added to `chain`, and
-// what `totals` are at the end of a segment is its sum.
+// The sums of four outputs a lane and N times 8 rows. Products are added to `chain`; at the end of a
+// segment `totals` are its sum.
 template <class Weights, int N, bool = SCALED<Weights>>
 struct Sums {
     Totals totals[N];
@@ -96,6 +96,7 @@ struct Sums {
     __device__ void end_chunk(int, int) {}
 };
 
+// Of weights with scales: the block that is summed is added to the totals when it is whole.
 template <class Weights, int N>
 struct Sums<Weights, N, true> {
     Totals totals[N], block[N];
@@ -118,7 +119,7 @@ struct Sums<Weights, N, true> {
     }
 };
 
-// Where the scales of four outputs of a panel are, those of one block after those of another.
+// Where the scales of four outputs of a panel are, block after block; nowhere if there are none.
 template <class Weights, bool = SCALED<Weights>>
 struct QuadScales {
     __device__ QuadScales() {}

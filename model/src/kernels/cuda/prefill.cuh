@@ -25,6 +25,7 @@
 #include "panel.cuh"
 
 static_assert(PREFILL_THREADS == PREFILL_PANELS * WARP, "a warp multiplies one panel");
+
 // The fewest rows for which each thread has something to copy.
 constexpr int PREFILL_ROWS_MIN = PREFILL_THREADS / ROW_PIECES;
 
