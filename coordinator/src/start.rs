@@ -414,7 +414,6 @@ fn start_engine(
     metrics: Arc<Metrics>,
 ) -> Result<Api, Error> {
     let (architecture, blocks) = (loaded.checkpoint.architecture(), loaded.blocks);
-    let vocab = architecture.vocab;
     let context_len = architecture.max_positions.min(blocks * BLOCK_LEN);
     let tokenizer = Arc::new(loaded.tokenizer);
     let micro_batch_rows_min = config.engine.micro_batch_rows_min;
@@ -438,7 +437,6 @@ fn start_engine(
         exchanger,
         kernels: loaded.kernels,
         tokenizer: tokenizer.clone(),
-        vocab,
         request_wait_max: Duration::from_millis(config.engine.request_wait_max_ms),
         closings,
         metrics: metrics.clone(),
@@ -451,7 +449,7 @@ fn start_engine(
         generation: loaded.generation,
         model_name: model_name(config),
         context_len,
-        vocab,
+        vocab: architecture.vocab,
         created_s: api::now_s(),
         home: config.region,
         endpoints: config.api.endpoints.clone(),

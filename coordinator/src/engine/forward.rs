@@ -29,15 +29,15 @@ use entente_router::gate::{self, GateSpec};
 
 use super::exchanger::{Exchanger, InFlight, Rows};
 use super::scheduler::Chunk;
-use super::trunk::Trunk;
+use super::trunk::{Answers, Trunk, Wanted};
 use crate::metrics::Metrics;
 
 /// What a step computes.
 pub struct StepRows<'a> {
     /// The chunks, whose rows lie one after the other in this order.
     pub chunks: &'a [Chunk],
-    /// Rows whose logits are wanted, ascending.
-    pub logit_rows: &'a [usize],
+    /// Rows whose logits say something that is wanted, ascending.
+    pub wanted: &'a [Wanted],
 }
 
 /// Why a step came to nothing.
@@ -57,12 +57,11 @@ pub struct Forward {
     /// How each layer's gate chooses; absent for a dense layer.
     gates: Vec<Option<GateSpec>>,
     hidden: usize,
-    vocab: usize,
     micro_batch_rows_min: usize,
     /// What experts add to the residual stream of a micro-batch, `[rows, hidden]`. Kept, as the
-    /// logits' memory is, for the next.
+    /// answers' memory is, for the next.
     delta: Vec<f32>,
-    logits: Vec<f32>,
+    answers: Answers,
     metrics: Arc<Metrics>,
 }
 
@@ -86,33 +85,31 @@ impl Forward {
         metrics: Arc<Metrics>,
     ) -> Self {
         let gates = architecture.layers.iter().map(|layer| gate_spec(&layer.ffn)).collect();
-        let Architecture { hidden, vocab, .. } = *architecture;
-        let (delta, logits) = (Vec::new(), Vec::new());
-        Self { trunk, gates, hidden, vocab, micro_batch_rows_min, delta, logits, metrics }
+        let (hidden, delta, answers) = (architecture.hidden, Vec::new(), Answers::default());
+        Self { trunk, gates, hidden, micro_batch_rows_min, delta, answers, metrics }
     }
 
-    /// Logits of `step.logit_rows`, `[logit_rows, vocab]`. The rows' keys and values are in the
-    /// cache afterwards. On failure the cache may hold some of them, which does no harm: they are
+    /// An answer about each of `step.wanted`. The rows' keys and values are in the cache afterwards. On failure the cache may hold some of them, which does no harm: they are
     /// written again, with the same values, when the rows are computed again.
     pub fn run(
         &mut self,
         step: &StepRows<'_>,
         exchanger: &mut Exchanger,
-    ) -> Result<Vec<f32>, StepError> {
+    ) -> Result<Answers, StepError> {
         let rows = step.chunks.iter().map(|chunk| chunk.tokens.len()).sum();
         let rows_min = if exchanger.overlaps() { self.micro_batch_rows_min } else { usize::MAX };
         let batches = micro_batches(rows, rows_min);
         self.trunk.begin(step.chunks, &batches)?;
         self.layers(&batches, exchanger)?;
-        let mut logits = std::mem::take(&mut self.logits);
-        logits.resize(step.logit_rows.len() * self.vocab, 0.0);
-        self.trunk.logits(step.logit_rows, &mut logits)?;
-        Ok(logits)
+        let mut answers = std::mem::take(&mut self.answers);
+        answers.clear();
+        self.trunk.logits(step.wanted, &mut answers)?;
+        Ok(answers)
     }
 
-    /// Takes logits back once they are no longer needed, so that the next step's use their memory.
-    pub fn reuse(&mut self, logits: Vec<f32>) {
-        self.logits = logits;
+    /// Takes answers back once they are no longer needed, so that the next step's use their memory.
+    pub fn reuse(&mut self, answers: Answers) {
+        self.answers = answers;
     }
 
     /// Takes all micro-batches through all layers. A micro-batch's turn begins with what its rows

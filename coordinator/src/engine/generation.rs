@@ -14,6 +14,7 @@ use super::sampler::{self, ScoredToken};
 use super::scheduler::{Chunk, SequenceId};
 use super::speculation::HitRate;
 use super::tally::Tally;
+use super::trunk::{Answer, Answers, Need};
 use super::{Event, Request};
 
 /// What the engine knows of a request beyond its rows.
@@ -44,12 +45,23 @@ pub(super) struct Reading {
 }
 
 impl Generation {
-    /// Whether the row at `position` predicts something that is asked for; every guess's does.
-    pub(super) fn wants_logits(&self, chunk: &Chunk, position: usize) -> bool {
-        let samples = self.request.stop.max_tokens > 0
-            && chunk.reaches_end
-            && position + 1 >= chunk.start + chunk.known_len();
-        samples || self.wants_prompt_score(position)
+    /// What the row at `position` is needed for, if it predicts something that is asked for; every
+    /// guess's does.
+    pub(super) fn need(&self, chunk: &Chunk, position: usize) -> Option<Need> {
+        let Request { sampling, logprobs, stop, .. } = &self.request;
+        let drawn = self.draws_at(chunk, position - chunk.start).filter(|_| stop.max_tokens > 0);
+        let scored = self.wants_prompt_score(position) || (drawn.is_some() && logprobs.is_some());
+        match (scored, drawn) {
+            (true, _) => Some(Need::Logits),
+            (false, None) => None,
+            (false, Some(at)) => Some(sampling.choice(at).map_or(Need::Logits, Need::Token)),
+        }
+    }
+
+    /// The position of the token that row `at` of a chunk draws, if it draws one.
+    fn draws_at(&self, chunk: &Chunk, at: usize) -> Option<usize> {
+        let draft_at = (at + 1).checked_sub(chunk.known_len()).filter(|_| chunk.reaches_end);
+        draft_at.map(|draft_at| self.position + draft_at)
     }
 
     /// Whether the row at `position` scores the prompt token after it, for the first time: a
@@ -60,25 +72,30 @@ impl Generation {
             && self.prompt_scores.as_ref().is_some_and(|scores| scores.len() <= predicted)
     }
 
-    /// Reads the logits of row `at` of a chunk. If the row's token is a guess, what it says counts
+    /// Reads what is said of row `at` of a chunk. If the row's token is a guess, what it says counts
     /// only if that and all guesses before it are right.
-    pub(super) fn read(&self, chunk: &Chunk, at: usize, logits: &[f32]) -> Reading {
-        let draft_at = (at + 1).checked_sub(chunk.known_len()).filter(|_| chunk.reaches_end);
+    pub(super) fn read(&self, chunk: &Chunk, at: usize, answer: Answer<'_>) -> Reading {
         Reading {
-            prompt_score: self.prompt_score(chunk.start + at, logits),
-            drawn: draft_at.map(|draft_at| self.draw(self.position + draft_at, logits)),
+            prompt_score: self.prompt_score(chunk.start + at, answer),
+            drawn: self.draws_at(chunk, at).map(|position| self.draw(position, answer)),
         }
     }
 
     /// Draws the token at `position`, with its score if that is asked for.
-    fn draw(&self, position: usize, logits: &[f32]) -> (u32, Option<ScoredToken>) {
+    fn draw(&self, position: usize, answer: Answer<'_>) -> (u32, Option<ScoredToken>) {
         let Request { sampling, logprobs, .. } = &self.request;
+        let logits = match answer {
+            Answer::Token(token) => return (token, None),
+            Answer::Logits(logits) => logits,
+        };
         let token = sampler::sample(logits, sampling, position);
         (token, logprobs.map(|top_len| sampler::score(logits, token, top_len)))
     }
 
-    fn prompt_score(&self, position: usize, logits: &[f32]) -> Option<ScoredToken> {
-        let top_len = self.request.prompt_logprobs?;
+    fn prompt_score(&self, position: usize, answer: Answer<'_>) -> Option<ScoredToken> {
+        let (top_len, Answer::Logits(logits)) = (self.request.prompt_logprobs?, answer) else {
+            return None;
+        };
         let token = || self.request.prompt[position + 1];
         self.wants_prompt_score(position).then(|| sampler::score(logits, token(), top_len))
     }
@@ -117,23 +134,22 @@ pub(super) fn owners(
     (owners, owner_of_row)
 }
 
-/// What each of the rows whose logits were wanted says. With a large vocabulary that is as much work
+/// What each of the wanted rows says to whoever wanted it. With a large vocabulary that is as much work
 /// as a kernel's, so it is spread over the same threads; who reads a row does not matter.
 pub(super) fn read(
     kernels: &dyn Kernels,
     generations: &BTreeMap<SequenceId, Generation>,
     step: &StepRows<'_>,
-    logits: &[&[f32]],
+    answers: &Answers,
 ) -> Vec<Reading> {
     let mut places: Vec<(&Chunk, usize)> = Vec::new();
     for chunk in step.chunks {
         places.extend((0..chunk.tokens.len()).map(|at| (chunk, at)));
     }
-    let readings: Vec<OnceLock<Reading>> =
-        step.logit_rows.iter().map(|_| OnceLock::new()).collect();
-    kernels.for_each(step.logit_rows.len(), &|i| {
-        let (chunk, at) = places[step.logit_rows[i]];
-        readings[i].get_or_init(|| generations[&chunk.id].read(chunk, at, logits[i]));
+    let readings: Vec<OnceLock<Reading>> = step.wanted.iter().map(|_| OnceLock::new()).collect();
+    kernels.for_each(step.wanted.len(), &|i| {
+        let (chunk, at) = places[step.wanted[i].row];
+        readings[i].get_or_init(|| generations[&chunk.id].read(chunk, at, answers.get(i)));
     });
     let readings = readings.into_iter().map(OnceLock::into_inner);
     readings.map(|reading| reading.expect("every task has run")).collect()

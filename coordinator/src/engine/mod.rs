@@ -52,6 +52,7 @@ use self::sampler::{Sampling, ScoredToken};
 use self::scheduler::{Chunk, NewSequence, Refused, Scheduler, SchedulerConfig, SequenceId};
 use self::speculation::{Candidate, Speculator};
 use self::tally::{Closed, How, Tally};
+use self::trunk::{Answers, Wanted};
 use crate::metrics::Metrics;
 
 /// Events beyond one a token: prompt scores, the end, and one to spare.
@@ -151,7 +152,6 @@ pub struct Engine {
     tokenizer: Arc<Tokenizer>,
     generations: BTreeMap<SequenceId, Generation>,
     next_id: u64,
-    vocab: usize,
     request_wait_max: Duration,
     /// Why the last step came to nothing; absent once one was computed.
     hold: Option<Hold>,
@@ -174,8 +174,6 @@ pub struct Parts {
     pub kernels: Arc<dyn Kernels>,
     /// For text and stop strings.
     pub tokenizer: Arc<Tokenizer>,
-    /// Length of a row of logits.
-    pub vocab: usize,
     /// How long a request may wait for experts that are missing.
     pub request_wait_max: Duration,
     /// Who is told of each generation that has ended, in a bounded channel: the engine waits while
@@ -202,7 +200,6 @@ impl Engine {
             tokenizer: parts.tokenizer,
             generations: BTreeMap::new(),
             next_id: 0,
-            vocab: parts.vocab,
             request_wait_max: parts.request_wait_max,
             hold: None,
             submissions,
@@ -393,15 +390,14 @@ impl Engine {
         if decodes && self.speculator.draft_tokens_max() > 0 {
             self.draft(&mut chunks);
         }
-        let logit_rows = self.logit_rows(&chunks);
-        let step = StepRows { chunks: &chunks, logit_rows: &logit_rows };
+        let wanted = self.wanted(&chunks);
+        let step = StepRows { chunks: &chunks, wanted: &wanted };
         match self.compute(&step) {
-            Ok(logits) => {
+            Ok(answers) => {
                 let kernels = self.kernels.as_ref();
-                let logits_of_row = logits.chunks_exact(self.vocab).collect::<Vec<_>>();
-                let readings = generation::read(kernels, &self.generations, &step, &logits_of_row);
-                self.deliver(&chunks, &logit_rows, readings);
-                self.forward.reuse(logits);
+                let readings = generation::read(kernels, &self.generations, &step, &answers);
+                self.deliver(&chunks, &wanted, readings);
+                self.forward.reuse(answers);
             }
             Err(StepError::Experts(failure)) => {
                 self.hold(failure, &chunks, (began, changes));
@@ -421,7 +417,7 @@ impl Engine {
     }
 
     /// Computes a step, and counts where its rows went, whatever came of it.
-    fn compute(&mut self, step: &StepRows<'_>) -> Result<Vec<f32>, StepError> {
+    fn compute(&mut self, step: &StepRows<'_>) -> Result<Answers, StepError> {
         let (owners, owner_of_row) = generation::owners(step.chunks, &self.generations);
         let epochs = self.exchanger.epochs();
         self.exchanger.begin_step(owners, owner_of_row);
@@ -473,31 +469,32 @@ impl Engine {
         }
     }
 
-    /// Rows of the step, counted over all chunks, whose logits somebody needs.
-    fn logit_rows(&self, chunks: &[Chunk]) -> Vec<usize> {
-        let mut rows = Vec::new();
+    /// Rows of the step, counted over all chunks, whose logits somebody needs, and what for.
+    fn wanted(&self, chunks: &[Chunk]) -> Vec<Wanted> {
+        let mut wanted = Vec::new();
         let mut first_row = 0;
         for chunk in chunks {
             let generation = &self.generations[&chunk.id];
-            for offset in 0..chunk.tokens.len() {
-                if generation.wants_logits(chunk, chunk.start + offset) {
-                    rows.push(first_row + offset);
-                }
-            }
+            let need = |offset: usize| {
+                let need = generation.need(chunk, chunk.start + offset)?;
+                Some(Wanted { row: first_row + offset, need })
+            };
+            wanted.extend((0..chunk.tokens.len()).filter_map(need));
             first_row += chunk.tokens.len();
         }
-        rows
+        wanted
     }
 
     /// Hands what each row of logits says to the generation that wanted it.
-    fn deliver(&mut self, chunks: &[Chunk], logit_rows: &[usize], readings: Vec<Reading>) {
-        let mut wanted = logit_rows.iter().zip(readings).peekable();
+    fn deliver(&mut self, chunks: &[Chunk], wanted: &[Wanted], readings: Vec<Reading>) {
+        let rows = wanted.iter().map(|wanted| wanted.row);
+        let mut wanted = rows.zip(readings).peekable();
         let mut first_row = 0;
         for chunk in chunks {
             self.scheduler.computed(chunk.id, chunk.known_len());
             let end_row = first_row + chunk.tokens.len();
             let mut is_known = true;
-            while let Some((row, reading)) = wanted.next_if(|(row, _)| **row < end_row) {
+            while let Some((row, reading)) = wanted.next_if(|(row, _)| *row < end_row) {
                 // Behind a wrong guess no row means anything.
                 is_known = is_known && self.deliver_row(chunk, row - first_row, reading);
             }

@@ -28,6 +28,36 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+/// How a token is chosen from a row of logits where tokens need not be compared with one another.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Choice {
+    /// The likeliest; the lowest id among equals.
+    Likeliest,
+    /// Drawn from all of them.
+    Draw {
+        /// One over the temperature.
+        scale: f32,
+        /// Tokens of a smaller weight are left out; the likeliest has weight 1.
+        weight_min: f32,
+        /// The random number, in [0, 1).
+        uniform: f64,
+    },
+}
+
+impl Sampling {
+    /// How the token at `position` is chosen, unless by top-k or top-p.
+    pub fn choice(&self, position: usize) -> Option<Choice> {
+        if self.temperature == 0.0 {
+            return Some(Choice::Likeliest);
+        }
+        (self.top_k == 0 && self.top_p >= 1.0).then(|| Choice::Draw {
+            scale: 1.0 / self.temperature,
+            weight_min: self.min_p,
+            uniform: uniform(self.seed, position),
+        })
+    }
+}
+
 /// A token with its log-probability under the model, before temperature and filters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenLogprob {
@@ -48,18 +78,21 @@ pub struct ScoredToken {
 
 /// Chooses the token at `position` from `logits` (one per token of the vocabulary).
 pub fn sample(logits: &[f32], sampling: &Sampling, position: usize) -> u32 {
-    if sampling.temperature == 0.0 {
-        return logits::argmax(logits);
+    if let Some(choice) = sampling.choice(position) {
+        return choose(logits, choice);
     }
-    let uniform = uniform(sampling.seed, position);
-    let weighing = weighing(logits, sampling);
-    let token = if sampling.top_k == 0 && sampling.top_p >= 1.0 {
-        draw_from_all(logits, &weighing, uniform)
-    } else {
-        draw(&filter(logits, sampling, &weighing), uniform)
+    let kept = filter(logits, sampling, &weighing(logits, sampling));
+    draw(&kept, uniform(sampling.seed, position)).unwrap_or_else(|| logits::argmax(logits))
+}
+
+/// The token that a choice takes. Devices compute the same, to the bit (`draw` in `logits.cu`).
+pub fn choose(logits: &[f32], choice: Choice) -> u32 {
+    let Choice::Draw { scale, weight_min, uniform } = choice else {
+        return logits::argmax(logits);
     };
+    let weighing = Weighing { max: logits::max(logits), scale, weight_min };
     // Rounding can leave a sliver at the end; it belongs to the likeliest.
-    token.unwrap_or_else(|| logits::argmax(logits))
+    draw_from_all(logits, &weighing, uniform).unwrap_or_else(|| logits::argmax(logits))
 }
 
 fn weighing(logits: &[f32], sampling: &Sampling) -> Weighing {

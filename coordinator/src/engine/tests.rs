@@ -9,7 +9,7 @@ use entente_proto::ids::KernelClass;
 use entente_router::view::{ClusterView, Model};
 
 use super::cluster::{Cluster, committed};
-use super::trunk::Trunk;
+use super::trunk::{Answers, Trunk, Wanted};
 use super::*;
 use crate::link::Links;
 
@@ -48,7 +48,7 @@ impl Trunk for Lost {
         Err(lost())
     }
 
-    fn logits(&mut self, _: &[usize], _: &mut [f32]) -> Result<(), DeviceError> {
+    fn logits(&mut self, _: &[Wanted], _: &mut Answers) -> Result<(), DeviceError> {
         Err(lost())
     }
 }
@@ -101,7 +101,6 @@ fn engine() -> EngineHandle {
         exchanger: exchanger(&checkpoint, kernels.clone()),
         kernels,
         tokenizer: Arc::new(Tokenizer::open(CHECKPOINT.as_ref(), architecture).unwrap()),
-        vocab: architecture.vocab,
         request_wait_max: PATIENCE,
         closings: None,
         metrics,

@@ -4,9 +4,10 @@
 use std::path::Path;
 
 use entente_coordinator::config::{Config, EngineConfig};
-use entente_coordinator::engine::sampler::ScoredToken;
+use entente_coordinator::engine::sampler::{Choice, ScoredToken, choose};
 use entente_coordinator::engine::{Event, Request};
 use entente_cuda_emulator::stand_in;
+use entente_model::kernels::cuda::{Buffer, Device, Draw, Staging, Stream};
 use entente_model::kernels::{DeviceId, WeightFormat};
 use safetensors::SafeTensors;
 use tokio::sync::mpsc;
@@ -191,6 +192,127 @@ fn a_rows_logits_in_fp8_are_the_same_bits_in_any_company_and_chunk() {
     for step_rows_max in [512, 29] {
         let engine = start(EngineConfig { step_rows_max, ..EngineConfig::default() });
         assert!(together(&engine) == want, "{step_rows_max} rows");
+    }
+}
+
+/// Rows of logits that are easily told apart from their likeliest token wrongly.
+fn hard_rows(vocab: usize) -> Vec<Vec<f32>> {
+    let spread = |i: usize| (i * 7_919 % 1_009) as f32 * 0.01 - 5.0;
+    let row = |make: &dyn Fn(usize) -> f32| (0..vocab).map(make).collect();
+    let (nan, least) = (f32::NAN, f32::NEG_INFINITY);
+    vec![
+        row(&spread),
+        // Equals all over, of which the first counts, also where it is a zero of the other sign.
+        row(&|i| (spread(i) * 0.5).round()),
+        row(&|i| if i % 3 == 2 { 0.0 } else { -0.0 }),
+        row(&|_| 1.5),
+        // What is no logit, and what is the least.
+        row(&|i| if i % 2 == 0 { nan } else { spread(i) }),
+        row(&|i| if i + 1 == vocab { f32::INFINITY } else { nan }),
+        row(&|i| if i < vocab / 2 { nan } else { least }),
+        row(&|_| least),
+        row(&|_| nan),
+        row(&|i| -1e38 - spread(i) * 1e36),
+        row(&|i| f32::from_bits(i as u32 % 97)),
+    ]
+}
+
+/// Ways to choose a token: the likeliest, and draws among all or few that fall near borders too.
+fn choices() -> Vec<Choice> {
+    let mut choices = vec![Choice::Likeliest];
+    for (temperature, weight_min) in
+        [(1.0_f32, 0.0), (0.3, 0.0), (2.0, 0.05), (1e-6, 0.0), (1e-40, 0.5)]
+    {
+        let scale = 1.0 / temperature;
+        let draw = |uniform| Choice::Draw { scale, weight_min, uniform };
+        let last = 1.0 - f64::EPSILON / 2.0;
+        choices.extend([0.0, 1e-9, 0.1, 0.25, 0.5, 0.77, 0.999_999, last].map(draw));
+    }
+    choices
+}
+
+fn words(choice: Choice) -> [u64; 2] {
+    let draw = match choice {
+        Choice::Likeliest => Draw::Likeliest,
+        Choice::Draw { scale, weight_min, uniform } => Draw::Weighed { scale, weight_min, uniform },
+    };
+    draw.words()
+}
+
+#[test]
+fn a_token_is_the_one_that_the_processor_chooses_of_the_same_logits() {
+    let emulator = stand_in::load();
+    let device = Device::open_cached(0, None).unwrap();
+    let stream = Stream::new(&device).unwrap();
+    let mut staging = Staging::new(&device).unwrap();
+    // Less than a lane's first, a lane, a block; more than the blocks that are summed side by side.
+    for (seed, vocab) in [1, 31, 256, 1_025, 5_000, 70_001].into_iter().enumerate() {
+        println!("order {seed}, {vocab} tokens");
+        emulator.set_seed(seed as u64);
+        // All rows and choices where that is quick.
+        let step = if vocab > 10_000 { 7 } else { 1 };
+        let cases: Vec<(Vec<f32>, Choice)> = hard_rows(vocab)
+            .into_iter()
+            .flat_map(|row| choices().into_iter().map(move |choice| (row.clone(), choice)))
+            .step_by(step)
+            .collect();
+        let mut logits = Buffer::new(&device, cases.len() * vocab).unwrap();
+        let mut draws = Buffer::new(&device, cases.len()).unwrap();
+        let mut tokens = Buffer::new(&device, cases.len()).unwrap();
+        let fill = |to: &mut [f32]| {
+            to.chunks_exact_mut(vocab)
+                .zip(&cases)
+                .for_each(|(to, case)| to.copy_from_slice(&case.0));
+        };
+        staging.upload(&stream, logits.view_mut(), fill).unwrap();
+        let fill = |to: &mut [[u64; 2]]| {
+            to.iter_mut().zip(&cases).for_each(|(to, case)| *to = words(case.1));
+        };
+        staging.upload(&stream, draws.view_mut(), fill).unwrap();
+        stream.draw(logits.view(), vocab, draws.view(), tokens.view_mut()).unwrap();
+        let have = staging.download(&stream, tokens.view(), <[u32]>::to_vec).unwrap();
+        for (number, (have, (row, choice))) in have.into_iter().zip(&cases).enumerate() {
+            assert_eq!(have, choose(row, *choice), "case {number} of {vocab} tokens: {choice:?}");
+        }
+    }
+}
+
+/// The tokens that a request draws, and no scores.
+fn tokens(events: &mut mpsc::Receiver<Event>) -> Vec<u32> {
+    let mut tokens = Vec::new();
+    loop {
+        match events.blocking_recv() {
+            Some(Event::Token { id, score: None, .. }) => tokens.push(id),
+            Some(Event::Finished { .. }) => return tokens,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Of who wants no scores the device chooses the tokens; of who does, the processor, which gets all
+/// logits. Drafts are verified by either.
+#[test]
+fn tokens_are_the_same_whether_logits_leave_the_device_or_not() {
+    let roster = roster(&[listener()], 1);
+    let config = config(&roster, Transport::Inproc, EngineConfig::default());
+    let engine = Engine::start(&on_device(config));
+    let submit = |(number, prompt): (u32, &Vec<u32>), logprobs: Option<usize>| {
+        // The greedy and the drawn, some of which are filtered.
+        let mut request = Request { prompt: prompt.clone(), logprobs, ..request(number) };
+        request.sampling.min_p = if number == 1 { 0.01 } else { 0.0 };
+        request.sampling.top_k = if number == 3 { 40 } else { 0 };
+        request.prompt_logprobs = None;
+        request.stop.max_tokens = TOKENS;
+        engine.started.api.engine.submit(request).unwrap()
+    };
+    // Both kinds in the same steps.
+    let prompts = [prompts(), prompts()].concat();
+    let both = |request| [submit(request, None), submit(request, Some(0))];
+    let mut all: Vec<_> = (0..).zip(&prompts).map(both).collect();
+    for [alone, scored] in &mut all {
+        let scored =
+            Heard::all(scored).tokens.iter().map(|score| score.token.id).collect::<Vec<_>>();
+        assert_eq!(tokens(alone), scored);
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod committed;
 mod device;
+mod graphs;
 mod micro_batches;
 mod residency;
 mod setup;

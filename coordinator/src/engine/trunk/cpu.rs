@@ -10,8 +10,8 @@ use entente_model::{Architecture, CoordinatorWeights, FfnWeights, Rope};
 use entente_proto::ids::KernelClass;
 
 use super::super::scheduler::Chunk;
-use super::Trunk;
 use super::positions::Positions;
+use super::{Answers, Trunk, Wanted};
 
 /// What the KV cache of every layer is made of.
 #[derive(Debug, Clone, Copy)]
@@ -181,15 +181,17 @@ impl Trunk for CpuTrunk {
         Ok(())
     }
 
-    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]) -> Result<(), DeviceError> {
-        let hidden = self.architecture.hidden;
+    /// All of them: whoever reads logits here reads them where they are, on as many threads.
+    fn logits(&mut self, wanted: &[Wanted], answers: &mut Answers) -> Result<(), DeviceError> {
+        let Architecture { hidden, vocab, rms_eps, .. } = self.architecture;
         let Buffers { x, normed, attended, .. } = &mut self.buffers;
         let len = wanted.len() * hidden;
         let (rows, normed) = (prefix(attended, len), prefix(normed, len));
-        for (row, copy) in wanted.iter().zip(rows.chunks_exact_mut(hidden)) {
+        for (Wanted { row, .. }, copy) in wanted.iter().zip(rows.chunks_exact_mut(hidden)) {
             copy.copy_from_slice(&x[row * hidden..(row + 1) * hidden]);
         }
-        self.kernels.rms_norm(rows, &self.weights.norm, self.architecture.rms_eps, normed);
+        self.kernels.rms_norm(rows, &self.weights.norm, rms_eps, normed);
+        let logits = answers.push_logits(wanted.len(), vocab);
         self.kernels.matmul(normed, &self.weights.head, logits);
         Ok(())
     }

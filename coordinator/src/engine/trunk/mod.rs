@@ -3,7 +3,7 @@
 //! [`Trunk`] is the seam between a step's order and its arithmetic. Who drives it
 //! ([`super::forward`]) knows layers, micro-batches, gates and exchanges, and no kernel; who
 //! implements it knows weights, kernels and the KV cache, and nothing of experts or networks.
-//! Between the two go numbers of rows, rows as they travel, gate logits and logits.
+//! Between the two go numbers of rows, rows as they travel, gate logits, and what logits say.
 //!
 //! Invariant: a row's values depend on its own sequence alone, whatever else is in the step and
 //! however the step is cut. What a trunk keeps from step to step is weights and the KV cache.
@@ -12,6 +12,7 @@
 //! set aside before the first one, so none is refused for what is in it: a [`DeviceError`] means
 //! that the device cannot compute any more, and with it this process.
 
+mod answers;
 mod cpu;
 mod cuda;
 mod positions;
@@ -21,6 +22,7 @@ use std::ops::Range;
 use entente_model::kernels::DeviceError;
 use entente_proto::ids::KernelClass;
 
+pub use self::answers::{Answer, Answers, Need, Wanted};
 pub use self::cpu::{CacheShape, CpuTrunk};
 pub use self::cuda::{CudaTrunk, StepBounds};
 use super::scheduler::Chunk;
@@ -60,6 +62,7 @@ pub trait Trunk: Send {
     /// `x += delta`, `[rows, hidden]`.
     fn add(&mut self, rows: Range<usize>, delta: &[f32]) -> Result<(), DeviceError>;
 
-    /// The logits of `wanted` rows, which ascend, `[wanted, vocab]`.
-    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]) -> Result<(), DeviceError>;
+    /// Answers about each of the `wanted` rows, which ascend. Whole logits answer every need; where a
+    /// token is all that is needed, it may be the answer.
+    fn logits(&mut self, wanted: &[Wanted], answers: &mut Answers) -> Result<(), DeviceError>;
 }

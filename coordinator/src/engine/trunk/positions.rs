@@ -27,16 +27,21 @@ impl Positions {
     pub fn of(chunks: &[Chunk]) -> Self {
         let mut all = Self::default();
         for chunk in chunks {
-            let first = all.tables.len();
-            all.tables.extend(&chunk.blocks);
-            for position in chunk.start..chunk.start + chunk.tokens.len() {
-                let block = chunk.blocks[position / BLOCK_LEN] as usize;
-                all.table_of_row.push(first..all.tables.len());
-                all.positions.push(position);
-                all.slots.push(block * BLOCK_LEN + position % BLOCK_LEN);
-            }
+            all.push(chunk.start..chunk.start + chunk.tokens.len(), &chunk.blocks);
         }
         all
+    }
+
+    /// Adds the rows at some positions of a sequence that has these blocks.
+    pub fn push(&mut self, positions: Range<usize>, blocks: &[u32]) {
+        let first = self.tables.len();
+        self.tables.extend(blocks);
+        for position in positions {
+            let block = blocks[position / BLOCK_LEN] as usize;
+            self.table_of_row.push(first..self.tables.len());
+            self.positions.push(position);
+            self.slots.push(block * BLOCK_LEN + position % BLOCK_LEN);
+        }
     }
 
     /// Rows of the step.

@@ -300,7 +300,7 @@ __device__ inline void attend(const Slice& slice, const Queries& queries, const 
 // weighted sum of the values. q is `[rows, heads, head_dim]`, keys and values are
 // `[block][kv_head][16][head_dim]`, partial is `[rows, heads, splits, 2 + head_dim]`. A run is one
 // row, or neighbours in a sequence: first index into `tables`, position and number of the first
-// row, number of rows (0 means 1). Key j is seen from position i iff 0 <= i - j, and < window if
+// row, number of rows; a run of none is nothing. Key j is seen from position i iff 0 <= i - j, and < window if
 // there is one. head_dim is a multiple of 8. The grid is [runs, kv_heads, splits]; a split that a
 // row sees nothing of is left with the sum 0.
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, BLOCKS_PER_SM)
@@ -311,7 +311,7 @@ attention_split(const float* q, const u16* keys, const u16* values, const u32* t
     const uint4 run = runs[blockIdx.x];
     const int kv_head = static_cast<int>(blockIdx.y), split = static_cast<int>(blockIdx.z);
     const int start = split * SPLIT_POSITIONS, group = heads / kv_heads;
-    const int count = max(static_cast<int>(run.w), 1);
+    const int count = static_cast<int>(run.w);
     const Slice slice(tables + run.x, kv_head, kv_heads, head_dim, window, start,
                       static_cast<int>(run.y), count);
     const u64 first_head = static_cast<u64>(run.z) * heads;

@@ -38,7 +38,8 @@ const HEADERS: &[Source] = sources![
 ];
 
 /// The kernels; together they are one program.
-const KERNELS: &[Source] = sources!["attention.cu", "exact.cu", "ffn.cu", "matmul.cu", "rows.cu"];
+const KERNELS: &[Source] =
+    sources!["attention.cu", "exact.cu", "ffn.cu", "logits.cu", "matmul.cu", "rows.cu"];
 
 /// Files of compiled kernels, which may be deleted at any time.
 #[derive(Debug, Clone)]

@@ -1,7 +1,13 @@
-//! The feed-forward of a dense layer: one expert that takes every row, of rows that are on the
+//! The feed-forward of dense layers: each is one expert that takes every row, of rows that are on the
 //! device already and whose result stays there.
+//!
+//! The kernels find rows and weights by tiles, which lie in device memory. Those of a whole step are
+//! brought there before it, so that what follows is launches alone and can be captured ([`Graph`]).
+//!
+//! [`Graph`]: super::Graph
 
 use super::buffer::{Buffer, View, ViewMut};
+use super::device::Device;
 use super::gemm::{Gemm, Gemms};
 use super::geometry::DECODE_ROWS;
 use super::kernel::Launch;
@@ -16,8 +22,9 @@ const TILE_LEN: usize = 4;
 /// Memory for the dense layers of a model, set aside for as many rows as a step may have.
 pub struct DenseFfn {
     rows_max: usize,
-    /// The rows cut into tiles, for the layer that is computed.
+    /// The rows of each call cut into tiles, one call after the other.
     tiles: Buffer<u64>,
+    calls: Vec<Call>,
     /// Row `r` to row `r`, for all of them.
     assignments: Buffer<u64>,
     /// The inner state, `[rows, row_pairs(inner)]`.
@@ -25,24 +32,100 @@ pub struct DenseFfn {
     staging: Staging,
 }
 
+/// A feed-forward of so many rows, and where its tiles lie.
+#[derive(Clone, Copy)]
+struct Call {
+    /// Where gate, up and down are.
+    weights: [u64; 3],
+    rows: usize,
+    gemm: Gemm,
+    first_tile: usize,
+}
+
+impl Call {
+    fn tiles(&self) -> usize {
+        self.rows.div_ceil(self.gemm.rows)
+    }
+
+    fn write_tiles(&self, tiles: &mut [[u64; TILE_LEN]]) {
+        let [gate, up, down] = self.weights;
+        for (tile, first) in tiles.iter_mut().zip((0..self.rows).step_by(self.gemm.rows)) {
+            let count = self.gemm.rows.min(self.rows - first);
+            *tile = [gate, up, down, first as u64 | (count as u64) << 32];
+        }
+    }
+}
+
+/// The kernels for a feed-forward.
+fn gemms(device: &Device, ffn: &GatedFfn) -> Gemms {
+    let layouts = [&ffn.gate, &ffn.up, &ffn.down].map(Matrix::layout);
+    let gemms = Gemms::of(device, layouts[0]).expect("matrices for tensor cores");
+    assert_eq!(layouts, [gemms.layout; 3], "one form of weights");
+    gemms
+}
+
+fn weights(ffn: &GatedFfn) -> [u64; 3] {
+    [&ffn.gate, &ffn.up, &ffn.down].map(address)
+}
+
 impl DenseFfn {
-    /// For layers of at most `inner_max` values between gate, up and down.
+    /// For so many layers of at most `inner_max` values between gate, up and down, and steps of at
+    /// most `rows_max` rows in at most `parts_max` parts.
     ///
     /// # Errors
     /// The device has no room, or is lost.
-    pub fn new(stream: &Stream, rows_max: usize, inner_max: usize) -> Result<Self, DeviceError> {
+    pub fn new(
+        stream: &Stream,
+        layers: usize,
+        [rows_max, parts_max]: [usize; 2],
+        inner_max: usize,
+    ) -> Result<Self, DeviceError> {
         let device = stream.device();
         let mut staging = Staging::new(device)?;
         let mut assignments = Buffer::new(device, rows_max)?;
         staging.upload(stream, assignments.view_mut(), |to| {
             to.iter_mut().zip(0..).for_each(|(to, row)| *to = row | row << 32);
         })?;
-        Ok(Self {
-            rows_max,
-            tiles: Buffer::new(device, rows_max.div_ceil(DECODE_ROWS) * TILE_LEN)?,
-            assignments,
-            h: Buffer::new(device, rows_max * row_pairs(inner_max))?,
-            staging,
+        // Each part may end with a tile that is not full.
+        let tiles_max = layers * (rows_max.div_ceil(DECODE_ROWS) + parts_max);
+        let mut tiles = Buffer::new(device, tiles_max * TILE_LEN)?;
+        staging.upload(stream, tiles.view_mut(), |_| {})?;
+        let h = Buffer::new(device, rows_max * row_pairs(inner_max))?;
+        Ok(Self { rows_max, tiles, calls: Vec::new(), assignments, h, staging })
+    }
+
+    /// Makes ready for [`DenseFfn::run`] of each of `ffns` with each of these numbers of rows, and
+    /// for no other call.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// They are more than was said, or not on the device in one form for tensor cores.
+    pub fn cut<'a>(
+        &mut self,
+        stream: &Stream,
+        ffns: impl Iterator<Item = &'a GatedFfn>,
+        parts: &[usize],
+    ) -> Result<(), DeviceError> {
+        let device = stream.device();
+        let mut first_tile = 0;
+        self.calls.clear();
+        for ffn in ffns {
+            let gemms = gemms(device, ffn);
+            for rows in parts.iter().copied() {
+                let gemm = *gemms.for_rows(rows);
+                let call = Call { weights: weights(ffn), rows, gemm, first_tile };
+                first_tile += call.tiles();
+                self.calls.push(call);
+            }
+        }
+        let to = self.tiles.slice_mut(0..first_tile * TILE_LEN);
+        self.staging.upload(stream, to, |to| {
+            let tiles = to.as_chunks_mut::<TILE_LEN>().0;
+            for call in &self.calls {
+                call.write_tiles(&mut tiles[call.first_tile..]);
+            }
         })
     }
 
@@ -53,8 +136,8 @@ impl DenseFfn {
     /// The device is lost.
     ///
     /// # Panics
-    /// Lengths contradict each other, there are more rows than was said or a wider inner state, or
-    /// `ffn` is not on the device in one form for tensor cores.
+    /// Lengths contradict each other, this call was not made ready ([`DenseFfn::cut`]), or the inner
+    /// state is wider than was said.
     pub fn run(
         &mut self,
         stream: &Stream,
@@ -69,13 +152,13 @@ impl DenseFfn {
         assert_eq!(x.len(), rows * row_pairs(hidden), "{rows} rows of {hidden} values in bf16");
         assert_eq!(y.len(), rows * hidden, "{rows} rows of {hidden} values");
         assert!(rows <= self.rows_max, "{rows} rows of at most {}", self.rows_max);
-        let layouts = [&ffn.gate, &ffn.up, &ffn.down].map(Matrix::layout);
-        let gemms = Gemms::of(stream.device(), layouts[0]).expect("matrices for tensor cores");
-        assert_eq!(layouts, [gemms.layout; 3], "one form of weights");
-        let Gemm { rows: tile_rows, gate_up, down, .. } = *gemms.for_rows(rows);
+        let own = (weights(ffn), rows);
+        let call = self.calls.iter().find(|call| (call.weights, call.rows) == own);
+        let call = call.expect("a call that was made ready");
+        let Gemm { rows: tile_rows, gate_up, down, .. } = call.gemm;
         let count = rows.div_ceil(tile_rows);
-        self.upload_tiles(stream, ffn, rows, tile_rows)?;
-        let (tiles, h) = (self.tiles.slice(0..count * TILE_LEN), 0..rows * row_pairs(inner));
+        let tiles = call.first_tile * TILE_LEN..(call.first_tile + count) * TILE_LEN;
+        let (tiles, h) = (self.tiles.slice(tiles), 0..rows * row_pairs(inner));
         let assignments = self.assignments.slice(0..rows);
         let launch = Launch::new(gate_up).input(tiles).input(assignments).input(x);
         let launch = launch.int(hidden).int(inner).output(&self.h.slice_mut(h.clone()));
@@ -87,23 +170,5 @@ impl DenseFfn {
         let launch = launch.int(inner).int(hidden).null().output(&y);
         // SAFETY: the same, of `h` and `y`.
         unsafe { launch.start(stream, [down.blocks(hidden), count, 1]) }
-    }
-
-    fn upload_tiles(
-        &mut self,
-        stream: &Stream,
-        ffn: &GatedFfn,
-        rows: usize,
-        tile_rows: usize,
-    ) -> Result<(), DeviceError> {
-        let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(address);
-        let to = self.tiles.slice_mut(0..rows.div_ceil(tile_rows) * TILE_LEN);
-        self.staging.upload(stream, to, |to| {
-            let tiles = to.as_chunks_mut::<TILE_LEN>().0.iter_mut();
-            for (tile, first) in tiles.zip((0..rows).step_by(tile_rows)) {
-                let count = tile_rows.min(rows - first);
-                *tile = [gate, up, down, first as u64 | (count as u64) << 32];
-            }
-        })
     }
 }

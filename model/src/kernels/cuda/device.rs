@@ -7,12 +7,13 @@
 
 use std::ffi::CStr;
 use std::ptr::null_mut;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
 
 use super::compile;
 use super::driver;
+use super::graph;
 use super::kernel::Kernel;
 use crate::kernels::{DeviceError, DeviceFacts};
 
@@ -166,6 +167,9 @@ pub struct Device {
     shared_bytes_max: usize,
     module: sys::CUmodule,
     functions: [sys::CUfunction; Kernel::ALL.len()],
+    /// Held by whoever captures a stream or waits for the whole device, which must not happen at
+    /// the same time.
+    quiet: Mutex<()>,
 }
 
 // SAFETY: the driver takes calls from any thread, each of which makes the context its own first
@@ -232,6 +236,7 @@ impl Device {
             shared_bytes_max,
             module: null_mut(),
             functions: [null_mut(); _],
+            quiet: Mutex::new(()),
         })
     }
 
@@ -344,8 +349,15 @@ impl Device {
         Err(DeviceError::Lost(self.lost.get_or_init(|| reason).clone()))
     }
 
+    /// Keeps other threads from capturing and from waiting for the whole device.
+    pub(super) fn quiet(&self) -> MutexGuard<'_, ()> {
+        self.quiet.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until everything that was asked of the device is done.
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
+        // A thread that captures has the lock, and the driver to tell it of its mistake.
+        let _quiet = (!graph::captures()).then(|| self.quiet());
         // SAFETY: there is nothing to get wrong.
         self.call("cuCtxSynchronize", || unsafe { sys::cuCtxSynchronize() })
     }

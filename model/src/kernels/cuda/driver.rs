@@ -29,6 +29,10 @@ const SYMBOLS: &[&str] = &[
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncSetAttribute",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
     "cuInit",
     "cuLaunchKernel",
     "cuMemAlloc_v2",
@@ -43,8 +47,10 @@ const SYMBOLS: &[&str] = &[
     "cuModuleGetFunction",
     "cuModuleLoadData",
     "cuModuleUnload",
+    "cuStreamBeginCapture_v2",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
+    "cuStreamEndCapture",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
 ];
@@ -120,6 +126,15 @@ pub(super) fn check(function: &str, code: CUresult) -> Result<(), DeviceError> {
         }
         R::CUDA_ERROR_UNKNOWN if function == "cuInit" => {
             unavailable("the CUDA driver cannot be initialised")
+        }
+        // What cannot be captured, or not by this driver: it is not done, and nothing else suffers.
+        R::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        | R::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+        | R::CUDA_ERROR_STREAM_CAPTURE_ISOLATION
+        | R::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+        | R::CUDA_ERROR_CAPTURED_EVENT
+        | R::CUDA_ERROR_NOT_SUPPORTED => {
+            Err(DeviceError::Unsupported(format!("{function} says {code:?}")))
         }
         // Whoever asks for memory knows how much; this is for calls that need some by the way.
         R::CUDA_ERROR_OUT_OF_MEMORY => {

@@ -49,3 +49,7 @@ constexpr int ATTENTION_QUERIES = 16;
 constexpr int HEAD_DIM_MAX = 256;
 // Threads of a block of `attention_join`, which is one row and one head.
 constexpr int JOIN_THREADS = 128;
+
+// Threads of a block of `draw`, which is one row.
+constexpr int DRAW_THREADS = 1024;
+constexpr int VOCAB_MAX = 524288;

@@ -64,6 +64,11 @@ pub const HEAD_DIM_MAX: usize = 256;
 /// Threads of a block of `attention_join`, which is one row and one head.
 pub const JOIN_THREADS: usize = 128;
 
+/// Threads of a block of `draw`, which is one row.
+pub const DRAW_THREADS: usize = 1024;
+/// Tokens of a vocabulary from which `draw` can choose.
+pub const VOCAB_MAX: usize = 524_288;
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;

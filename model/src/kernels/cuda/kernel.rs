@@ -33,11 +33,12 @@ pub(super) enum Kernel {
     AttentionJoin,
     Add,
     RoundRows,
+    Draw,
 }
 
 impl Kernel {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::FfnGateUp16,
         Self::FfnGateUp128,
         Self::FfnDown16,
@@ -59,6 +60,7 @@ impl Kernel {
         Self::AttentionJoin,
         Self::Add,
         Self::RoundRows,
+        Self::Draw,
     ];
 
     /// Its name in the sources.
@@ -85,6 +87,7 @@ impl Kernel {
             Self::AttentionJoin => c"attention_join",
             Self::Add => c"add",
             Self::RoundRows => c"round_rows",
+            Self::Draw => c"draw",
         }
     }
 
@@ -104,6 +107,7 @@ impl Kernel {
             Self::Rope | Self::WriteKv | Self::Add | Self::RoundRows => geometry::FLAT_THREADS,
             Self::AttentionSplit => geometry::ATTENTION_THREADS,
             Self::AttentionJoin => geometry::JOIN_THREADS,
+            Self::Draw => geometry::DRAW_THREADS,
         }
     }
 

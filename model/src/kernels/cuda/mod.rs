@@ -7,8 +7,9 @@
 //! From the bottom up: `driver` and `nvrtc` are the two libraries, `compile` makes code of the
 //! sources and keeps it, [`Device`] is a context with that code, [`Stream`] a queue of work,
 //! [`Buffer`] and [`Staging`] memory and the way to it, [`Loader`] brings weights there, `ops` is one
-//! method of a stream for each kernel, and `experts` what an expert node computes with. [`Probe`]
-//! measures them and [`Cublas`] is what they are measured against; nothing that serves uses either.
+//! method of a stream for each kernel, [`Graph`] many of them as one, and `experts` what an expert
+//! node computes with. [`Probe`] measures them and [`Cublas`] is what they are measured against;
+//! nothing that serves uses either.
 //!
 //! Invariants: the same as of all kernels, a row's value depends on nothing but the row and the
 //! weights; nothing here panics because of a machine (no driver, too little memory, a device that
@@ -27,6 +28,7 @@ mod gemm;
 // Some of it is for the comparison with the sources alone.
 #[allow(dead_code)]
 mod geometry;
+mod graph;
 mod kernel;
 mod loader;
 mod nvrtc;
@@ -42,9 +44,12 @@ pub use cublas::Cublas;
 pub use dense::DenseFfn;
 pub use device::{Architecture, Device, DeviceReport};
 pub use experts::{experts, select};
+pub use geometry::VOCAB_MAX;
+pub use graph::Graph;
 pub use loader::Loader;
 pub use ops::{
-    KvView, attention_partial_len, attention_run_len, attention_splits, check_attention, row_pairs,
+    Draw, KvView, attention_partial_len, attention_run_len, attention_splits, check_attention,
+    row_pairs,
 };
 pub use probe::Probe;
 pub use staging::Staging;

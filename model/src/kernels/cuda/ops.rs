@@ -7,7 +7,7 @@
 
 use super::buffer::{View, ViewMut};
 use super::gemm::Gemms;
-use super::geometry;
+use super::geometry::{self, VOCAB_MAX};
 use super::kernel::{Kernel, Launch};
 use super::stream::Stream;
 use crate::kernels::matrix::Layout;
@@ -227,6 +227,59 @@ impl Stream {
         // SAFETY: the arguments of the kernel in their order; lengths are compared above.
         unsafe { launch.start(self, [blocks, 1, 1]) }
     }
+
+    /// Chooses a token from each row of logits, `[rows, vocab]`, as its own one of `draws` says
+    /// ([`Draw::words`]).
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// Lengths contradict each other, or there are more tokens than [`VOCAB_MAX`].
+    pub fn draw(
+        &self,
+        logits: View<'_, f32>,
+        vocab: usize,
+        draws: View<'_, [u64; 2]>,
+        tokens: ViewMut<'_, u32>,
+    ) -> Result<(), DeviceError> {
+        let rows = rows_of(logits.len(), vocab);
+        assert!(vocab <= VOCAB_MAX, "{vocab} tokens of at most {VOCAB_MAX}");
+        assert_eq!((draws.len(), tokens.len()), (rows, rows), "a token for each row");
+        let launch = Launch::new(Kernel::Draw).input(logits).int(vocab).input(draws);
+        // SAFETY: the arguments of the kernel in their order; lengths are compared above.
+        unsafe { launch.output(&tokens).start(self, [rows, 1, 1]) }
+    }
+}
+
+/// How [`Stream::draw`] chooses a token from a row of logits. A NaN is no logit, and a row of nothing
+/// else gives token 0.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Draw {
+    /// The likeliest, the lowest among equals.
+    Likeliest,
+    /// Tokens lie side by side, each as wide as its weight, `exp((logit - greatest) * scale)`.
+    Weighed {
+        /// One over the temperature.
+        scale: f32,
+        /// Smaller weights count as none.
+        weight_min: f32,
+        /// Which part of the whole width is left of the token, in [0, 1).
+        uniform: f64,
+    },
+}
+
+impl Draw {
+    /// As the kernel reads it.
+    pub fn words(self) -> [u64; 2] {
+        match self {
+            Self::Likeliest => [0, (-1.0_f64).to_bits()],
+            Self::Weighed { scale, weight_min, uniform } => {
+                let pair = u64::from(scale.to_bits()) | u64::from(weight_min.to_bits()) << 32;
+                [pair, uniform.to_bits()]
+            }
+        }
+    }
 }
 
 /// A paged cache, and which rows attend to what in it.
@@ -241,7 +294,7 @@ pub struct KvView<'a> {
     /// Rows that are neighbours in `q` and in their sequence: the index of the sequence's first block
     /// in `tables`, the position of the first row, its number in `q` and in the result, how many they
     /// are. Those of a run of [`attention_run_len`] share what is read; a row's bits are the same in
-    /// any run.
+    /// any run. A run of no rows is nothing.
     pub runs: View<'a, [u32; 4]>,
 }
 

@@ -6,6 +6,7 @@ mod attention;
 mod experts;
 mod faults;
 mod fp8;
+mod graphs;
 mod memory;
 
 use std::cell::RefCell;

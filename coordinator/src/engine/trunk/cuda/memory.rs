@@ -19,6 +19,18 @@ pub(super) struct Layer {
     pub ffn: FfnWeights,
 }
 
+impl Layer {
+    /// The gate of a layer with experts.
+    pub fn gate(&self) -> &Matrix {
+        match &self.ffn {
+            FfnWeights::Moe { gate } => gate,
+            FfnWeights::Dense(_) => {
+                unreachable!("the weights were loaded by the architecture that steps follow")
+            }
+        }
+    }
+}
+
 /// Takes weights from the memory of the process to a device.
 pub(super) struct Placer<'a> {
     pub kernels: &'a dyn ExpertKernels,
@@ -86,7 +98,8 @@ impl StepMemory {
         lengths: &Lengths,
         bounds: StepBounds,
     ) -> Result<Self, DeviceError> {
-        let tables = bounds.sequences_max * arch.max_positions.div_ceil(BLOCK_LEN);
+        // One block more for the filler.
+        let tables = bounds.sequences_max * arch.max_positions.div_ceil(BLOCK_LEN) + 1;
         Ok(Self {
             x: Buffer::new(device, lengths.hidden)?,
             rotations: Buffer::new(device, 2 * lengths.rotations)?,
@@ -111,6 +124,9 @@ pub(super) struct Activations {
     pub delta: Buffer<f32>,
     pub gate_logits: Buffer<f32>,
     pub logits: Buffer<f32>,
+    /// How a token is chosen from each row of logits, and the token.
+    pub draws: Buffer<[u64; 2]>,
+    pub tokens: Buffer<u32>,
 }
 
 impl Activations {
@@ -126,6 +142,8 @@ impl Activations {
             delta: Buffer::new(device, lengths.hidden)?,
             gate_logits: Buffer::new(device, lengths.gate_logits)?,
             logits: Buffer::new(device, lengths.logits)?,
+            draws: Buffer::new(device, lengths.logit_rows)?,
+            tokens: Buffer::new(device, lengths.logit_rows)?,
         })
     }
 }
@@ -138,6 +156,7 @@ pub(super) struct Stagings {
     pub places: Staging,
     pub runs: Staging,
     pub delta: Staging,
+    pub draws: Staging,
     pub back: Staging,
 }
 
@@ -149,6 +168,7 @@ impl Stagings {
             places: Staging::new(device)?,
             runs: Staging::new(device)?,
             delta: Staging::new(device)?,
+            draws: Staging::new(device)?,
             back: Staging::new(device)?,
         })
     }
@@ -166,6 +186,7 @@ impl Stagings {
         self.places.upload(stream, step.places.view_mut(), |_| {})?;
         self.runs.upload(stream, step.runs.view_mut(), |_| {})?;
         self.delta.upload(stream, activations.delta.view_mut(), |_| {})?;
+        self.draws.upload(stream, activations.draws.view_mut(), |_| {})?;
         self.back.download(stream, activations.words.view(), |_| ())?;
         self.back.download(stream, activations.gate_logits.view(), |_| ())?;
         self.back.download(stream, activations.logits.view(), |_| ())

@@ -2,60 +2,64 @@
 //!
 //! What crosses the bus is, once a step, the embedded rows (looked up here) and where they stand;
 //! for each layer and micro-batch the rows for the experts with their gate logits, and what came
-//! back of them; and the logits that are wanted. All work goes into one stream in the order of its
-//! calls, and only what is copied back is waited for: while the experts of one micro-batch compute,
-//! the device attends for the other.
+//! back of them; and what is wanted of the logits: a token, where that is all. All work goes into
+//! one stream in the order of its calls, and only what is copied back is waited for: while the
+//! experts of one micro-batch compute, the device attends for the other. What the host asks for is
+//! kept back until it gives something or wants something back, and is then issued as one segment
+//! ([`graphs`]).
 //!
 //! All memory is set aside by [`plan`] before the first step.
 //!
 //! What it does not know: what kernels look like, exchanges, choices.
 
+mod compute;
+mod graphs;
 mod memory;
 pub(super) mod plan;
+mod shape;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::{iter, slice};
 
-use entente_model::kernels::cuda::{self, DenseFfn, Device, KvView, Stream, row_pairs};
-use entente_model::kernels::{DeviceError, Matrix, WeightFormat};
-use entente_model::{Architecture, CoordinatorWeights, Embedding, FfnWeights, Rope};
+use entente_model::kernels::cuda::{self, DenseFfn, Device, Draw, Stream, row_pairs};
+use entente_model::kernels::{DeviceError, WeightFormat};
+use entente_model::{Architecture, CoordinatorWeights, Embedding, Rope};
 use entente_proto::ids::KernelClass;
 
-use self::memory::{Activations, KvCache, Layer, Placer, Stagings, StepMemory};
+use self::compute::{Compute, Layout, Work, values};
+use self::graphs::Graphs;
+use self::memory::{Activations, KvCache, Placer, Stagings, StepMemory};
 pub use self::plan::StepBounds;
-use self::plan::{LOGIT_ROWS_MAX, Lengths, Piece};
+use self::plan::{BATCHES_MAX, LOGIT_ROWS_MAX, Lengths, Piece, Run};
+use self::shape::Shape;
+use super::super::sampler::Choice;
 use super::super::scheduler::Chunk;
-use super::Trunk;
 use super::positions::Positions;
+use super::{Answers, Need, Trunk, Wanted};
 
-/// Weights, cache and activations on a device, and the stream of work there.
+/// The trunk on a device, and the stream of work there.
 pub struct CudaTrunk {
-    architecture: Architecture,
     class: KernelClass,
     embed: Embedding,
-    layers: Vec<Layer>,
-    norm: cuda::Buffer<f32>,
-    head: Matrix,
     rope: Rope,
-    cache: Vec<KvCache>,
+    /// Blocks of the cache that sequences have; one more has the filler.
     blocks: usize,
+    /// Of all rows of the step: its own, then the filler.
     positions: Positions,
-    /// Rows that attend in one launch, those of one micro-batch after those of another, and their
-    /// runs among those of the step.
-    pieces: Vec<(Piece, Range<usize>)>,
+    own_rows: usize,
+    /// Absent for a step that is like no other.
+    shape: Option<Shape>,
+    /// What is to be done before anything else is, and has not been issued.
+    pending: Vec<Work>,
     /// As they were copied back last.
     gate_logits: Vec<f32>,
-    step: StepMemory,
-    activations: Activations,
-    dense: DenseFfn,
+    // Dropped before the memory that they work on.
+    graphs: Graphs,
+    compute: Compute,
     stagings: Stagings,
     // Dropped after what its work uses.
     stream: Stream,
-}
-
-/// The values of some rows of `len` values.
-fn values(rows: &Range<usize>, len: usize) -> Range<usize> {
-    rows.start * len..rows.end * len
 }
 
 impl CudaTrunk {
@@ -88,33 +92,45 @@ impl CudaTrunk {
         let (layers, norm) = (layers?, placer.values(&norm)?);
         let head = kernels.place(head)?;
 
-        let lengths = Lengths::of(&architecture, bounds.rows_max);
+        let rows_max = shape::padded(bounds.rows_max);
+        let lengths = Lengths::of(&architecture, rows_max);
         let mut step = StepMemory::new(device, &architecture, &lengths, bounds)?;
         let mut activations = Activations::new(device, &lengths)?;
         stagings.grow(&stream, &mut step, &mut activations)?;
-        let dense = DenseFfn::new(&stream, bounds.rows_max, lengths.inner)?;
+        let ffns = compute::dense_ffns(&layers).count();
+        let dense = DenseFfn::new(&stream, ffns, [rows_max, BATCHES_MAX], lengths.inner)?;
         let blocks = match blocks {
             Some(blocks) => blocks,
             None => plan::blocks(&architecture, device.memory_free_bytes()?)?,
         };
-        let layer_cache = |_| KvCache::new(device, &architecture, blocks);
+        let layer_cache = |_| KvCache::new(device, &architecture, blocks + 1);
         let cache = (0..layers.len()).map(layer_cache).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self {
-            class: kernels.class().clone(),
-            rope: Rope::new(&architecture.rope),
-            positions: Positions::default(),
-            pieces: Vec::new(),
-            gate_logits: Vec::new(),
+        let rope = Rope::new(&architecture.rope);
+        let (half_dim, layout) = (rope.half_dim(), Layout::default());
+        let compute = Compute {
             architecture,
-            embed,
             layers,
             norm,
             head,
+            half_dim,
             cache,
-            blocks,
             step,
             activations,
             dense,
+            layout,
+        };
+        Ok(Self {
+            class: kernels.class().clone(),
+            embed,
+            rope,
+            blocks,
+            positions: Positions::default(),
+            own_rows: 0,
+            shape: None,
+            pending: Vec::new(),
+            gate_logits: Vec::new(),
+            graphs: Graphs::default(),
+            compute,
             stagings,
             stream,
         })
@@ -127,106 +143,114 @@ impl CudaTrunk {
 
     /// Uploads the embedded rows of a step.
     fn embed(&mut self, chunks: &[Chunk]) -> Result<(), DeviceError> {
-        let hidden = self.architecture.hidden;
-        let tokens = chunks.iter().flat_map(|chunk| &chunk.tokens);
-        let x = self.step.x.slice_mut(0..self.positions.len() * hidden);
+        let Compute { architecture: Architecture { hidden, .. }, step, .. } = &mut self.compute;
+        // The filler is of any token.
+        let tokens = chunks.iter().flat_map(|chunk| &chunk.tokens).chain(iter::repeat(&0));
+        let x = step.x.slice_mut(0..self.positions.len() * *hidden);
         self.stagings.x.upload(&self.stream, x, |x| {
-            for (token, row) in tokens.zip(x.chunks_exact_mut(hidden)) {
+            for (token, row) in tokens.zip(x.chunks_exact_mut(*hidden)) {
                 self.embed.lookup(*token, row);
             }
         })
     }
 
     /// Uploads where the rows of a step stand.
-    fn place(&mut self, batches: &[Range<usize>]) -> Result<(), DeviceError> {
-        let Self { architecture, positions, pieces, step, stagings, stream, rope, .. } = self;
+    fn place(&mut self) -> Result<(), DeviceError> {
+        let Self { compute, positions, stagings, stream, rope, .. } = self;
         let rows = positions.len();
-        let rotations = step.rotations.slice_mut(0..2 * rows * rope.half_dim());
+        let rotations = compute.step.rotations.slice_mut(0..2 * rows * rope.half_dim());
         stagings.rotations.upload(stream, rotations, |both| {
             let (cos, sin) = both.split_at_mut(rows * rope.half_dim());
             rope.fill(&positions.positions, cos, sin);
         })?;
-        let places = step.places.slice_mut(0..rows + positions.tables.len());
+        let places = compute.step.places.slice_mut(0..rows + positions.tables.len());
         stagings.places.upload(stream, places, |places| {
             let (slots, tables) = places.split_at_mut(rows);
             // Blocks are fewer than `plan::BLOCKS_MAX`.
             slots.iter_mut().zip(&positions.slots).for_each(|(to, slot)| *to = *slot as u32);
             tables.copy_from_slice(&positions.tables);
-        })?;
-        let partial_len = self.activations.partial.len();
-        pieces.clear();
-        for batch in batches {
-            let cut = plan::pieces(architecture, &positions.positions, batch.clone(), partial_len);
-            pieces.extend(cut.into_iter().map(|piece| (piece, 0..0)));
-        }
-        let mut all = Vec::new();
-        for (piece, runs) in pieces {
+        })
+    }
+
+    /// Cuts the rows of a step into what is launched at once.
+    fn cut(&mut self, batches: &[Range<usize>]) -> Result<(), DeviceError> {
+        let Self { compute, positions, stagings, stream, .. } = self;
+        let (arch, partial_len) = (&compute.architecture, compute.activations.partial.len());
+        let pieces_of = |rows| plan::pieces(arch, &positions.positions, rows, partial_len);
+        let cut: Vec<Piece> = match self.shape {
+            Some(Shape { rows, splits }) => vec![Piece { rows: 0..rows, splits }],
+            None => batches.iter().cloned().flat_map(pieces_of).collect(),
+        };
+        let (mut pieces, mut all) = (Vec::new(), Vec::new());
+        for piece in cut {
             let first = all.len();
-            all.extend(plan::runs(architecture, piece.rows.clone().map(|r| positions.place(r))));
-            *runs = first..all.len();
+            let places = piece.rows.clone().map(|row| positions.place(row));
+            all.extend(plan::runs(arch, places));
+            if self.shape.is_some() {
+                // Runs of no rows: how many rows share a run is nothing that a shape depends on.
+                all.resize(first + piece.rows.len(), Run::default());
+            }
+            pieces.push((piece, first..all.len()));
         }
-        let to = step.runs.slice_mut(0..all.len());
-        stagings.runs.upload(stream, to, |to| to.copy_from_slice(&all))
+        let to = compute.step.runs.slice_mut(0..all.len());
+        stagings.runs.upload(stream, to, |to| to.copy_from_slice(&all))?;
+        compute.layout = Layout { rows: positions.len(), tables: positions.tables.len(), pieces };
+        let parts: Vec<usize> = batches.iter().map(Range::len).collect();
+        compute.dense.cut(stream, compute::dense_ffns(&compute.layers), &parts)
     }
 
-    /// Queries, keys and values of some rows, turned to their positions; keys and values go into the
-    /// cache.
-    fn project(&mut self, layer: usize, rows: &Range<usize>) -> Result<(), DeviceError> {
-        let Self { architecture: arch, stream, step, activations: a, .. } = self;
-        let (weights, cache) = (&self.layers[layer], &mut self.cache[layer]);
-        let (count, heads) = (rows.len(), [arch.heads, arch.head_dim]);
-        let kv_heads = [arch.kv_heads, arch.head_dim];
-        let x = step.x.slice(values(rows, arch.hidden));
-        let words = 0..count * row_pairs(arch.hidden);
-        let (q, kv) = (0..count * heads[0] * heads[1], 0..count * kv_heads[0] * kv_heads[1]);
-
-        let norm = weights.input_norm.view();
-        stream.rms_norm(x, norm, arch.rms_eps, None, Some(a.words.slice_mut(words.clone())))?;
-        let normed = a.words.slice(words);
-        stream.matmul(&weights.q, normed, count, a.q.slice_mut(q.clone()))?;
-        stream.matmul(&weights.k, normed, count, a.k.slice_mut(kv.clone()))?;
-        stream.matmul(&weights.v, normed, count, a.v.slice_mut(kv.clone()))?;
-
-        let half_dim = self.rope.half_dim();
-        let (turned, sines) = (values(rows, half_dim), self.positions.len() * half_dim);
-        let cos = step.rotations.slice(turned.clone());
-        let sin = step.rotations.slice(sines + turned.start..sines + turned.end);
-        stream.rope(a.q.slice_mut(q), heads, cos, sin)?;
-        stream.rope(a.k.slice_mut(kv.clone()), kv_heads, cos, sin)?;
-        let both = [cache.keys.view_mut(), cache.values.view_mut()];
-        let slots = step.places.slice(rows.clone());
-        stream.write_kv(both, slots, kv_heads, a.k.slice(kv.clone()), a.v.slice(kv))
+    /// All rows of the step that are computed where these are asked for. Where there is filler, a
+    /// step is one micro-batch.
+    fn filled(&self, rows: Range<usize>) -> Range<usize> {
+        self.shape.map_or(rows, |shape| 0..shape.rows)
     }
 
-    /// Attention of the rows of a micro-batch, piece by piece.
-    fn attention(&mut self, layer: usize, rows: &Range<usize>) -> Result<(), DeviceError> {
-        let Self { architecture: arch, stream, step, activations: a, positions, .. } = self;
-        let shape = plan::shape(arch, arch.layers[layer].window);
-        let tables = positions.len()..positions.len() + positions.tables.len();
-        let own = self.pieces.iter().filter(|(piece, _)| rows.contains(&piece.rows.start));
-        for (piece, runs) in own {
-            let within = piece.rows.start - rows.start..piece.rows.end - rows.start;
-            let len = values(&within, arch.heads * arch.head_dim);
-            let cache = KvView {
-                keys: self.cache[layer].keys.view(),
-                values: self.cache[layer].values.view(),
-                tables: step.places.slice(tables.clone()),
-                runs: step.runs.slice(runs.clone()),
-            };
-            let (partial, out) = (a.partial.view_mut(), a.attended.slice_mut(len.clone()));
-            stream.attention(&shape, a.q.slice(len), &cache, piece.splits, partial, out)?;
+    /// Issues what is pending. It waits until there is a reason, so that a graph is as long as can
+    /// be.
+    fn issue(&mut self) -> Result<(), DeviceError> {
+        let segment = std::mem::take(&mut self.pending);
+        if segment.is_empty() {
+            return Ok(());
+        }
+        let Self { graphs, compute, stream, .. } = self;
+        match graphs.launch(stream, &segment, || compute.issue(stream, &segment))? {
+            true => Ok(()),
+            false => compute.issue(stream, &segment),
+        }
+    }
+
+    /// Uploads how tokens are chosen from so many rows of logits, of which the first are wanted.
+    fn choose(&mut self, wanted: &[Wanted], rows: usize) -> Result<(), DeviceError> {
+        let to = self.compute.activations.draws.slice_mut(0..rows);
+        self.stagings.draws.upload(&self.stream, to, |to| {
+            to.fill(Draw::Likeliest.words());
+            to.iter_mut().zip(wanted).for_each(|(to, wanted)| *to = draw(wanted.need).words());
+        })
+    }
+
+    /// Brings back as much of the logits of these rows as they are needed for.
+    fn answer(&mut self, wanted: &[Wanted], answers: &mut Answers) -> Result<(), DeviceError> {
+        let Self { compute: Compute { architecture, activations: a, .. }, stream, .. } = self;
+        let (vocab, back) = (architecture.vocab, &mut self.stagings.back);
+        let mut tokens = Vec::new();
+        if wanted.iter().any(|wanted| wanted.need != Need::Logits) {
+            let from = a.tokens.slice(0..wanted.len());
+            tokens = back.download(stream, from, <[u32]>::to_vec)?;
+        }
+        let mut at = 0;
+        let is_whole = |wanted: &Wanted| wanted.need == Need::Logits;
+        for run in wanted.chunk_by(|one, next| is_whole(one) == is_whole(next)) {
+            let rows = at..at + run.len();
+            at = rows.end;
+            if !is_whole(&run[0]) {
+                tokens[rows].iter().for_each(|token| answers.push_token(*token));
+                continue;
+            }
+            let to = answers.push_logits(run.len(), vocab);
+            let from = a.logits.slice(values(&rows, vocab));
+            back.download(stream, from, |from| to.copy_from_slice(from))?;
         }
         Ok(())
-    }
-
-    /// `norm(x)` before the feed-forward, as words and for a gate also in f32.
-    fn normed(&mut self, layer: usize, rows: &Range<usize>) -> Result<(), DeviceError> {
-        let Self { architecture: arch, stream, step, activations: a, .. } = self;
-        let weight = self.layers[layer].post_norm.view();
-        let x = step.x.slice(values(rows, arch.hidden));
-        let normed = a.normed.slice_mut(0..x.len());
-        let words = a.words.slice_mut(0..rows.len() * row_pairs(arch.hidden));
-        stream.rms_norm(x, weight, arch.rms_eps, Some(normed), Some(words))
     }
 }
 
@@ -236,38 +260,31 @@ impl Trunk for CudaTrunk {
     }
 
     fn begin(&mut self, chunks: &[Chunk], batches: &[Range<usize>]) -> Result<(), DeviceError> {
+        self.pending.clear();
         self.positions = Positions::of(chunks);
+        self.own_rows = self.positions.len();
+        let (arch, partial) = (&self.compute.architecture, self.compute.activations.partial.len());
+        let fits = |rows, splits| plan::partial_len(arch, rows, splits) <= partial;
+        self.shape = Shape::of(chunks, batches, fits);
+        self.graphs.begin(self.shape);
+        let filler = self.shape.map_or(0, |shape| shape.rows - self.own_rows);
+        if filler > 0 {
+            self.positions.push(0..filler, &[self.blocks as u32]);
+        }
         self.embed(chunks)?;
-        self.place(batches)
+        self.place()?;
+        let batches: Vec<_> = batches.iter().map(|rows| self.filled(rows.clone())).collect();
+        self.cut(&batches)
     }
 
     fn attend(&mut self, layer: usize, rows: Range<usize>) -> Result<(), DeviceError> {
-        self.project(layer, &rows)?;
-        self.attention(layer, &rows)?;
-        let Self { architecture: arch, stream, step, activations: a, .. } = self;
-        let (count, len) = (rows.len(), arch.heads * arch.head_dim);
-        let words = 0..count * row_pairs(len);
-        stream.round_rows(
-            a.attended.slice(0..count * len),
-            len,
-            a.words.slice_mut(words.clone()),
-        )?;
-        let delta = 0..count * arch.hidden;
-        let o = &self.layers[layer].o;
-        stream.matmul(o, a.words.slice(words), count, a.delta.slice_mut(delta.clone()))?;
-        stream.add(step.x.slice_mut(values(&rows, arch.hidden)), a.delta.slice(delta))
+        self.pending.push(Work::Attend(layer, self.filled(rows)));
+        Ok(())
     }
 
     fn feed_forward(&mut self, layer: usize, rows: Range<usize>) -> Result<(), DeviceError> {
-        self.normed(layer, &rows)?;
-        let Self { architecture: arch, stream, step, activations: a, .. } = self;
-        let FfnWeights::Dense(ffn) = &self.layers[layer].ffn else {
-            unreachable!("the weights were loaded by this same architecture");
-        };
-        let (count, delta) = (rows.len(), 0..rows.len() * arch.hidden);
-        let words = a.words.slice(0..count * row_pairs(arch.hidden));
-        self.dense.run(stream, ffn, words, count, a.delta.slice_mut(delta.clone()))?;
-        stream.add(step.x.slice_mut(values(&rows, arch.hidden)), a.delta.slice(delta))
+        self.pending.push(Work::FeedForward(layer, self.filled(rows)));
+        Ok(())
     }
 
     fn route(
@@ -276,21 +293,17 @@ impl Trunk for CudaTrunk {
         rows: Range<usize>,
         encoded: &mut [u8],
     ) -> Result<&[f32], DeviceError> {
-        self.normed(layer, &rows)?;
-        let Self { architecture: arch, stream, stagings, activations: a, .. } = self;
-        let FfnWeights::Moe { gate } = &self.layers[layer].ffn else {
-            unreachable!("the weights were loaded by this same architecture");
-        };
+        self.pending.push(Work::Route(layer, self.filled(rows.clone())));
+        self.issue()?;
+        let Self { compute, stream, stagings, .. } = self;
+        let Compute { architecture: arch, layers, activations: a, .. } = compute;
         let (count, row_words) = (rows.len(), row_pairs(arch.hidden));
-        let logits = 0..count * gate.out_features();
-        let normed = a.normed.slice(0..count * arch.hidden);
-        stream.matmul_exact(gate, normed, count, a.gate_logits.slice_mut(logits.clone()))?;
         stagings.back.download(stream, a.words.slice(0..count * row_words), |words| {
             let rows = encoded.chunks_exact_mut(arch.hidden * size_of::<u16>());
             rows.zip(words.chunks_exact(row_words)).for_each(|(row, words)| unpack(words, row));
         })?;
-        let to = &mut self.gate_logits;
-        stagings.back.download(stream, a.gate_logits.slice(logits), |logits| {
+        let (to, experts) = (&mut self.gate_logits, layers[layer].gate().out_features());
+        stagings.back.download(stream, a.gate_logits.slice(0..count * experts), |logits| {
             to.clear();
             to.extend_from_slice(logits);
         })?;
@@ -298,31 +311,38 @@ impl Trunk for CudaTrunk {
     }
 
     fn add(&mut self, rows: Range<usize>, delta: &[f32]) -> Result<(), DeviceError> {
-        let Self { stream, step, stagings, activations: a, .. } = self;
-        let to = a.delta.slice_mut(0..delta.len());
-        stagings.delta.upload(stream, to, |to| to.copy_from_slice(delta))?;
-        let x = step.x.slice_mut(values(&rows, self.architecture.hidden));
-        stream.add(x, a.delta.slice(0..delta.len()))
+        // What is pending may use the same memory.
+        self.issue()?;
+        let to = self.compute.activations.delta.slice_mut(0..delta.len());
+        self.stagings.delta.upload(&self.stream, to, |to| to.copy_from_slice(delta))?;
+        self.pending.push(Work::Add(self.filled(rows)));
+        Ok(())
     }
 
-    fn logits(&mut self, wanted: &[usize], logits: &mut [f32]) -> Result<(), DeviceError> {
-        let Self { architecture: arch, stream, step, stagings, activations: a, .. } = self;
-        let (hidden, row_words) = (arch.hidden, row_pairs(arch.hidden));
-        let parts = logits.chunks_mut(LOGIT_ROWS_MAX * arch.vocab);
-        for (wanted, logits) in wanted.chunks(LOGIT_ROWS_MAX).zip(parts) {
-            let mut at = 0;
-            for run in wanted.chunk_by(|row, next| row + 1 == *next) {
-                let x = step.x.slice(run[0] * hidden..(run[0] + run.len()) * hidden);
-                let words = a.words.slice_mut(at * row_words..(at + run.len()) * row_words);
-                stream.rms_norm(x, self.norm.view(), arch.rms_eps, None, Some(words))?;
-                at += run.len();
+    fn logits(&mut self, wanted: &[Wanted], answers: &mut Answers) -> Result<(), DeviceError> {
+        for wanted in wanted.chunks(LOGIT_ROWS_MAX) {
+            let runs = wanted.chunk_by(|one, next| one.row + 1 == next.row);
+            let mut runs: Vec<_> = runs.map(|run| run[0].row..run[0].row + run.len()).collect();
+            if runs == slice::from_ref(&(0..self.own_rows)) {
+                runs[0] = self.filled(0..self.own_rows);
             }
-            let words = a.words.slice(0..at * row_words);
-            stream.matmul(&self.head, words, at, a.logits.slice_mut(0..logits.len()))?;
-            let from = a.logits.slice(0..logits.len());
-            stagings.back.download(stream, from, |from| logits.copy_from_slice(from))?;
+            self.choose(wanted, runs.iter().map(Range::len).sum())?;
+            self.pending.push(Work::Head(runs));
+            self.issue()?;
+            self.answer(wanted, answers)?;
         }
-        Ok(())
+        // Of a step without answers the cache is wanted.
+        self.issue()
+    }
+}
+
+/// What the kernel is told; of a row whose logits are wanted, anything.
+fn draw(need: Need) -> Draw {
+    match need {
+        Need::Token(Choice::Draw { scale, weight_min, uniform }) => {
+            Draw::Weighed { scale, weight_min, uniform }
+        }
+        Need::Token(Choice::Likeliest) | Need::Logits => Draw::Likeliest,
     }
 }
 

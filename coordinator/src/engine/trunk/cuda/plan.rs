@@ -7,7 +7,8 @@ use std::ops::Range;
 use entente_model::Architecture;
 use entente_model::config::FfnSpec;
 use entente_model::kernels::cuda::{
-    attention_partial_len, attention_run_len, attention_splits, check_attention, row_pairs,
+    VOCAB_MAX, attention_partial_len, attention_run_len, attention_splits, check_attention,
+    row_pairs,
 };
 use entente_model::kernels::{AttentionShape, BLOCK_LEN, DeviceError};
 
@@ -17,6 +18,9 @@ pub(super) const LOGIT_ROWS_MAX: usize = 64;
 
 /// Values of attention's partial sums that are set aside, if no single row needs more: 64 MiB.
 const PARTIAL_LEN: usize = 16 << 20;
+
+/// Micro-batches of a step.
+pub(super) const BATCHES_MAX: usize = 2;
 
 /// Blocks beyond which more bring nothing: the host keeps a few words for each.
 const BLOCKS_MAX: usize = 1 << 20;
@@ -55,6 +59,8 @@ pub(super) struct Lengths {
     pub inner: usize,
     /// `[LOGIT_ROWS_MAX, vocab]`.
     pub logits: usize,
+    /// Rows whose logits are computed at once.
+    pub logit_rows: usize,
     /// Attention's partial sums.
     pub partial: usize,
 }
@@ -84,6 +90,7 @@ impl Lengths {
             gate_logits: rows * experts,
             inner,
             logits: LOGIT_ROWS_MAX.min(rows) * arch.vocab,
+            logit_rows: LOGIT_ROWS_MAX.min(rows),
             partial: PARTIAL_LEN.max(partial_len(arch, 1, attention_splits(arch.max_positions))),
         }
     }
@@ -91,6 +98,10 @@ impl Lengths {
 
 /// Whether the device has kernels for the architecture.
 pub(super) fn check(arch: &Architecture) -> Result<(), DeviceError> {
+    if arch.vocab > VOCAB_MAX {
+        let text = format!("a vocabulary of {} tokens; up to {VOCAB_MAX} are", arch.vocab);
+        return Err(DeviceError::Unsupported(text));
+    }
     check_attention(&shape(arch, None))
 }
 
@@ -106,7 +117,7 @@ pub(super) fn shape(arch: &Architecture, window: Option<usize>) -> AttentionShap
 }
 
 /// Values of attention's partial sums.
-fn partial_len(arch: &Architecture, rows: usize, splits: usize) -> usize {
+pub(super) fn partial_len(arch: &Architecture, rows: usize, splits: usize) -> usize {
     attention_partial_len(&shape(arch, None), rows, splits)
 }
 
