@@ -9,7 +9,7 @@
 //! | `DEVICES` | devices of the machine | 1 |
 //! | `MEMORY_BYTES` | memory of each | 1 GiB |
 //! | `SEED` | order of blocks, warps and lanes; see [`crate::engine::Order`] | 0 |
-//! | `FAULTS` | `lost`, `wrong-architecture`, `slow=MILLISECONDS` (each kernel), by spaces | none |
+//! | `FAULTS` | `lost`, `wrong-architecture`, `slow=MILLISECONDS` (each kernel), `nccl-hangs` and `nccl-fails` (what is exchanged), by spaces | none |
 //! | `CONTROL` | the file | none |
 
 use std::path::PathBuf;
@@ -27,6 +27,20 @@ pub struct Faults {
     pub wrong_architecture: bool,
     /// How long each kernel takes beside its work.
     pub slow: Duration,
+    /// What befalls work of another library, NCCL's.
+    pub foreign: Foreign,
+}
+
+/// What can befall work of another library; it is told by its number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Foreign {
+    /// Nothing.
+    #[default]
+    Works = 0,
+    /// It goes no further, and nobody is told.
+    Hangs = 1,
+    /// It goes no further, and whoever asks is told.
+    Fails = 2,
 }
 
 impl Faults {
@@ -36,6 +50,8 @@ impl Faults {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("lost", _) => self.lost = true,
                 ("wrong-architecture", _) => self.wrong_architecture = true,
+                ("nccl-hangs", _) => self.foreign = Foreign::Hangs,
+                ("nccl-fails", _) => self.foreign = Foreign::Fails,
                 ("slow", milliseconds) => {
                     let milliseconds = milliseconds.parse().expect("slow=MILLISECONDS");
                     self.slow = Duration::from_millis(milliseconds);

@@ -15,10 +15,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// The driver and the compiler library as files, and the names under which programs ask for them.
-const LIBRARIES: [(&str, &[&str]); 2] = [
+/// The libraries as files, and the names under which programs ask for them. NCCL comes last.
+const LIBRARIES: [(&str, &[&str]); 3] = [
     ("libentente_cuda_emulator.so", &["libcuda.so", "libcuda.so.1"]),
     ("libentente_nvrtc_emulator.so", &["libnvrtc.so", "libnvrtc.so.12"]),
+    ("libentente_nccl_emulator.so", &["libnccl.so.2"]),
 ];
 
 /// A folder in which the emulator is called as NVIDIA's libraries are.
@@ -26,10 +27,22 @@ const LIBRARIES: [(&str, &[&str]); 2] = [
 /// # Panics
 /// When the libraries are not beside the test that asks, or the folder cannot be made.
 pub fn folder() -> PathBuf {
+    folder_of("entente-cuda-emulator", &LIBRARIES)
+}
+
+/// The same folder of a machine without NCCL.
+///
+/// # Panics
+/// As [`folder`].
+pub fn folder_without_nccl() -> PathBuf {
+    folder_of("entente-cuda-emulator-without-nccl", &LIBRARIES[..2])
+}
+
+fn folder_of(name: &str, libraries: &[(&str, &[&str])]) -> PathBuf {
     let built = built();
-    let folder = built.join("entente-cuda-emulator");
+    let folder = built.join(name);
     fs::create_dir_all(&folder).expect("the folder of the tests can be written");
-    for (library, names) in LIBRARIES {
+    for &(library, names) in libraries {
         for name in names {
             // Many tests do this at once; the first one's link is as good as any.
             let _ = std::os::unix::fs::symlink(Path::new("..").join(library), folder.join(name));
@@ -48,8 +61,8 @@ pub struct Emulator {
     set_seed: Option<extern "C" fn(u64)>,
 }
 
-/// Loads the emulator into this process, whose searches for `libcuda.so` and `libnvrtc.so` find it
-/// from then on.
+/// Loads the emulator into this process, whose searches for `libcuda.so`, `libnvrtc.so` and
+/// `libnccl.so.2` find it from then on.
 ///
 /// # Panics
 /// When the libraries are not beside the test that asks.
@@ -57,7 +70,7 @@ pub fn load() -> Emulator {
     if env::var_os(TEST_ON).is_some_and(|on| on == "device") {
         return Emulator { set_seed: None };
     }
-    let [driver, _] = LIBRARIES.map(|(library, _)| {
+    let [driver, ..] = LIBRARIES.map(|(library, _)| {
         let path = built().join(library);
         let name = CString::new(path.as_os_str().as_bytes()).expect("a path has no zeros");
         // SAFETY: loading runs no code of these libraries.

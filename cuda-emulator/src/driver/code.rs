@@ -40,6 +40,7 @@ codes! {
     ERROR_ILLEGAL_ADDRESS = 700, "an illegal memory access was encountered";
     ERROR_LAUNCH_FAILED = 719, "unspecified launch failure";
     ERROR_NOT_SUPPORTED = 801, "operation not supported";
+    PENDING = 65_535, "no code of the driver's: a call that has to wait, and leaves here only when done";
 }
 
 fn c_str(text: &'static str) -> &'static CStr {

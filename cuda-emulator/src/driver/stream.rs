@@ -1,10 +1,11 @@
 //! Streams, events, and when what was asked of them is done.
 //!
 //! A stream is done in order, as far as somebody waits for; where it waits for another stream's
-//! event, that stream is done first, up to there.
+//! event, that stream is done first, up to there. Work of another library, such as an exchange with
+//! another process, may have to wait for what is not of this machine: it is [`Code::PENDING`] then.
 
 use std::collections::VecDeque;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -143,6 +144,31 @@ pub enum Work {
     Record(Arc<Event>, u64),
     /// To wait until another stream has come to an event the so many-th time.
     Wait(Arc<Event>, u64, Handle),
+    /// To do what another library knows.
+    Foreign(Foreign),
+}
+
+/// Goes on with a piece of work as far as it gets, with a fault of [`Faults`] that befalls it, and
+/// tells with 1 that it is done and will not be asked for again.
+///
+/// [`Faults`]: crate::settings::Faults
+pub type Advance = unsafe extern "C" fn(*mut c_void, c_int) -> c_int;
+
+/// Work of another library.
+#[derive(Debug)]
+pub struct Foreign {
+    advance: Advance,
+    data: usize,
+}
+
+impl Foreign {
+    /// Work that `advance` knows by `data`.
+    ///
+    /// # Safety
+    /// `advance` may be called with `data` from any thread until it says that it is done.
+    pub unsafe fn new(advance: Advance, data: *mut c_void) -> Self {
+        Self { advance, data: data.addr() }
+    }
 }
 
 /// A queue of work.
@@ -177,7 +203,9 @@ impl Driver {
     /// Takes a stream away, once its work is done.
     pub fn destroy_stream(&mut self, stream: Handle) -> Result<(), Code> {
         let outcome = self.synchronise(stream);
-        self.streams.remove(&stream);
+        if outcome != Err(Code::PENDING) {
+            self.streams.remove(&stream);
+        }
         outcome
     }
 
@@ -226,9 +254,31 @@ impl Driver {
             Work::Fill { to, value, bytes } => unsafe { (to as *mut u8).write_bytes(value, bytes) },
             Work::Launch(launch) => self.run(device, &launch)?,
             Work::Record(event, number) => event.come(number),
-            Work::Wait(event, number, other) => self.reach(&event, number, other)?,
+            Work::Wait(event, number, other) => {
+                if let Err(code) = self.reach(&event, number, other) {
+                    return self.put_back(handle, Work::Wait(event, number, other), code);
+                }
+            }
+            Work::Foreign(foreign) => {
+                let fault = self.settings.faults().foreign as c_int;
+                // SAFETY: as its maker promised; it has not said yet that it is done.
+                let done = unsafe { (foreign.advance)(foreign.data as *mut c_void, fault) };
+                if done != 1 {
+                    return self.put_back(handle, Work::Foreign(foreign), Code::PENDING);
+                }
+            }
         }
         Ok(true)
+    }
+
+    /// Has a stream begin with `work` again, if that only has to wait.
+    fn put_back(&mut self, handle: Handle, work: Work, code: Code) -> Result<bool, Code> {
+        if code == Code::PENDING
+            && let Some(stream) = self.streams.get_mut(&handle)
+        {
+            stream.work.push_front(work);
+        }
+        Err(code)
     }
 
     fn run(&mut self, device: usize, launch: &Launch) -> Result<(), Code> {
@@ -302,7 +352,9 @@ impl Driver {
         if event.done.load(Ordering::Relaxed) >= event.asked.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.step(event.stream.load(Ordering::Relaxed) as Handle)?;
-        Err(Code::ERROR_NOT_READY)
+        match self.step(event.stream.load(Ordering::Relaxed) as Handle) {
+            Ok(_) | Err(Code::PENDING) => Err(Code::ERROR_NOT_READY),
+            Err(code) => Err(code),
+        }
     }
 }
