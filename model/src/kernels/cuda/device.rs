@@ -7,6 +7,7 @@
 
 use std::ffi::CStr;
 use std::ptr::null_mut;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
@@ -166,6 +167,8 @@ pub struct Device {
     shared_bytes_max: usize,
     module: sys::CUmodule,
     functions: [sys::CUfunction; Kernel::ALL.len()],
+    /// How many lanes it has ([`super::nccl`]).
+    lanes: AtomicUsize,
 }
 
 // SAFETY: the driver takes calls from any thread, each of which makes the context its own first
@@ -232,6 +235,7 @@ impl Device {
             shared_bytes_max,
             module: null_mut(),
             functions: [null_mut(); _],
+            lanes: AtomicUsize::new(0),
         })
     }
 
@@ -328,8 +332,13 @@ impl Device {
         self.judge(function, call())
     }
 
+    /// Counts its lanes.
+    pub(super) fn lanes(&self) -> &AtomicUsize {
+        &self.lanes
+    }
+
     /// Makes the device's context that of the calling thread.
-    fn bind(&self) -> Result<(), DeviceError> {
+    pub(super) fn bind(&self) -> Result<(), DeviceError> {
         if let Some(reason) = self.lost.get() {
             return Err(DeviceError::Lost(reason.clone()));
         }

@@ -7,13 +7,15 @@
 //! From the bottom up: `driver` and `nvrtc` are the two libraries, `compile` makes code of the
 //! sources and keeps it, [`Device`] is a context with that code, [`Stream`] a queue of work,
 //! [`Buffer`] and [`Staging`] memory and the way to it, [`Loader`] brings weights there, `ops` is one
-//! method of a stream for each kernel, and `experts` what an expert node computes with.
+//! method of a stream for each kernel, and `experts` what an expert node computes with. Beside them
+//! [`nccl`] brings rows from one device to another.
 //!
 //! Invariants: the same as of all kernels, a row's value depends on nothing but the row and the
 //! weights; nothing here panics because of a machine (no driver, too little memory, a device that
 //! falls off the bus): those are [`DeviceError`](super::DeviceError)s.
 //!
-//! What this module does not know: experts beside their weights, networks, sequences.
+//! What this module does not know: experts beside their weights, sequences, and of networks all but
+//! what NCCL makes of them.
 
 mod buffer;
 mod compile;
@@ -26,6 +28,7 @@ mod experts;
 mod geometry;
 mod kernel;
 mod loader;
+pub mod nccl;
 mod nvrtc;
 mod ops;
 mod probe;

@@ -6,7 +6,7 @@
 use std::ptr::null_mut;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUevent_flags, CUstream_flags};
+use cudarc::driver::sys::{self, CUevent_flags, CUresult, CUstream_flags};
 
 use super::device::Device;
 use crate::kernels::DeviceError;
@@ -108,6 +108,20 @@ impl Event {
         // SAFETY: stream and event live.
         self.device
             .call("cuEventRecord", || unsafe { sys::cuEventRecord(self.handle, stream.handle) })
+    }
+
+    /// Whether it is reached.
+    ///
+    /// # Errors
+    /// Something before it failed, and the device is lost.
+    pub fn has_come(&self) -> Result<bool, DeviceError> {
+        let mut code = CUresult::CUDA_SUCCESS;
+        self.device.call("cuEventQuery", || {
+            // SAFETY: the event lives.
+            code = unsafe { sys::cuEventQuery(self.handle) };
+            if code == CUresult::CUDA_ERROR_NOT_READY { CUresult::CUDA_SUCCESS } else { code }
+        })?;
+        Ok(code == CUresult::CUDA_SUCCESS)
     }
 
     /// Waits until it is reached.

@@ -6,6 +6,7 @@ mod attention;
 mod experts;
 mod faults;
 mod memory;
+mod nccl;
 
 use std::cell::RefCell;
 
