@@ -34,7 +34,8 @@ macro_rules! functions {
         /// The functions of a library that stays loaded.
         pub(super) struct Functions {
             $(pub $field: unsafe extern "C" fn($($type),*) -> $result,)*
-            version: (u32, u32),
+            /// As NCCL writes it, `22703` for 2.27.3.
+            pub version: c_int,
         }
 
         impl Functions {
@@ -46,7 +47,7 @@ macro_rules! functions {
                         let symbol = unsafe { library.get(concat!($name, "\0").as_bytes()) };
                         *symbol.map_err(|_| unavailable(concat!("NCCL has no ", $name)))?
                     },)*
-                    version: (0, 0),
+                    version: 0,
                 };
                 functions.version = functions.read_version()?;
                 Ok(functions)
@@ -78,7 +79,7 @@ fn unavailable(text: &str) -> DeviceError {
 /// It is not there, or is too old. Always the same answer.
 pub(super) fn load() -> Result<&'static Functions, DeviceError> {
     let functions = found()?;
-    let (major, minor) = functions.version;
+    let (major, minor) = functions.major_minor();
     if (major, minor) < VERSION_MIN {
         let (major_min, minor_min) = VERSION_MIN;
         return Err(DeviceError::Unavailable(format!(
@@ -93,7 +94,7 @@ pub(super) fn load() -> Result<&'static Functions, DeviceError> {
 /// # Errors
 /// It is not there.
 pub(in super::super) fn version() -> Result<(u32, u32), DeviceError> {
-    Ok(found()?.version)
+    Ok(found()?.major_minor())
 }
 
 fn found() -> Result<&'static Functions, DeviceError> {
@@ -109,12 +110,16 @@ fn found() -> Result<&'static Functions, DeviceError> {
 }
 
 impl Functions {
-    fn read_version(&self) -> Result<(u32, u32), DeviceError> {
+    /// Since 2.9; older ones, years out of use, wrote it otherwise.
+    fn major_minor(&self) -> (u32, u32) {
+        major_minor(self.version, 10_000, 100)
+    }
+
+    fn read_version(&self) -> Result<c_int, DeviceError> {
         let mut version = 0;
         // SAFETY: the pointer is to a local integer.
         match unsafe { (self.get_version)(&raw mut version) } {
-            // The form of versions since 2.9; older ones are years out of use.
-            SUCCESS => Ok(major_minor(version, 10_000, 100)),
+            SUCCESS => Ok(version),
             _ => Err(unavailable("NCCL does not tell its version")),
         }
     }

@@ -28,6 +28,14 @@ pub(super) use library::version;
 
 use crate::kernels::DeviceError;
 
+/// The version of the library, as it writes it, if it can be used. Both ends need the same.
+///
+/// # Errors
+/// It is not there, or is too old.
+pub fn available() -> Result<u32, DeviceError> {
+    Ok(library::load()?.version.unsigned_abs())
+}
+
 /// Why nothing comes of an exchange by NCCL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NcclError {
