@@ -151,6 +151,7 @@ impl Lonely {
             device: DeviceId::Cpu,
             metrics_listen: None,
             tls: Some(self.issue("expert", name)),
+            nccl: None,
             membership: Default::default(),
             cluster: self.roster.clone(),
         };
