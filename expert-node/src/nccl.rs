@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use entente_model::kernels::DeviceError;
-use entente_model::kernels::cuda::Device;
 use entente_model::kernels::cuda::nccl::{self, Lane, NcclError, Patience, Rank, UniqueId};
+use entente_model::kernels::cuda::{Buffer, Device};
 use entente_proto::wire;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,11 @@ const WAIT_MAX_MS: u64 = 3_000;
 const WAIT_MAX_MS_MAX: u64 = 60_000;
 /// Longest name of a site in bytes.
 const SITE_LEN_MAX: usize = 260;
+
+/// Memory of a device that lanes may want later: their own buffers, and what NCCL takes, of which it
+/// says nothing. On small devices it is a share of what is free.
+const ROOM_BYTES: u64 = 512 << 20;
+const ROOM_SHARE: u64 = 4;
 
 /// The section `[nccl]`: without it rows travel over the network only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +80,15 @@ impl Nccl {
             site: config.site.as_str().into(),
             wait_max: Duration::from_millis(config.wait_max_ms),
         })
+    }
+
+    /// Memory for lanes that are opened later, held while somebody else takes what is left.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn room(&self) -> Result<Buffer<u8>, DeviceError> {
+        let bytes = ROOM_BYTES.min(self.device.memory_free_bytes()? / ROOM_SHARE);
+        Buffer::new(&self.device, bytes as usize)
     }
 
     /// What a coordinator asks of a node, and the ids by which it joins itself.
