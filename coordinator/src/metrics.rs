@@ -201,7 +201,7 @@ impl Metrics {
             ),
             accepted_tokens: counter(
                 "speculation_accepted_tokens_total",
-                "Guessed tokens that were what the model said.",
+                "Guesses that were right.",
             ),
             finished: counters(
                 "requests_finished_total",
