@@ -199,10 +199,7 @@ impl Metrics {
                 "speculation_draft_tokens_total",
                 "Tokens guessed from earlier text and computed.",
             ),
-            accepted_tokens: counter(
-                "speculation_accepted_tokens_total",
-                "Guesses that were right.",
-            ),
+            accepted_tokens: counter("speculation_accepted_tokens_total", "Right guesses."),
             finished: counters(
                 "requests_finished_total",
                 "Requests by how they ended.",
