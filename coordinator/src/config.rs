@@ -54,11 +54,35 @@ pub struct Config {
     /// Where records of requests are kept; none are without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<crate::ledger::Config>,
+    /// Where rows may travel from GPU to GPU, unencrypted; nowhere when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nccl: Option<entente_expert_node::NcclConfig>,
     /// This process's voter; needed where the cluster has voters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub membership: Option<entente_membership::service::Config>,
     /// The cluster's founders, and the expert nodes that it begins with.
     pub cluster: Roster,
+}
+
+impl Config {
+    /// Names what the section `[nccl]` lacks, or the first value in it that is out of bounds.
+    pub fn check_nccl(&self) -> Result<(), String> {
+        let Some(nccl) = &self.nccl else { return Ok(()) };
+        let lacks = if self.device == DeviceId::Cpu {
+            Some("device = \"cuda:N\"")
+        } else if self.tls.is_none() {
+            Some("the section [tls]")
+        } else if self.transport != Transport::Stream {
+            Some("transport = \"stream\"")
+        } else {
+            None
+        };
+        if let Some(lacks) = lacks {
+            return Err(format!("nccl: the section needs {lacks}"));
+        }
+        nccl.check()
+            .map_err(|(key, have, min, max)| format!("{key} is {have}, allowed is {min} to {max}"))
+    }
 }
 
 fn is_cpu(device: &DeviceId) -> bool {

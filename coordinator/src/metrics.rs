@@ -9,6 +9,8 @@ use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
+use crate::link::NcclMetrics;
+
 /// Handles to everything that is measured. Names follow vLLM's where there is one.
 pub struct Metrics {
     registry: Registry,
@@ -50,6 +52,8 @@ pub struct Metrics {
     pub crossed_rows: IntCounter,
     /// What the cluster has agreed on, as this process knows it.
     pub cluster: ClusterMetrics,
+    /// What travels by NCCL.
+    pub nccl: NcclMetrics,
     /// Whether a step waits for experts that are missing.
     pub step_waiting: IntGauge,
     /// Attempts at a step that came to nothing, and were or will be made again.
@@ -108,6 +112,22 @@ impl ClusterMetrics {
                 "Checkpoints of the audit log that contradicted what is committed or cosigned.",
             ),
         }
+    }
+}
+
+fn nccl(
+    gauge: &impl Fn(&str, &str) -> IntGauge,
+    counter: &impl Fn(&str, &str) -> IntCounter,
+) -> NcclMetrics {
+    NcclMetrics {
+        links: gauge("nccl_links", "Links whose rows travel by NCCL."),
+        opened: counter("nccl_opened_total", "Links whose rows began to travel by NCCL."),
+        failures: counter(
+            "nccl_failures_total",
+            "Attempts to have rows travel by NCCL that failed, and such links that broke.",
+        ),
+        sent_bytes: counter("nccl_sent_bytes_total", "Bytes of rows sent by NCCL."),
+        received_bytes: counter("nccl_received_bytes_total", "Bytes of rows received by NCCL."),
     }
 }
 
@@ -179,10 +199,7 @@ impl Metrics {
                 "speculation_draft_tokens_total",
                 "Tokens guessed from earlier text and computed.",
             ),
-            accepted_tokens: counter(
-                "speculation_accepted_tokens_total",
-                "Guessed tokens that were what the model said.",
-            ),
+            accepted_tokens: counter("speculation_accepted_tokens_total", "Right guesses."),
             finished: counters(
                 "requests_finished_total",
                 "Requests by how they ended.",
@@ -200,6 +217,7 @@ impl Metrics {
             retried_rows: counter("retried_rows_total", "Rows sent again after a failure."),
             crossed_rows: counter("crossed_rows_total", "Rows sent to another kernel class."),
             cluster: ClusterMetrics::new(&registry, &gauge, &counter),
+            nccl: nccl(&gauge, &counter),
             step_waiting: gauge("step_waiting", "1 while a step waits for missing experts."),
             steps_held: counter(
                 "steps_held_total",

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use entente_audit::record;
-use entente_expert_node::{ExpertNode, NodeHandle};
+use entente_expert_node::{ExpertNode, Nccl, NodeHandle};
 use entente_membership::served::ServedModel;
 use entente_membership::state::{Node, State};
 use entente_model::kernels::cuda::{self, Device};
@@ -115,6 +115,8 @@ struct Loaded {
     expert_class: KernelClass,
     served: ServedModel,
     states: watch::Receiver<Arc<State>>,
+    /// What rows may travel by besides the network.
+    nccl: Option<Nccl>,
     /// Expert nodes that run in this process.
     local: BTreeMap<NodeId, NodeHandle>,
 }
@@ -193,6 +195,7 @@ pub async fn start_wired(
     }
     config.engine.check().map_err(Error::Config)?;
     config.api.check().map_err(Error::Config)?;
+    config.check_nccl().map_err(Error::Config)?;
     let credentials = match fresh {
         Some(credentials) => Some(credentials),
         None => credentials(config)?,
@@ -208,7 +211,7 @@ pub async fn start_wired(
     let served = loaded.served.clone();
     let metrics = Arc::new(Metrics::new());
     let books = ledger.map(|ledger| books(config, ledger, credentials.clone(), &loaded));
-    let opener = opener(config, credentials.clone(), &loaded);
+    let opener = opener(config, credentials.clone(), &loaded, &metrics);
     let closings = match statements {
         Some(to) if opener.can_hear_statements() => {
             let asking = (opener.clone(), loaded.states.clone());
@@ -292,8 +295,12 @@ fn load(
     let experts = expert_kernels(config, &kernels, device.as_ref())?;
     // Before the trunk, whose cache may take all that is left of a device.
     let local = local_nodes(config, &states.borrow().clone(), &checkpoint, &experts)?;
+    let nccl = device.as_ref().and_then(|device| nccl(config, device));
+    let room = nccl.as_ref().map(Nccl::room).transpose();
+    let room = room.map_err(|source| trunk::device_error(config, source))?;
     let architecture = checkpoint.architecture();
     let (trunk, blocks) = trunk::trunk(config, architecture, weights, kernels.clone(), device)?;
+    drop(room);
     Ok(Loaded {
         tokenizer: Tokenizer::open(&config.model, architecture)?,
         template: ChatTemplate::open(&config.model)?,
@@ -306,9 +313,17 @@ fn load(
         expert_class: experts.class().clone(),
         served,
         states,
+        nccl,
         local,
         checkpoint,
     })
+}
+
+/// What rows may travel by besides the network. That NCCL is missing where it was asked for is no reason
+/// not to serve, but one to say so.
+fn nccl(config: &Config, device: &Arc<Device>) -> Option<Nccl> {
+    let nccl = Nccl::new(config.nccl.as_ref()?, device);
+    nccl.inspect_err(|error| tracing::warn!(%error, "rows travel over the network only")).ok()
 }
 
 /// What experts are computed with, here or elsewhere.
@@ -351,7 +366,12 @@ fn threads(config: &Config) -> usize {
 }
 
 /// How the expert nodes are reached.
-fn opener(config: &Config, credentials: Option<Credentials>, loaded: &Loaded) -> Opener {
+fn opener(
+    config: &Config,
+    credentials: Option<Credentials>,
+    loaded: &Loaded,
+    metrics: &Metrics,
+) -> Opener {
     Opener {
         transport: config.transport,
         roster: config.cluster.clone(),
@@ -359,6 +379,7 @@ fn opener(config: &Config, credentials: Option<Credentials>, loaded: &Loaded) ->
         credentials,
         local: loaded.local.clone(),
         runtime: tokio::runtime::Handle::current(),
+        nccl: loaded.nccl.clone().map(|nccl| (nccl, metrics.nccl.clone())),
     }
 }
 

@@ -46,6 +46,7 @@ fn engine(runtime: &Runtime, weights: WeightFormat, engine: EngineConfig) -> Sta
         api: ApiConfig::default(),
         engine,
         audit: None,
+        nccl: None,
         membership: None,
         cluster: Roster::new("test".to_owned(), 1, vec![node]).unwrap(),
     };

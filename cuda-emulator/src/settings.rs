@@ -9,7 +9,7 @@
 //! | `DEVICES` | devices of the machine | 1 |
 //! | `MEMORY_BYTES` | memory of each | 1 GiB |
 //! | `SEED` | order of blocks, warps and lanes; see [`crate::engine::Order`] | 0 |
-//! | `FAULTS` | `lost`, `wrong-architecture`, `no-graphs` (no stream can be captured), `slow=MILLISECONDS` (each kernel), by spaces | none |
+//! | `FAULTS` | `lost`, `wrong-architecture`, `no-graphs` (no stream can be captured), `slow=MILLISECONDS` (each kernel), `nccl-hangs` and `nccl-fails` (what is exchanged), by spaces | none |
 //! | `CONTROL` | the file | none |
 
 use std::path::PathBuf;
@@ -29,6 +29,20 @@ pub struct Faults {
     pub no_graphs: bool,
     /// How long each kernel takes beside its work.
     pub slow: Duration,
+    /// What befalls work of another library, NCCL's.
+    pub foreign: Foreign,
+}
+
+/// What can befall work of another library; it is told by its number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Foreign {
+    /// Nothing.
+    #[default]
+    Works = 0,
+    /// It goes no further, and nobody is told.
+    Hangs = 1,
+    /// It goes no further, and whoever asks is told.
+    Fails = 2,
 }
 
 impl Faults {
@@ -39,6 +53,8 @@ impl Faults {
                 ("lost", _) => self.lost = true,
                 ("wrong-architecture", _) => self.wrong_architecture = true,
                 ("no-graphs", _) => self.no_graphs = true,
+                ("nccl-hangs", _) => self.foreign = Foreign::Hangs,
+                ("nccl-fails", _) => self.foreign = Foreign::Fails,
                 ("slow", milliseconds) => {
                     let milliseconds = milliseconds.parse().expect("slow=MILLISECONDS");
                     self.slow = Duration::from_millis(milliseconds);
@@ -59,7 +75,7 @@ pub struct Settings {
     /// Order of blocks, warps and lanes.
     pub seed: u64,
     faults: Faults,
-    planted: Faults,
+    planted: String,
     control: Option<PathBuf>,
 }
 
@@ -77,7 +93,7 @@ impl Settings {
             memory_bytes: number("MEMORY_BYTES", 1 << 30) as usize,
             seed: number("SEED", 0),
             faults,
-            planted: Faults::default(),
+            planted: String::new(),
             control: env::var_os(format!("{PREFIX}CONTROL")).map(PathBuf::from),
         }
     }
@@ -85,18 +101,13 @@ impl Settings {
     /// Plants faults of this process, beside those of the environment and in place of those that
     /// were planted in this way before.
     pub fn plant(&mut self, text: &str) {
-        self.planted = Faults::default();
-        self.planted.add(text);
+        text.clone_into(&mut self.planted);
     }
 
     /// What goes wrong just now.
     pub fn faults(&self) -> Faults {
         let mut faults = self.faults.clone();
-        let Faults { lost, wrong_architecture, no_graphs, slow } = self.planted;
-        faults.lost |= lost;
-        faults.wrong_architecture |= wrong_architecture;
-        faults.no_graphs |= no_graphs;
-        faults.slow = faults.slow.max(slow);
+        faults.add(&self.planted);
         let text = self.control.as_ref().and_then(|path| fs::read_to_string(path).ok());
         let own = format!("pid={} ", std::process::id());
         for line in text.as_deref().unwrap_or_default().lines() {

@@ -17,12 +17,12 @@ use std::{env, fs};
 
 pub use crate::driver::Launches;
 
-/// The driver, the compiler library and cuBLAS as files, and the names under which programs
-/// ask for them.
-const LIBRARIES: [(&str, &[&str]); 3] = [
+/// The libraries as files, and the names under which programs ask for them. NCCL comes last.
+const LIBRARIES: [(&str, &[&str]); 4] = [
     ("libentente_cuda_emulator.so", &["libcuda.so", "libcuda.so.1"]),
     ("libentente_nvrtc_emulator.so", &["libnvrtc.so", "libnvrtc.so.12"]),
     ("libentente_cublas_emulator.so", &["libcublas.so", "libcublas.so.12"]),
+    ("libentente_nccl_emulator.so", &["libnccl.so.2"]),
 ];
 
 /// A folder in which the emulator is called as NVIDIA's libraries are.
@@ -30,10 +30,22 @@ const LIBRARIES: [(&str, &[&str]); 3] = [
 /// # Panics
 /// When the libraries are not beside the test that asks, or the folder cannot be made.
 pub fn folder() -> PathBuf {
+    folder_of("entente-cuda-emulator", &LIBRARIES)
+}
+
+/// The same folder of a machine without NCCL.
+///
+/// # Panics
+/// As [`folder`].
+pub fn folder_without_nccl() -> PathBuf {
+    folder_of("entente-cuda-emulator-without-nccl", &LIBRARIES[..2])
+}
+
+fn folder_of(name: &str, libraries: &[(&str, &[&str])]) -> PathBuf {
     let built = built();
-    let folder = built.join("entente-cuda-emulator");
+    let folder = built.join(name);
     fs::create_dir_all(&folder).expect("the folder of the tests can be written");
-    for (library, names) in LIBRARIES {
+    for &(library, names) in libraries {
         for name in names {
             // Many tests do this at once; the first one's link is as good as any.
             let _ = std::os::unix::fs::symlink(Path::new("..").join(library), folder.join(name));
@@ -65,8 +77,8 @@ struct Functions {
     plant: unsafe extern "C" fn(*const c_char),
 }
 
-/// Loads the emulator into this process, whose searches for `libcuda.so`, `libnvrtc.so` and
-/// `libcublas.so` find it from then on.
+/// Loads the emulator into this process, whose searches for `libcuda.so`, `libnvrtc.so`,
+/// `libcublas.so` and `libnccl.so.2` find it from then on.
 ///
 /// # Panics
 /// When the libraries are not beside the test that asks.

@@ -14,7 +14,7 @@ use entente_proto::ids::{NodeName, Region};
 use entente_tls::Credentials;
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use crate::{Error, Nccl, NcclConfig};
 
 /// How often a node of a live cluster tells that it lives, unless its configuration says otherwise.
 const HEARTBEAT_MS: u64 = 100;
@@ -81,6 +81,9 @@ pub struct Config {
     /// How the node speaks to the voters.
     #[serde(default, skip_serializing_if = "is_default")]
     pub membership: MembershipConfig,
+    /// Where rows may travel from GPU to GPU, unencrypted; nowhere when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nccl: Option<NcclConfig>,
     /// The voters, or all expert nodes if there are none.
     pub cluster: Roster,
 }
@@ -134,6 +137,9 @@ pub enum ConfigError {
     /// No or absurdly many threads.
     #[error("threads: is {0}, allowed is 1 to {THREADS_MAX}")]
     Threads(usize),
+    /// NCCL brings rows to a device, of those who have shown certificates.
+    #[error("nccl: {0}")]
+    Nccl(&'static str),
     /// A control plane is spoken to over TLS or not at all.
     #[error("tls: the section is needed in a cluster with cluster.voters")]
     TlsNeeded,
@@ -194,6 +200,7 @@ impl Config {
             metrics_listen: None,
             tls: None,
             membership: MembershipConfig::default(),
+            nccl: None,
             cluster,
         }
     }
@@ -215,7 +222,29 @@ impl Config {
             let (key, min, max) = ("scrub_interval_s", 0, SCRUB_INTERVAL_S_MAX);
             return Err(ConfigError::Bounds { key, have, min, max });
         }
+        self.check_nccl()?;
         if self.is_live() { self.check_live() } else { self.check_listed() }
+    }
+
+    fn check_nccl(&self) -> Result<(), ConfigError> {
+        let Some(nccl) = &self.nccl else { return Ok(()) };
+        if self.device == DeviceId::Cpu {
+            return Err(ConfigError::Nccl("the section needs device = \"cuda:N\""));
+        }
+        if self.tls.is_none() {
+            return Err(ConfigError::Nccl("the section needs the section [tls]"));
+        }
+        nccl.check().map_err(|(key, have, min, max)| ConfigError::Bounds { key, have, min, max })
+    }
+
+    /// What rows may travel by besides the network, or why by nothing although that was asked for. It
+    /// is no reason not to serve, but one to say so.
+    pub(crate) fn nccl(&self, kernels: &dyn ExpertKernels) -> Option<Result<Nccl, String>> {
+        let (config, device) = self.nccl.as_ref().zip(kernels.cuda_device())?;
+        Some(Nccl::new(config, device).map_err(|error| {
+            tracing::warn!(%error, "rows travel over the network only");
+            error.to_string()
+        }))
     }
 
     /// The certificate says who the node is; the list only helps to found the cluster.
@@ -357,6 +386,7 @@ mod tests {
             ("threads = 2", "scrub_interval_s = 0", ""),
             ("threads = 2", "scrub_interval_s = 31536001", "scrub_interval_s: is 31536001"),
             ("key = ", "keys = ", "unknown field `keys`"),
+            ("[cluster]", "[nccl]\nsite = \"here\"\n[cluster]", "nccl: the section needs device"),
             ("ca = \"/etc/entente/ca.pem\"", "", "missing field `ca`"),
             ("model = \"/models/demo\"", "", "missing field `model`"),
             ("region = \"fr\"\n        listen", "region = \"se\"\n        listen", "says fr"),

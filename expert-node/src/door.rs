@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            ┌── TLS, ALPN "entente/1" ──► handshake ──┬──► a thread of crate::stream
-//!   accept ──┤                                         │
+//!   accept ──┤   or "entente-nccl/1"                   │
 //!            ├── TLS, ALPN "h2" ─────────► handshake ──┼──► the gRPC server
 //!            └── plain (loopback only): the first byte tells ┘
 //! ```
@@ -26,7 +26,7 @@ use entente_membership::net::seats::{Seat, Seats, Seldom, host_of};
 use entente_membership::net::{Peer, anyone, in_words};
 use entente_proto::ids::Incarnation;
 use entente_proto::stream::PREFACE;
-use entente_tls::{ALPN_GRPC, ALPN_STREAM, Channel, Credentials, Incoming};
+use entente_tls::{ALPN_GRPC, ALPN_NCCL, ALPN_STREAM, Channel, Credentials, Incoming};
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, join};
@@ -38,7 +38,7 @@ use tonic::transport::server::Connected;
 
 use crate::limits::{ACCEPT_RETRY, HANDSHAKES_MAX, HANDSHAKES_OF_HOST_MAX, HELLO_MAX};
 use crate::node::NodeHandle;
-use crate::stream::Connections;
+use crate::stream::{Connections, Rows};
 
 /// What shows connections in.
 pub(crate) struct Door {
@@ -60,7 +60,7 @@ pub(crate) struct Tls {
 impl Tls {
     pub(crate) fn new(credentials: &Credentials, guard: Guard) -> Result<Self, entente_tls::Error> {
         Ok(Self {
-            stream: credentials.server(anyone(credentials), &[ALPN_STREAM])?,
+            stream: credentials.server(anyone(credentials), &[ALPN_STREAM, ALPN_NCCL])?,
             grpc: credentials.server(anyone(credentials), &[ALPN_GRPC])?,
             guard,
         })
@@ -69,7 +69,7 @@ impl Tls {
 
 /// A connection that has said who it is and what it speaks.
 enum Guest {
-    Stream(TcpStream, Box<Channel>, Incoming),
+    Stream(TcpStream, Box<Channel>, Incoming, Rows),
     /// With who it is, where certificates say it.
     Grpc(Pin<Box<dyn Duplex>>, Option<Peer>),
 }
@@ -118,13 +118,13 @@ impl Door {
         let Some(tls) = &self.tls else { return greet_plain(socket).await };
         let (incoming, protocol) = hear_hello(&mut socket).await?;
         match protocol {
-            Protocol::Stream => {
+            Protocol::Stream(rows) => {
                 let mut channel = Box::new(Channel::server(tls.stream.clone())?);
                 let incoming = shake(&mut socket, &mut channel, incoming).await?;
                 let peer = Peer::of(channel.peer_certificates())?;
                 let admitted = tls.guard.admit(Some(&peer), EXCHANGE_STREAM);
                 admitted.map_err(|status| not_admitted(&status))?;
-                Ok(Guest::Stream(socket, channel, incoming))
+                Ok(Guest::Stream(socket, channel, incoming, rows))
             }
             Protocol::Grpc => {
                 // The handshake has to see what was read already.
@@ -141,9 +141,9 @@ impl Door {
 
     async fn show_in(&self, guest: Guest) -> io::Result<()> {
         match guest {
-            Guest::Stream(socket, channel, incoming) => {
+            Guest::Stream(socket, channel, incoming, rows) => {
                 let (node, socket) = (self.node.clone(), socket.into_std()?);
-                self.connections.serve(node, socket, *channel, incoming)
+                self.connections.serve(node, socket, *channel, incoming, rows)
             }
             // Fails only when the server has ended.
             Guest::Grpc(io, peer) => {
@@ -189,12 +189,13 @@ async fn greet_plain(mut socket: TcpStream) -> io::Result<Guest> {
     if preface != PREFACE {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "another protocol"));
     }
-    Ok(Guest::Stream(socket, Box::new(Channel::plain()), Incoming::default()))
+    // What NCCL carries is not encrypted, so it is for those who have shown a certificate.
+    Ok(Guest::Stream(socket, Box::new(Channel::plain()), Incoming::default(), Rows::InFrames))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Protocol {
-    Stream,
+    Stream(Rows),
     Grpc,
 }
 
@@ -212,9 +213,10 @@ async fn hear_hello(socket: &mut TcpStream) -> io::Result<(Incoming, Protocol)> 
         let hello = accepted.client_hello();
         let names: Vec<&[u8]> = hello.alpn().into_iter().flatten().collect();
         return match names[..] {
-            [ALPN_STREAM] => Ok((incoming, Protocol::Stream)),
+            [ALPN_STREAM] => Ok((incoming, Protocol::Stream(Rows::InFrames))),
+            [ALPN_NCCL] => Ok((incoming, Protocol::Stream(Rows::ByNccl))),
             [ALPN_GRPC] => Ok((incoming, Protocol::Grpc)),
-            _ => Err(no_tls(&"ALPN must be entente/1 or h2")),
+            _ => Err(no_tls(&"ALPN must be entente/1, entente-nccl/1 or h2")),
         };
     }
 }

@@ -131,6 +131,19 @@ fn text(node: &NodeHandle) -> String {
     for (name, help, value) in of_weights {
         metric(name, "counter", help, &plain(value));
     }
+    let [connections, rows_bytes] = node.nccl_use().read();
+    metric(
+        "nccl_connections",
+        "gauge",
+        "Connections whose rows travel by NCCL.",
+        &plain(connections),
+    );
+    metric(
+        "nccl_rows_bytes_total",
+        "counter",
+        "Bytes of rows and of answers that travelled by NCCL.",
+        &plain(rows_bytes),
+    );
     metric("experts_held", "gauge", "Experts in memory.", &plain(info.experts.len() as u64));
     metric("weights_bytes", "gauge", "Bytes of weights in memory.", &plain(info.weights_bytes));
     text

@@ -17,7 +17,7 @@
 //! - [`core`]: whether a frame may be computed, a pure function;
 //! - `worker`: the queue and the thread that computes; `health`: whether the device still does;
 //! - [`serve`] (gRPC and byte streams on one port, over TLS) and [`inproc`]: the doors to one
-//!   [`NodeHandle`].
+//!   [`NodeHandle`]; `lanes`: rows that come to it by NCCL, where [`Nccl`] lets them.
 //!
 //! Invariants:
 //! - nothing is computed that was not admitted: region, fence, shape and experts are checked first;
@@ -41,9 +41,11 @@ mod door;
 mod health;
 mod http;
 pub mod inproc;
+mod lanes;
 mod lend;
 mod limits;
 mod member;
+mod nccl;
 mod node;
 mod run;
 mod scrub;
@@ -66,6 +68,7 @@ use entente_router::placement::PlacementRefused;
 pub use cluster::found;
 pub use config::{Config, ConfigError, MembershipConfig};
 pub use counters::{Counters, Counts};
+pub use nccl::{Nccl, NcclConfig};
 pub use node::{ExpertNode, NodeHandle, Reply};
 pub use run::{Listeners, Ready, run};
 pub use service::{Secured, serve};

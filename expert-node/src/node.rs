@@ -26,7 +26,9 @@ use crate::account::Account;
 use crate::core::{NodeFacts, Standing, admit};
 use crate::counters::Counters;
 use crate::health::Health;
+use crate::lanes::NcclUse;
 use crate::member::Loader;
+use crate::nccl::Nccl;
 use crate::store::{Expert, ExpertStore};
 use crate::worker::{Queue, Work};
 use crate::{Config, Error, cluster};
@@ -46,7 +48,10 @@ impl ExpertNode {
         let checkpoint = Checkpoint::open(&config.model)?;
         let state = cluster::found(&config.cluster, &checkpoint, config.weights)?;
         let kernels = config.kernels()?;
-        Self::start(&config.name, &state, &checkpoint, kernels, progress)
+        let nccl = config.nccl(kernels.as_ref());
+        let node = Self::start(&config.name, &state, &checkpoint, kernels, progress)?;
+        nccl.into_iter().for_each(|nccl| node.exchange_by(nccl));
+        Ok(node)
     }
 
     /// The same for a node of a cluster whose state is known, with a model that is open.
@@ -99,6 +104,8 @@ impl ExpertNode {
             membership_epoch: AtomicU64::new(0),
             placement_epoch: AtomicU64::new(0),
             draining: AtomicBool::new(false),
+            nccl: OnceLock::new(),
+            nccl_use: Arc::default(),
         })))
     }
 }
@@ -130,7 +137,13 @@ struct Node {
     membership_epoch: AtomicU64,
     placement_epoch: AtomicU64,
     draining: AtomicBool,
+    /// What rows may travel by besides the network, or why by nothing.
+    nccl: OnceLock<Result<Nccl, String>>,
+    nccl_use: Arc<NcclUse>,
 }
+
+/// Why rows travel over the network where nothing else was configured.
+const NO_NCCL: &str = "this node has no section [nccl]";
 
 /// The way to a running node. When the last handle is dropped, computing stops.
 #[derive(Clone)]
@@ -256,6 +269,22 @@ impl NodeHandle {
     /// Says what brings experts from the model folder; only the first time counts.
     pub(crate) fn lend_from(&self, loader: Arc<Loader>) {
         let _ = self.0.loader.set(loader);
+    }
+
+    /// Says whether rows may travel by NCCL, or why not; only the first time counts.
+    pub fn exchange_by(&self, nccl: Result<Nccl, String>) {
+        let _ = self.0.nccl.set(nccl);
+    }
+
+    /// What rows may travel by besides the network.
+    pub(crate) fn nccl(&self) -> Result<&Nccl, String> {
+        let nccl = self.0.nccl.get().map(Result::as_ref);
+        nccl.unwrap_or(Err(&NO_NCCL.to_owned())).map_err(Clone::clone)
+    }
+
+    /// Counts what travels by it.
+    pub(crate) fn nccl_use(&self) -> &Arc<NcclUse> {
+        &self.0.nccl_use
     }
 
     /// How weights are kept.

@@ -202,6 +202,7 @@ fn open(
     // credentials would not have been taken.
     let region = credentials.identity().region;
     let node = ExpertNode::empty(&config.name, region, &checkpoint, kernels.clone())?;
+    config.nccl(kernels.as_ref()).into_iter().for_each(|nccl| node.exchange_by(nccl));
     let (model_digest, kernel_class) = node.model();
     let on_device = kernels.device();
     let registration = wire::RegisterRequest {

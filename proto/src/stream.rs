@@ -9,6 +9,9 @@
 //! ways. Without TLS, whose ALPN name tells this protocol from HTTP/2 to the same port, the
 //! coordinator sends [`PREFACE`] before that.
 //!
+//! Where rows travel another way ([`FrameReader::next_apart`], [`FrameWriter::apart`]) the second
+//! length is theirs all the same, and no bytes of them follow.
+//!
 //! Invariants: no length is believed beyond its bound, and none is allocated before that; of a long
 //! frame no more is allocated than a small multiple of what has come of it.
 //!
@@ -97,18 +100,31 @@ impl FrameReader {
     /// `InvalidData` for lengths out of bounds and for what is no message.
     pub fn next_frame<M: Message + Default>(&mut self) -> io::Result<Option<Framed<M>>> {
         let Some((message, rows)) = self.lengths()? else { return Ok(None) };
-        let frame_len = PREFIX_LEN + message + rows;
-        if self.buffer.len() < frame_len {
-            let believed = frame_len.min(BELIEVED_BYTES_MAX.max(3 * self.buffer.len()));
+        let Some(mut frame) = self.take(PREFIX_LEN + message + rows) else { return Ok(None) };
+        let rows = frame.split_off(PREFIX_LEN + message);
+        Ok(Some(Framed { message: decode(frame)?, rows }))
+    }
+
+    /// The next message, once all of it has come, and the length of its rows, which travel another
+    /// way.
+    ///
+    /// # Errors
+    /// As for [`FrameReader::next_frame`].
+    pub fn next_apart<M: Message + Default>(&mut self) -> io::Result<Option<(M, usize)>> {
+        let Some((message, rows)) = self.lengths()? else { return Ok(None) };
+        let Some(frame) = self.take(PREFIX_LEN + message) else { return Ok(None) };
+        Ok(Some((decode(frame)?, rows)))
+    }
+
+    /// So many bytes, once they have come.
+    fn take(&mut self, len: usize) -> Option<Bytes> {
+        if self.buffer.len() < len {
+            let believed = len.min(BELIEVED_BYTES_MAX.max(3 * self.buffer.len()));
             // Takes the old allocation over once nobody holds rows of earlier frames.
             self.buffer.reserve(believed - self.buffer.len());
-            return Ok(None);
+            return None;
         }
-        let mut frame = self.buffer.split_to(frame_len).freeze();
-        let rows = frame.split_off(PREFIX_LEN + message);
-        let message = M::decode(frame.split_off(PREFIX_LEN))
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        Ok(Some(Framed { message, rows }))
+        Some(self.buffer.split_to(len).freeze())
     }
 
     /// Whether the stream may end here: not within a frame.
@@ -134,6 +150,12 @@ impl FrameReader {
     }
 }
 
+/// The message behind a prefix.
+fn decode<M: Message + Default>(mut frame: Bytes) -> io::Result<M> {
+    M::decode(frame.split_off(PREFIX_LEN))
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
 /// Cuts frames into pieces for sending, reusing one buffer for everything but rows.
 #[derive(Debug, Default)]
 pub struct FrameWriter {
@@ -152,15 +174,34 @@ impl FrameWriter {
         frame: &'a Framed<M>,
         piece_len: usize,
     ) -> io::Result<impl Iterator<Item = &'a [u8]>> {
-        let (message_len, rows_len) = (frame.message.encoded_len(), frame.rows.len());
-        self.head.clear();
-        self.head.extend_from_slice(&(message_len as u32).to_le_bytes());
-        self.head.extend_from_slice(&(rows_len as u32).to_le_bytes());
-        frame.message.encode(&mut self.head).map_err(io::Error::other)?;
+        let rows_len = frame.rows.len();
+        self.begin(&frame.message, rows_len)?;
         let joining = FIRST_PIECE_BYTES.saturating_sub(self.head.len()).min(rows_len);
         let (joining, rest) = frame.rows.split_at(joining);
         self.head.extend_from_slice(joining);
         Ok(self.head.chunks(piece_len).chain(rest.chunks(piece_len)))
+    }
+
+    /// The bytes of a message whose rows, of this length, travel another way.
+    ///
+    /// # Errors
+    /// As for [`FrameWriter::pieces`].
+    pub fn apart<M: Message>(
+        &mut self,
+        message: &M,
+        rows_len: usize,
+        piece_len: usize,
+    ) -> io::Result<impl Iterator<Item = &[u8]>> {
+        self.begin(message, rows_len)?;
+        Ok(self.head.chunks(piece_len))
+    }
+
+    /// Makes the head: both lengths and the message.
+    fn begin<M: Message>(&mut self, message: &M, rows_len: usize) -> io::Result<()> {
+        self.head.clear();
+        self.head.extend_from_slice(&(message.encoded_len() as u32).to_le_bytes());
+        self.head.extend_from_slice(&(rows_len as u32).to_le_bytes());
+        message.encode(&mut self.head).map_err(io::Error::other)
     }
 }
 
@@ -218,6 +259,25 @@ mod tests {
             assert_eq!(reader.next_frame::<wire::Combine>().unwrap(), None, "after {len} bytes");
             assert!(!reader.is_between_frames());
         }
+    }
+
+    #[test]
+    fn messages_whose_rows_travel_another_way_follow_each_other_with_their_lengths() {
+        let answers: Vec<Answer> = [0, 5, 200_000].map(|n| answer(n as u64, n)).to_vec();
+        let (mut writer, mut reader) = (FrameWriter::default(), FrameReader::default());
+        let mut read = Vec::new();
+        for answer in &answers {
+            let Framed { message, rows } = Framed::answer(answer.clone());
+            for byte in writer.apart(&message, rows.len(), 50_000).unwrap().flatten() {
+                assert_eq!(reader.next_apart::<wire::Combine>().unwrap(), None);
+                reader.extend(&[*byte]);
+            }
+            let (message, rows_len) = reader.next_apart::<wire::Combine>().unwrap().unwrap();
+            assert_eq!(rows_len, rows.len());
+            read.push(Answer::try_from(Framed { message, rows }.into_wire()).unwrap());
+        }
+        assert!(read == answers);
+        assert!(reader.is_between_frames());
     }
 
     #[test]

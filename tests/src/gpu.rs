@@ -23,13 +23,22 @@ pub struct Gpus {
 impl Gpus {
     /// Machines with so many devices of so much memory, with these faults from the beginning.
     pub fn new(devices: usize, memory_bytes: u64, faults: &str) -> Self {
+        Self::in_folder(&stand_in::folder(), devices, memory_bytes, faults)
+    }
+
+    /// The same on which nobody has installed NCCL.
+    pub fn without_nccl(devices: usize, memory_bytes: u64) -> Self {
+        Self::in_folder(&stand_in::folder_without_nccl(), devices, memory_bytes, "")
+    }
+
+    fn in_folder(folder: &Path, devices: usize, memory_bytes: u64, faults: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("entente-gpus-").tempdir().unwrap();
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let emulator = |name: &str, value: String| (format!("ENTENTE_CUDA_EMULATOR_{name}"), value);
         let mut variables = vec![("CACHE_DIRECTORY".to_owned(), text(dir.path()))];
         if !stand_in::on_device() {
             variables.extend([
-                ("LD_LIBRARY_PATH".to_owned(), text(&stand_in::folder())),
+                ("LD_LIBRARY_PATH".to_owned(), text(folder)),
                 emulator("DEVICES", devices.to_string()),
                 emulator("MEMORY_BYTES", memory_bytes.to_string()),
                 emulator("FAULTS", faults.to_owned()),

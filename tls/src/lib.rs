@@ -47,6 +47,8 @@ pub use signature::{Signed, verify_signature};
 
 /// The ALPN name of exchange frames on a byte stream.
 pub const ALPN_STREAM: &[u8] = b"entente/1";
+/// The ALPN name of exchange frames whose rows travel by NCCL.
+pub const ALPN_NCCL: &[u8] = b"entente-nccl/1";
 /// The ALPN name of HTTP/2, which carries gRPC.
 pub const ALPN_GRPC: &[u8] = b"h2";
 

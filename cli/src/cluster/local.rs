@@ -67,6 +67,8 @@ pub struct Wanted {
     pub open: bool,
     /// Where processes compute that do not compute on the processor.
     pub devices: Vec<DeviceOf>,
+    /// Whether rows travel by NCCL between those on devices.
+    pub nccl: bool,
 }
 
 /// One process and how it fares.
@@ -405,6 +407,7 @@ fn common(
         roster,
         open: wanted.open,
         devices: wanted.devices.into_iter().map(|of| (of.name, of.device)).collect(),
+        nccl: wanted.nccl,
     })
 }
 

@@ -18,6 +18,7 @@ use clap::ValueEnum;
 use entente_coordinator::config::{ApiConfig, EngineConfig};
 use entente_coordinator::ledger;
 use entente_coordinator::residency::Endpoints;
+use entente_expert_node::NcclConfig;
 use entente_membership::net::Via;
 use entente_membership::roster::{Roster, RosterNode, RosterVoter, VoterRole};
 use entente_membership::service::{self, CaConfig};
@@ -258,11 +259,21 @@ pub struct Common {
     pub open: bool,
     /// Where processes compute that do not compute on the processor.
     pub devices: BTreeMap<NodeName, DeviceId>,
+    /// Whether rows travel by NCCL between those that compute on devices.
+    pub nccl: bool,
 }
+
+/// All processes of one machine are at one site.
+const SITE: &str = "this-machine";
 
 impl Common {
     fn device_of(&self, member: &Member) -> DeviceId {
         self.devices.get(&member.name).copied().unwrap_or_default()
+    }
+
+    fn nccl(&self, member: &Member) -> Option<NcclConfig> {
+        let is_there = self.nccl && self.device_of(member) != DeviceId::Cpu;
+        is_there.then(|| NcclConfig::new(SITE.to_owned()))
     }
 
     fn tls_files(&self, member: &Member) -> Option<entente_tls::Files> {
@@ -379,6 +390,7 @@ fn expert_node(
         threads: common.threads.map(usize::from),
         device: common.device_of(member),
         tls: common.tls_files(member),
+        nccl: common.nccl(member),
         ..entente_expert_node::Config::new(
             member.name.clone(),
             member.region,
@@ -420,6 +432,7 @@ pub fn coordinator(
             .audit
             .as_ref()
             .map(|folder| ledger::Config { dir: folder.join(member.name.as_str()) }),
+        nccl: common.nccl(member),
         membership: None,
         cluster: common.roster.clone(),
     }
@@ -500,6 +513,7 @@ mod tests {
             roster: roster(2, nodes).unwrap(),
             open: false,
             devices: BTreeMap::new(),
+            nccl: false,
         };
         let addresses = Addresses { main: address, control: None, metrics: Some(address) };
         let text =
@@ -547,6 +561,7 @@ mod tests {
                 .unwrap(),
             open: false,
             devices: BTreeMap::new(),
+            nccl: false,
         };
         let via = Via::from_iter([("127.0.0.1:3".to_owned(), "127.0.0.1:9".to_owned())]);
         let text =

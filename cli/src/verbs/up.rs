@@ -109,6 +109,11 @@ pub struct UpArgs {
     /// several times; all others compute on the processor.
     #[arg(long, env = "ENTENTE_DEVICES", value_name = "NODE=DEVICE", value_delimiter = ',')]
     device: Vec<DeviceOf>,
+
+    /// Let rows travel from GPU to GPU by NCCL, unencrypted, where a coordinator and its expert node
+    /// both compute on one; without NCCL they travel as ever.
+    #[arg(long, env = "ENTENTE_NCCL")]
+    nccl: bool,
 }
 
 /// Starts the cluster and serves until it is told to stop.
@@ -120,6 +125,9 @@ pub fn run(args: UpArgs, logging: &LogArgs) -> anyhow::Result<()> {
         let text = "--link is about the network between processes; with --transport inproc there \
                     is none";
         return Err(Misuse(text.to_owned()).into());
+    }
+    if args.nccl && args.transport != Transport::Stream {
+        return Err(Misuse("--nccl is for --transport stream".to_owned()).into());
     }
     if args.open && !args.http.ip().is_loopback() {
         let text =
@@ -197,6 +205,7 @@ impl UpArgs {
             certificate_life: self.certificate_life.0,
             open: self.open,
             devices: self.device.clone(),
+            nccl: self.nccl,
         }
     }
 }

@@ -16,6 +16,7 @@ use mio::net::TcpStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::checked_answer;
+use super::nccl::Lanes;
 
 /// How long the engine waits for a kernel that takes nothing of a frame. A node that reads takes
 /// the next part sooner, and is served best by an engine that stays with it until the frame is out.
@@ -44,6 +45,10 @@ pub(crate) enum Broken {
     Stuck,
     #[error("the node ended the connection")]
     Ended,
+    #[error("NCCL: {0}")]
+    Nccl(String),
+    #[error("the node has been started anew")]
+    OtherStart,
 }
 
 /// See the module.
@@ -53,6 +58,8 @@ pub(crate) struct Connection {
     writer: FrameWriter,
     backlog: Backlog,
     inbound: Inbound,
+    /// Tells it from others to the node.
+    number: u64,
 }
 
 /// What has come and is no answer yet.
@@ -61,11 +68,18 @@ pub(crate) struct Inbound {
     pub(crate) frames: FrameReader,
     /// Frames that were sent and are not answered: what a node may say is bounded by what it is asked.
     unanswered: usize,
+    /// What rows travel by, if not with their frames.
+    lanes: Option<Lanes>,
 }
 
 impl Inbound {
     pub(crate) fn new() -> Self {
-        Self { incoming: Incoming::default(), frames: FrameReader::default(), unanswered: 0 }
+        Self {
+            incoming: Incoming::default(),
+            frames: FrameReader::default(),
+            unanswered: 0,
+            lanes: None,
+        }
     }
 
     /// Reads once. `None` when nothing is there, else whether there may be more.
@@ -89,11 +103,33 @@ impl Inbound {
         let open = channel
             .open(&mut self.incoming, |plain| frames.extend(plain))
             .map_err(io::Error::from)?;
-        while let Some(frame) = self.frames.next_frame::<wire::Combine>()? {
-            self.unanswered = self.unanswered.checked_sub(1).ok_or(Broken::Unasked)?;
-            on_answer(checked_answer(frame.into_wire()));
-        }
+        self.take_answers(on_answer)?;
         if open { Ok(Some(read == len)) } else { Err(Broken::Ended) }
+    }
+
+    /// Takes the answers that have come whole. One whose rows travel by a lane is reported when they
+    /// are there.
+    fn take_answers(&mut self, on_answer: &mut impl FnMut(Answer)) -> Result<(), Broken> {
+        loop {
+            let answered = match &self.lanes {
+                None => match self.frames.next_frame::<wire::Combine>()? {
+                    None => return Ok(()),
+                    Some(frame) => Some(frame.into_wire()),
+                },
+                Some(lanes) => match self.frames.next_apart::<wire::Combine>()? {
+                    None => return Ok(()),
+                    Some((message, 0)) => Some(message),
+                    Some((message, rows_len)) => {
+                        lanes.fetch(message, rows_len)?;
+                        None
+                    }
+                },
+            };
+            self.unanswered = self.unanswered.checked_sub(1).ok_or(Broken::Unasked)?;
+            if let Some(message) = answered {
+                on_answer(checked_answer(message));
+            }
+        }
     }
 }
 
@@ -103,11 +139,28 @@ impl Connection {
         socket: std::net::TcpStream,
         channel: Channel,
         inbound: Inbound,
+        number: u64,
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let socket = TcpStream::from_std(socket);
         let writer = FrameWriter::default();
-        Ok(Self { socket, channel, writer, backlog: Backlog::default(), inbound })
+        Ok(Self { socket, channel, writer, backlog: Backlog::default(), inbound, number })
+    }
+
+    /// The same with rows that travel by lanes.
+    pub(crate) fn with_lanes(mut self, lanes: Lanes) -> Self {
+        self.inbound.lanes = Some(lanes);
+        self
+    }
+
+    /// Tells it from others to the node.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether the node owes nothing, and everything that it was sent is out.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.inbound.unanswered == 0 && self.backlog.left().is_empty()
     }
 
     pub(crate) fn socket_mut(&mut self) -> &mut TcpStream {
@@ -122,22 +175,31 @@ impl Connection {
         mut on_answer: impl FnMut(Answer),
     ) -> Result<bool, Broken> {
         self.flush()?;
-        let Self { socket, channel, writer, backlog, inbound } = self;
+        let Self { socket, channel, writer, backlog, inbound, .. } = self;
         if backlog.left().len() > BACKLOG_BYTES_MAX {
             return if backlog.stands_still() { Err(Broken::Stuck) } else { Ok(false) };
         }
         inbound.unanswered += 1;
         let frame = Framed::dispatch(frame);
         let mut broken = None;
-        let sent = channel.send(writer.pieces(&frame, PIECE_BYTES)?, |channel, records| {
+        let by_lane = inbound.lanes.is_some();
+        let write = |channel: &mut Channel, records: &mut [IoSlice<'_>]| {
             backlog.write(socket, records, || {
                 inbound.read(socket, channel, &mut on_answer).map(drop).map_err(|error| {
                     broken = Some(error);
                     io::ErrorKind::Other.into()
                 })
             })
-        });
+        };
+        let sent = match by_lane {
+            false => channel.send(writer.pieces(&frame, PIECE_BYTES)?, write),
+            true => {
+                let head = writer.apart(&frame.message, frame.rows.len(), PIECE_BYTES)?;
+                channel.send(head, write)
+            }
+        };
         sent.map_err(|error| broken.unwrap_or(Broken::Lost(error)))?;
+        inbound.lanes.as_ref().map_or(Ok(()), |lanes| lanes.send(frame.rows))?;
         Ok(true)
     }
 

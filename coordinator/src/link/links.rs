@@ -17,6 +17,8 @@
 //!   the engine waits;
 //! - a frame is never carried over to the next connection, which may lead to another incarnation
 //!   of the node: when a connection breaks, the engine hears [`LinkEvent::Down`] and decides;
+//! - a connection that takes another's place gets the frames from then on; the other one stays until
+//!   it owes nothing, and where either breaks both are given up;
 //! - of a link that was removed or replaced nothing is heard any more, not even what it had reported
 //!   before.
 
@@ -34,6 +36,7 @@ use mio::{Events, Interest, Poll, Token};
 use super::Peer;
 use super::bell::Bell;
 use super::connection::{Broken, Connection};
+use super::nccl::ByNccl;
 use super::stream::Dialler;
 
 /// Events that wait for the engine. In flight are at most a few frames a node, so this is ample;
@@ -43,12 +46,21 @@ const INBOX_LEN_MAX: usize = 4_096;
 const POLLED_LEN_MAX: usize = 256;
 /// The bell's token; node numbers have 32 bits.
 const BELL: Token = Token(usize::MAX);
+/// In the token of a connection that another one took the place of.
+const RETIRING: usize = 1 << 32;
 
 /// What comes in through the channel.
 pub(crate) enum Arrival {
     Event(LinkEvent),
     /// With what the node says of itself, and the SHA-256 of the certificate that it showed.
     Connected(Box<Connection>, NodeInfo, [u8; 32]),
+    /// One to the same start of the node, which takes the place of the one that there is.
+    Instead(Box<Connection>),
+    /// What a connection needs besides its socket has failed.
+    Lost {
+        connection: u64,
+        reason: String,
+    },
 }
 
 /// Tells the links to one node, which follow one another, apart.
@@ -94,6 +106,8 @@ enum Way {
 
 struct Stream {
     connection: Option<Box<Connection>>,
+    /// One that gets no frames any more and still owes answers.
+    retiring: Option<Box<Connection>>,
     /// Tells the thread that dials to dial again; dropping it ends the thread.
     redial: Sender<()>,
 }
@@ -163,14 +177,22 @@ impl Links {
     /// # Errors
     /// When the system refuses a thread.
     pub fn dial(&mut self, peer: Peer) -> io::Result<()> {
+        self.dial_by(peer, None)
+    }
+
+    /// The same, with rows that travel by NCCL where and while that is possible.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn dial_by(&mut self, peer: Peer, by_nccl: Option<ByNccl>) -> io::Result<()> {
         let node = peer.node;
         // One order to dial at a time: the thread takes the next when it has given a connection.
         let (redial, orders) = bounded(1);
         let mailbox = self.mailbox();
         let link = mailbox.link;
-        Dialler::start(peer, mailbox, orders)?;
+        Dialler::start(peer, by_nccl, mailbox, orders)?;
         self.remove(node);
-        let way = Way::Stream(Stream { connection: None, redial });
+        let way = Way::Stream(Stream { connection: None, retiring: None, redial });
         self.nodes.insert(node, Reached { link, way });
         Ok(())
     }
@@ -242,6 +264,8 @@ impl Links {
             }
             match arrival {
                 Arrival::Event(event) => self.ready.push_back((node, event)),
+                Arrival::Instead(connection) => self.replace(node, connection),
+                Arrival::Lost { connection, reason } => self.lost(node, connection, reason),
                 Arrival::Connected(connection, info, certificate_sha256) => {
                     let up = LinkEvent::Up { info, certificate_sha256 };
                     self.connected(node, connection, up);
@@ -277,6 +301,36 @@ impl Links {
         self.ready.push_back((node, event));
     }
 
+    /// Has a connection take the place of another, unless that is gone: then its node was, too.
+    fn replace(&mut self, node: NodeId, mut connection: Box<Connection>) {
+        let registry = self.poll.registry();
+        let Some(stream) = Self::stream(&mut self.nodes, node) else { return };
+        let Some(mut old) = stream.connection.take() else { return };
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let (token, retiring) = (node.0 as usize, node.0 as usize | RETIRING);
+        let registered = registry
+            .reregister(old.socket_mut(), Token(retiring), interest)
+            .and_then(|()| registry.register(connection.socket_mut(), Token(token), interest));
+        match registered {
+            Ok(()) => {
+                stream.connection = Some(connection);
+                stream.retiring = Some(old).filter(|old| !old.is_idle());
+            }
+            Err(error) => {
+                stream.lose();
+                self.ready.push_back((node, LinkEvent::Down(Broken::Lost(error).to_string())));
+            }
+        }
+    }
+
+    fn lost(&mut self, node: NodeId, number: u64, reason: String) {
+        let Some(stream) = Self::stream(&mut self.nodes, node) else { return };
+        if stream.connection.as_ref().is_some_and(|connection| connection.number() == number) {
+            stream.lose();
+            self.ready.push_back((node, LinkEvent::Down(reason)));
+        }
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) {
         let timeout = if self.bell.park() { timeout } else { Some(Duration::ZERO) };
         let polled = self.poll.poll(&mut self.polled, timeout);
@@ -289,7 +343,9 @@ impl Links {
         for event in self.polled.iter().filter(|event| event.token() != BELL) {
             let node = NodeId(event.token().0 as u32);
             let Some(stream) = Self::stream(&mut self.nodes, node) else { continue };
-            let Some(connection) = &mut stream.connection else { continue };
+            let is_retiring = event.token().0 & RETIRING != 0;
+            let slot = if is_retiring { &mut stream.retiring } else { &mut stream.connection };
+            let Some(connection) = slot else { continue };
             let ready = &mut self.ready;
             let received = connection.receive(event.is_read_closed(), |answer| {
                 ready.push_back((node, LinkEvent::Answer(answer)));
@@ -297,6 +353,8 @@ impl Links {
             if let Err(broken) = received.and_then(|()| connection.flush()) {
                 stream.lose();
                 ready.push_back((node, LinkEvent::Down(broken.to_string())));
+            } else if is_retiring && connection.is_idle() {
+                stream.retiring = None;
             }
         }
     }
@@ -305,7 +363,7 @@ impl Links {
 impl Stream {
     /// Lets go of a connection that is of no more use.
     fn lose(&mut self) {
-        self.connection = None;
+        (self.connection, self.retiring) = (None, None);
         // A full channel holds the same order already.
         let _ = self.redial.try_send(());
     }

@@ -2,7 +2,8 @@
 //! process lives with the node that it leads to.
 //!
 //! Both kinds dial, ask the node who it is, report [`LinkEvent::Up`], and redial when they break.
-//! [`Links`] is the engine's end of them all.
+//! [`Links`] is the engine's end of them all. Between GPUs of one site [`nccl`] carries the rows of a
+//! byte stream.
 //!
 //! [`LinkEvent::Up`]: entente_proto::link::LinkEvent::Up
 
@@ -10,6 +11,7 @@ mod bell;
 mod connection;
 pub mod grpc;
 mod links;
+pub mod nccl;
 mod opener;
 mod stream;
 
@@ -23,6 +25,7 @@ use rustls::ClientConfig;
 
 pub use self::bell::Bell;
 pub use self::links::{Links, Mailbox};
+pub use self::nccl::{ByNccl, NcclMetrics};
 pub use self::opener::Opener;
 
 /// The node at the other end of a link.

@@ -4,17 +4,18 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use entente_expert_node::NodeHandle;
 use entente_expert_node::inproc::InprocLink;
+use entente_expert_node::{Nccl, NodeHandle};
 use entente_membership::net::Via;
 use entente_membership::roster::Roster;
 use entente_membership::state::Node;
 use entente_proto::identity::Role;
 use entente_proto::ids::NodeId;
-use entente_tls::{ALPN_GRPC, ALPN_STREAM, Credentials};
+use entente_tls::{ALPN_GRPC, ALPN_NCCL, ALPN_STREAM, Credentials};
 use tokio::runtime::Handle;
 
 use super::grpc::GrpcLink;
+use super::nccl::{ByNccl, NcclMetrics};
 use super::{Links, Peer};
 use crate::Error;
 use crate::config::Transport;
@@ -34,6 +35,8 @@ pub struct Opener {
     pub local: BTreeMap<NodeId, NodeHandle>,
     /// Where links over gRPC run.
     pub runtime: Handle,
+    /// What rows may travel by besides the network, and what is counted of that.
+    pub nccl: Option<(Nccl, NcclMetrics)>,
 }
 
 impl Opener {
@@ -50,9 +53,21 @@ impl Opener {
             links.add(id, |mailbox| Box::new(GrpcLink::open(peer, mailbox, &self.runtime)));
         } else {
             let peer = self.peer(node, ALPN_STREAM)?;
-            links.dial(peer).map_err(|error| Error::Start(error.to_string()))?;
+            let by_nccl = self.by_nccl(node)?;
+            links.dial_by(peer, by_nccl).map_err(|error| Error::Start(error.to_string()))?;
         }
         Ok(())
+    }
+
+    /// NCCL is for those who have shown certificates of one region, as nothing that it carries is
+    /// encrypted. Which site they stand at they tell each other.
+    fn by_nccl(&self, node: &Node) -> Result<Option<ByNccl>, Error> {
+        let (Some((nccl, metrics)), Some(own)) = (&self.nccl, &self.credentials) else {
+            return Ok(None);
+        };
+        let tls = self.peer(node, ALPN_NCCL)?.tls;
+        let tls = tls.filter(|_| own.identity().region == node.spec.region);
+        Ok(tls.map(|tls| ByNccl { nccl: nccl.clone(), tls, metrics: metrics.clone() }))
     }
 
     /// Whether nodes are processes that have a key to sign with.

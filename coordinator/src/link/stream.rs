@@ -3,8 +3,11 @@
 //! One thread a node dials, does the handshake and the greeting, and hands the connection to the
 //! engine ([`super::links`]), which alone reads and writes it from then on. So nothing that may
 //! take seconds happens on the engine's thread, and nothing that takes microseconds on another.
+//! Where rows may travel by NCCL the same thread makes a second connection for that, beside the one
+//! that serves.
 //! Why this exists beside gRPC, with figures: `docs/decisions/0010` and `0011`.
 
+use std::cell::RefCell;
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::Arc;
@@ -12,14 +15,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
+use entente_proto::ids::Incarnation;
 use entente_proto::link::{LinkEvent, LinkEvents, NodeInfo};
-use entente_proto::stream::PREFACE;
+use entente_proto::stream::{FrameWriter, PREFACE};
 use entente_proto::wire;
-use entente_tls::Channel;
+use entente_tls::{Channel, PIECE_BYTES};
+use prost::Message;
 use rustix::net::sockopt;
+use rustls::ClientConfig;
 
 use super::connection::{Broken, Connection, Inbound};
 use super::links::{Arrival, Mailbox};
+use super::nccl::{self, ByNccl, Place, Retry};
 use super::{Peer, REDIAL_MAX, REDIAL_MIN};
 
 /// How long dialling may take, and how long handshake and greeting.
@@ -30,28 +37,49 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// The thread that makes connections to one node.
 pub(crate) struct Dialler {
     peer: Peer,
+    by_nccl: Option<ByNccl>,
     mailbox: Arc<Mailbox>,
     orders: Receiver<()>,
+    /// Connections made.
+    connections: u64,
 }
+
+/// A connection that is greeted, before it is anybody's.
+struct Greeted {
+    socket: TcpStream,
+    channel: Channel,
+    inbound: Inbound,
+    info: NodeInfo,
+}
+
+/// Nobody wants a connection to the node any more.
+struct Unwanted;
 
 impl Dialler {
     /// Starts dialling. Each order asks for one more connection; the thread ends when no more can
     /// come.
-    pub(crate) fn start(peer: Peer, mailbox: Arc<Mailbox>, orders: Receiver<()>) -> io::Result<()> {
+    pub(crate) fn start(
+        peer: Peer,
+        by_nccl: Option<ByNccl>,
+        mailbox: Arc<Mailbox>,
+        orders: Receiver<()>,
+    ) -> io::Result<()> {
         let name = format!("dial-{}", peer.node);
-        let dialler = Self { peer, mailbox, orders };
+        let mut dialler = Self { peer, by_nccl, mailbox, orders, connections: 0 };
         thread::Builder::new().name(name).spawn(move || dialler.run())?;
         Ok(())
     }
 
-    fn run(&self) {
-        let (mut pause, mut report) = (REDIAL_MIN, true);
+    fn run(&mut self) {
+        let (mut pause, mut report, mut retry) = (REDIAL_MIN, true, Retry::new());
         loop {
             match self.connect() {
-                Ok(connected) => {
+                Ok((connected, start)) => {
                     // The engine tells of the loss of a connection that it was given.
                     (pause, report) = (REDIAL_MIN, false);
-                    if self.mailbox.put(self.peer.node, connected) && self.orders.recv().is_err() {
+                    if self.mailbox.put(self.peer.node, connected)
+                        && self.stand_by(start, &mut retry).is_err()
+                    {
                         return;
                     }
                 }
@@ -69,13 +97,88 @@ impl Dialler {
         }
     }
 
-    fn connect(&self) -> Result<Arrival, Broken> {
+    /// Waits for the order to dial again. Meanwhile the connection that serves is replaced by one whose
+    /// rows travel by NCCL, as soon as that can be had.
+    fn stand_by(&mut self, start: Incarnation, retry: &mut Retry) -> Result<(), Unwanted> {
+        let Some(by) = self.by_nccl.clone() else {
+            return self.orders.recv().map_err(|_| Unwanted);
+        };
+        loop {
+            match self.orders.recv_timeout(retry.pause()) {
+                Ok(()) => return Ok(()),
+                Err(RecvTimeoutError::Disconnected) => return Err(Unwanted),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let failed = match self.connect_by_nccl(&by, start) {
+                Ok(instead) => !self.mailbox.put(self.peer.node, instead),
+                Err(reason) => {
+                    by.metrics.failures.inc();
+                    let node = &self.peer.name;
+                    if retry.is_news() {
+                        tracing::warn!(%node, %reason, "rows travel over the network");
+                    } else {
+                        tracing::debug!(%node, %reason, "rows travel over the network still");
+                    }
+                    true
+                }
+            };
+            if failed {
+                retry.failed();
+                continue;
+            }
+            tracing::info!(node = %self.peer.name, "rows travel by NCCL");
+            retry.opened();
+            self.orders.recv().map_err(|_| Unwanted)?;
+            by.metrics.failures.inc();
+            retry.ended();
+            return Ok(());
+        }
+    }
+
+    fn connect(&mut self) -> Result<(Arrival, Incarnation), Broken> {
+        let Greeted { socket, channel, inbound, info } = self.greeted(self.peer.tls.clone())?;
+        let start = info.fence.incarnation;
+        let certificate_sha256 = channel.peer_certificate_sha256().unwrap_or_default();
+        let connection = Connection::new(socket, channel, inbound, self.next_number())?;
+        Ok((Arrival::Connected(Box::new(connection), info, certificate_sha256), start))
+    }
+
+    fn connect_by_nccl(&mut self, by: &ByNccl, start: Incarnation) -> Result<Arrival, Broken> {
+        let Greeted { socket, channel, inbound, info } = self.greeted(Some(by.tls.clone()))?;
+        if info.fence.incarnation != start {
+            return Err(Broken::OtherStart);
+        }
+        let connection = self.next_number();
+        let place = Place { mailbox: self.mailbox.clone(), node: self.peer.node, connection };
+        let greeting = RefCell::new((channel, inbound));
+        let lanes = nccl::open(
+            by,
+            place,
+            |request| say(&socket, &mut greeting.borrow_mut().0, request),
+            || {
+                let (channel, inbound) = &mut *greeting.borrow_mut();
+                hear(&socket, channel, inbound, Instant::now() + DIAL_MAX)
+            },
+            // The connection that serves was lost: to dial comes first.
+            &|| !self.orders.is_empty(),
+        )?;
+        let (channel, inbound) = greeting.into_inner();
+        let connection = Connection::new(socket, channel, inbound, connection)?;
+        Ok(Arrival::Instead(Box::new(connection.with_lanes(lanes))))
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.connections += 1;
+        self.connections
+    }
+
+    fn greeted(&self, tls: Option<Arc<ClientConfig>>) -> Result<Greeted, Broken> {
         let address = &self.peer.address;
         let failed = |source| Broken::Dial { address: address.clone(), source };
         let socket = dial(address).map_err(failed)?;
-        let mut channel = match &self.peer.tls {
+        let mut channel = match tls {
             Some(config) => {
-                Channel::client(config.clone()).map_err(|error| Broken::Greeting(error.into()))?
+                Channel::client(config).map_err(|error| Broken::Greeting(error.into()))?
             }
             None => Channel::plain(),
         };
@@ -85,10 +188,17 @@ impl Dialler {
         if info.name != self.peer.name {
             return Err(Broken::Stranger(info.name));
         }
-        let certificate_sha256 = channel.peer_certificate_sha256().unwrap_or_default();
-        let connection = Connection::new(socket, channel, inbound)?;
-        Ok(Arrival::Connected(Box::new(connection), info, certificate_sha256))
+        Ok(Greeted { socket, channel, inbound, info })
     }
+}
+
+/// Writes one message.
+fn say<M: Message>(socket: &TcpStream, channel: &mut Channel, message: &M) -> io::Result<()> {
+    let mut writer = FrameWriter::default();
+    let pieces = writer.apart(message, 0, PIECE_BYTES)?;
+    channel.send(pieces, |_, records| {
+        records.iter().try_for_each(|record| (&*socket).write_all(record))
+    })
 }
 
 fn dial(address: &str) -> io::Result<TcpStream> {
@@ -133,11 +243,21 @@ fn greet(
         }
         read(socket, inbound, deadline)?;
     }
+    hear(socket, channel, inbound, deadline)
+}
+
+/// Reads one message.
+fn hear<M: Message + Default>(
+    socket: &TcpStream,
+    channel: &mut Channel,
+    inbound: &mut Inbound,
+    deadline: Instant,
+) -> io::Result<M> {
     loop {
         let frames = &mut inbound.frames;
         channel.open(&mut inbound.incoming, |plain| frames.extend(plain))?;
-        if let Some(info) = inbound.frames.next_frame::<wire::NodeInfo>()? {
-            return Ok(info.message);
+        if let Some(said) = inbound.frames.next_frame()? {
+            return Ok(said.message);
         }
         read(socket, inbound, deadline)?;
     }

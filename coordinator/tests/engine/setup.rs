@@ -117,6 +117,7 @@ pub fn config(roster: &Roster, transport: Transport, engine: EngineConfig) -> Co
         engine,
         tls: None,
         audit: None,
+        nccl: None,
         membership: None,
         cluster: roster.clone(),
     }

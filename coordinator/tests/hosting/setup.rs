@@ -101,6 +101,7 @@ impl Lonely {
             engine: EngineConfig::default(),
             tls: Some(self.issue("coordinator", "fr-coordinator")),
             audit: None,
+            nccl: None,
             membership: Some(service::Config {
                 down_after_ms: 500,
                 restore_after_ms: 200,
@@ -151,6 +152,7 @@ impl Lonely {
             device: DeviceId::Cpu,
             metrics_listen: None,
             tls: Some(self.issue("expert", name)),
+            nccl: None,
             membership: Default::default(),
             cluster: self.roster.clone(),
         };

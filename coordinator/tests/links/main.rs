@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod backlog;
+mod nccl;
 mod setup;
 mod strangers;
 
@@ -37,6 +38,7 @@ macro_rules! over_all_transports {
         mod stream_tls {
             $(#[test] fn $check() { super::$check(|node| super::STREAM_TLS.open(node)); })+
         }
+        mod by_nccl { $(#[test] fn $check() { super::$check(super::nccl::open); })+ }
     };
 }
 

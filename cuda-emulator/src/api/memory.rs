@@ -178,3 +178,9 @@ extern "C" fn cuMemsetD8_v2(to: usize, value: u8, bytes: usize) -> Code {
         driver.synchronise(0)
     })
 }
+
+/// Whether a range is memory of a device, for the stand-in for NCCL. No function of the driver's.
+#[unsafe(no_mangle)]
+extern "C" fn entente_emulator_is_memory(address: usize, bytes: usize) -> Code {
+    current(|driver, _| driver.is_device_memory(address, bytes))
+}

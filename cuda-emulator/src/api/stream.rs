@@ -1,9 +1,9 @@
 //! Streams and events.
 
-use std::ffi::{c_int, c_uint};
+use std::ffi::{c_int, c_uint, c_void};
 
 use super::put;
-use crate::driver::{Code, Handle, current};
+use crate::driver::{Advance, Code, Foreign, Handle, Work, current};
 
 /// `CU_STREAM_NON_BLOCKING`: a stream that does not wait for the default one. There are no others
 /// here, as each of them would hide a wait that is missing.
@@ -48,7 +48,11 @@ extern "C" fn cuStreamQuery(stream: Handle) -> Code {
     current(|driver, _| {
         driver.may_wait_for(stream)?;
         let stream = driver.stream(stream)?;
-        if driver.step(stream)? { Err(Code::ERROR_NOT_READY) } else { Ok(()) }
+        match driver.step(stream) {
+            Ok(true) | Err(Code::PENDING) => Err(Code::ERROR_NOT_READY),
+            Ok(false) => Ok(()),
+            Err(code) => Err(code),
+        }
     })
 }
 
@@ -102,4 +106,15 @@ unsafe extern "C" fn cuEventElapsedTime(to: *mut f32, from: Handle, later: Handl
 unsafe extern "C" fn cuEventElapsedTime_v2(to: *mut f32, from: Handle, later: Handle) -> Code {
     // SAFETY: as above.
     unsafe { cuEventElapsedTime(to, from, later) }
+}
+
+/// Asks a stream for work of another library, the stand-in for NCCL. No function of the driver's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn entente_emulator_ask(
+    stream: Handle,
+    advance: Advance,
+    data: *mut c_void,
+) -> Code {
+    // SAFETY: the caller promises that `data` is what `advance` wants until it is done.
+    current(|driver, _| driver.ask(stream, Work::Foreign(unsafe { Foreign::new(advance, data) })))
 }

@@ -40,6 +40,8 @@ impl Capture {
             _ if self.is_void => Code::ERROR_STREAM_CAPTURE_INVALIDATED,
             // Whose bytes are no longer there when the graph runs.
             Work::Write { .. } => Code::ERROR_STREAM_CAPTURE_UNSUPPORTED,
+            // Which may have to wait, and a graph is done in one go.
+            Work::Foreign(_) => Code::ERROR_STREAM_CAPTURE_UNSUPPORTED,
             Work::Wait(..) => Code::ERROR_STREAM_CAPTURE_ISOLATION,
             Work::Graph(_) => Code::ERROR_NOT_SUPPORTED,
             work => {

@@ -46,6 +46,7 @@ codes! {
     ERROR_STREAM_CAPTURE_ISOLATION = 905, "dependency created on uncaptured work in another stream";
     ERROR_CAPTURED_EVENT = 907, "operation not permitted on an event last recorded in a capturing stream";
     ERROR_STREAM_CAPTURE_WRONG_THREAD = 908, "attempt to terminate a thread-local capture sequence from another thread";
+    PENDING = 65_535, "no code of the driver's: a call that has to wait, and leaves here only when done";
 }
 
 fn c_str(text: &'static str) -> &'static CStr {

@@ -13,6 +13,7 @@ mod stream;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::engine::Order;
 use crate::memory::Region;
@@ -22,7 +23,7 @@ pub use capture::Mode;
 pub use code::Code;
 pub use device::{Device, attribute};
 pub use module::{Function, Module};
-pub use stream::{Event, Launch, Stream, Work};
+pub use stream::{Advance, Event, Foreign, Launch, Stream, Work};
 
 /// A pointer that names something of this driver to its caller.
 pub type Handle = usize;
@@ -75,14 +76,25 @@ pub fn set_context(context: Handle) {
     CONTEXT.set(context);
 }
 
-/// Does something with the machine.
-pub fn machine(act: impl FnOnce(&mut Driver) -> Result<(), Code>) -> Code {
-    let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
-    Code::from(act(&mut driver))
+/// How long a call waits before it looks again whether it need not wait any more.
+const LOOK_AGAIN: Duration = Duration::from_micros(100);
+
+/// Does something with the machine. What has to wait for another process is begun again after a
+/// moment, in which others may do something with it.
+pub fn machine(mut act: impl FnMut(&mut Driver) -> Result<(), Code>) -> Code {
+    loop {
+        let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
+        let code = Code::from(act(&mut driver));
+        drop(driver);
+        if code != Code::PENDING {
+            return code;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
 }
 
 /// Does something with the device of this thread's context, unless that is lost.
-pub fn current(act: impl FnOnce(&mut Driver, usize) -> Result<(), Code>) -> Code {
+pub fn current(mut act: impl FnMut(&mut Driver, usize) -> Result<(), Code>) -> Code {
     machine(|driver| {
         let device = driver.device_of(context())?;
         driver.devices[device].alive()?;
@@ -186,7 +198,9 @@ impl Driver {
     pub fn free_host(&mut self, address: usize) -> Result<(), Code> {
         for device in 0..self.devices.len() {
             // A device that is lost does not come to read it.
-            let _ = self.synchronise_device(device);
+            if self.synchronise_device(device) == Err(Code::PENDING) {
+                return Err(Code::PENDING);
+            }
         }
         self.host.remove(&address).map(drop).ok_or(Code::ERROR_INVALID_VALUE)
     }

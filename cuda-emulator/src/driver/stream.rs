@@ -2,9 +2,11 @@
 //!
 //! A stream is done in order, as far as somebody waits for; where it waits for another stream's
 //! event, that stream is done first, up to there. One that is captured records and does nothing.
+//! Work of another library, such as an exchange with another process, may have to wait for what is
+//! not of this machine: it is [`Code::PENDING`] then, and begins the stream again.
 
 use std::collections::VecDeque;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -148,6 +150,31 @@ pub enum Work {
     Wait(Arc<Event>, u64, Handle),
     /// To do all of this, one after the other.
     Graph(Arc<Vec<Work>>),
+    /// To do what another library knows.
+    Foreign(Foreign),
+}
+
+/// Goes on with a piece of work as far as it gets, with a fault of [`Faults`] that befalls it, and
+/// tells with 1 that it is done and will not be asked for again.
+///
+/// [`Faults`]: crate::settings::Faults
+pub type Advance = unsafe extern "C" fn(*mut c_void, c_int) -> c_int;
+
+/// Work of another library.
+#[derive(Debug)]
+pub struct Foreign {
+    advance: Advance,
+    data: usize,
+}
+
+impl Foreign {
+    /// Work that `advance` knows by `data`.
+    ///
+    /// # Safety
+    /// `advance` may be called with `data` from any thread until it says that it is done.
+    pub unsafe fn new(advance: Advance, data: *mut c_void) -> Self {
+        Self { advance, data: data.addr() }
+    }
 }
 
 /// A queue of work.
@@ -184,7 +211,9 @@ impl Driver {
     /// Takes a stream away, once its work is done.
     pub fn destroy_stream(&mut self, stream: Handle) -> Result<(), Code> {
         let outcome = self.synchronise(stream);
-        self.streams.remove(&stream);
+        if outcome != Err(Code::PENDING) {
+            self.streams.remove(&stream);
+        }
         outcome
     }
 
@@ -228,8 +257,13 @@ impl Driver {
         let device = stream.device;
         self.devices[device].alive()?;
         let Some(work) = stream.work.pop_front() else { return Ok(false) };
-        self.perform(device, &work)?;
-        Ok(true)
+        let outcome = self.perform(device, &work);
+        if outcome == Err(Code::PENDING)
+            && let Some(stream) = self.streams.get_mut(&handle)
+        {
+            stream.work.push_front(work);
+        }
+        outcome.map(|()| true)
     }
 
     fn perform(&mut self, device: usize, work: &Work) -> Result<(), Code> {
@@ -250,6 +284,12 @@ impl Driver {
             Work::Record(event, number) => event.come(*number),
             Work::Wait(event, number, other) => self.reach(event, *number, *other)?,
             Work::Graph(works) => works.iter().try_for_each(|work| self.perform(device, work))?,
+            Work::Foreign(foreign) => {
+                let fault = self.settings.faults().foreign as c_int;
+                // SAFETY: as its maker promised; it has not said yet that it is done.
+                let done = unsafe { (foreign.advance)(foreign.data as *mut c_void, fault) };
+                return if done == 1 { Ok(()) } else { Err(Code::PENDING) };
+            }
         }
         Ok(())
     }
@@ -333,7 +373,9 @@ impl Driver {
         if event.done.load(Ordering::Relaxed) >= event.asked.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.step(event.stream.load(Ordering::Relaxed) as Handle)?;
-        Err(Code::ERROR_NOT_READY)
+        match self.step(event.stream.load(Ordering::Relaxed) as Handle) {
+            Ok(_) | Err(Code::PENDING) => Err(Code::ERROR_NOT_READY),
+            Err(code) => Err(code),
+        }
     }
 }

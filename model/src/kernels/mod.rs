@@ -138,6 +138,11 @@ pub trait ExpertKernels: Send + Sync {
         None
     }
 
+    /// The same device, for others who bring something there; absent for the processor.
+    fn cuda_device(&self) -> Option<&Arc<cuda::Device>> {
+        None
+    }
+
     /// Brings a weight matrix into this class's layout and to where it is multiplied.
     /// `source.bytes` must have the length that the shape calls for, which the loader has checked.
     ///

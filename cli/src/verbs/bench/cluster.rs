@@ -86,6 +86,7 @@ impl Nodes {
             roster,
             open: false,
             devices: BTreeMap::new(),
+            nccl: false,
         };
         let mut supervisor = Supervisor::new();
         let exe = std::env::current_exe().context("cannot find this program's own file")?;

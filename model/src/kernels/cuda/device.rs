@@ -7,6 +7,7 @@
 
 use std::ffi::CStr;
 use std::ptr::null_mut;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
@@ -170,6 +171,8 @@ pub struct Device {
     /// Held by whoever captures a stream or waits for the whole device, which must not happen at
     /// the same time.
     quiet: Mutex<()>,
+    /// How many lanes it has ([`super::nccl`]).
+    lanes: AtomicUsize,
 }
 
 // SAFETY: the driver takes calls from any thread, each of which makes the context its own first
@@ -237,6 +240,7 @@ impl Device {
             module: null_mut(),
             functions: [null_mut(); _],
             quiet: Mutex::new(()),
+            lanes: AtomicUsize::new(0),
         })
     }
 
@@ -333,8 +337,13 @@ impl Device {
         self.judge(function, call())
     }
 
+    /// Counts its lanes.
+    pub(super) fn lanes(&self) -> &AtomicUsize {
+        &self.lanes
+    }
+
     /// Makes the device's context that of the calling thread.
-    fn bind(&self) -> Result<(), DeviceError> {
+    pub(super) fn bind(&self) -> Result<(), DeviceError> {
         if let Some(reason) = self.lost.get() {
             return Err(DeviceError::Lost(reason.clone()));
         }

@@ -104,6 +104,10 @@ impl ExpertKernels for Experts {
         Some(self.device.facts())
     }
 
+    fn cuda_device(&self) -> Option<&Arc<Device>> {
+        Some(&self.device)
+    }
+
     fn pack(&self, source: MatrixSource<'_>) -> Result<Matrix, DeviceError> {
         self.loader.pack(source)
     }

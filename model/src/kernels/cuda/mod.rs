@@ -10,12 +10,14 @@
 //! method of a stream for each kernel, [`Graph`] many of them as one, and `experts` what an expert
 //! node computes with. [`Probe`] measures them and [`Cublas`] is what they are measured against;
 //! nothing that serves uses either.
+//! [`nccl`] brings rows from one device to another.
 //!
 //! Invariants: the same as of all kernels, a row's value depends on nothing but the row and the
 //! weights; nothing here panics because of a machine (no driver, too little memory, a device that
 //! falls off the bus): those are [`DeviceError`](super::DeviceError)s.
 //!
-//! What this module does not know: experts beside their weights, networks, sequences.
+//! What this module does not know: experts beside their weights, sequences, and of networks all but
+//! what NCCL makes of them.
 
 mod buffer;
 mod compile;
@@ -31,6 +33,7 @@ mod geometry;
 mod graph;
 mod kernel;
 mod loader;
+pub mod nccl;
 mod nvrtc;
 mod ops;
 mod probe;

@@ -42,6 +42,15 @@ impl Staging {
         Ok(Self { device: Arc::clone(device), memory: None, bytes: 0, copied })
     }
 
+    /// Makes room for copies of so many bytes, so that none of them has to. To grow waits for the whole
+    /// device.
+    ///
+    /// # Errors
+    /// The device is lost, or the process may not have that much memory pinned.
+    pub fn reserve(&mut self, bytes: usize) -> Result<(), DeviceError> {
+        self.free(bytes).map(drop)
+    }
+
     /// Has `fill` write values, which hold what they held before, and copies them to `to` in
     /// `stream`. Waits for the copy before this one, not for this one.
     ///

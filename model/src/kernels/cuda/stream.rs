@@ -119,6 +119,20 @@ impl Event {
             .call("cuEventRecord", || unsafe { sys::cuEventRecord(self.handle, stream.handle) })
     }
 
+    /// Whether it is reached.
+    ///
+    /// # Errors
+    /// Something before it failed, and the device is lost.
+    pub fn has_come(&self) -> Result<bool, DeviceError> {
+        let mut code = CUresult::CUDA_SUCCESS;
+        self.device.call("cuEventQuery", || {
+            // SAFETY: the event lives.
+            code = unsafe { sys::cuEventQuery(self.handle) };
+            if code == CUresult::CUDA_ERROR_NOT_READY { CUresult::CUDA_SUCCESS } else { code }
+        })?;
+        Ok(code == CUresult::CUDA_SUCCESS)
+    }
+
     /// Waits until it is reached.
     ///
     /// # Errors

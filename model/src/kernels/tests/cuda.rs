@@ -8,6 +8,7 @@ mod faults;
 mod fp8;
 mod graphs;
 mod memory;
+mod nccl;
 
 use std::cell::RefCell;
 
