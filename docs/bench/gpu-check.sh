@@ -17,10 +17,10 @@ archive=target/gpu-check.tar.xz
 
 # Longest that a part may take, in seconds.
 declare -A LIMITS=(
-    [doctor]=60 [kernels]=240 [golden]=120 [bench]=240 [torch]=240
-    [errors]=120 [cluster]=240 [memcheck]=280 [racecheck]=280
+    [doctor]=60 [kernels]=240 [golden]=120 [bench]=240 [torch]=240 [bench_fp8]=240
+    [nccl]=60 [errors]=120 [cluster]=240 [memcheck]=280 [racecheck]=280
 )
-PARTS=(doctor kernels golden bench torch errors cluster memcheck racecheck)
+PARTS=(doctor kernels golden bench torch bench_fp8 nccl errors cluster memcheck racecheck)
 
 # Longest that one test may take under a sanitizer.
 TEST_LIMIT=${TEST_LIMIT:-200}
@@ -132,8 +132,9 @@ part_doctor() {
     python3 -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["devices"])' "$OUT/doctor.json"
 }
 
-# Tests that plant faults need the emulated device, those that count free bytes a device of their own.
-SHARED="kernels::tests::cuda --skip faults --skip memory"
+# Tests that plant faults need the emulated device, those that count free bytes a device of their own,
+# those of NCCL two of them.
+SHARED="kernels::tests::cuda --skip faults --skip memory --skip nccl"
 
 part_kernels() {
     each_test "$TOOLS/entente_model" "$SHARED" 4
@@ -143,14 +144,20 @@ part_kernels() {
 
 part_golden() { each_test "$TOOLS/engine" device:: 2; }
 
+part_nccl() { each_test "$TOOLS/entente_model" nccl::a_communicator_of_one_rank 1; }
+
 part_cluster() {
     each_test "$TOOLS/gpus" a_killed_gpu_node 1 &&
         each_test "$TOOLS/gpus" processors_take_over 1 &&
         each_test "$TOOLS/gpu_coordinators" answers_like_one_on_a_processor 1
 }
 
-part_bench() {
-    "$ENTENTE_BIN" bench kernels --device cuda:0 -o json >"$OUT/ours.json" || return 1
+part_bench() { every_kernel bf16 "$OUT/ours.json"; }
+
+part_bench_fp8() { every_kernel fp8 "$OUT/ours-fp8.json"; }
+
+every_kernel() {
+    "$ENTENTE_BIN" bench kernels --device cuda:0 --weights "$1" -o json >"$2" || return 1
     python3 -c '
 import json, sys
 found = json.load(open(sys.argv[1]))
@@ -163,7 +170,7 @@ for line in found["kernels"]:
     cells = [line[column] for column in columns]
     cells = [f"{cell:.4g}" if isinstance(cell, float) else cell or "" for cell in cells]
     print("|", " | ".join(map(str, cells)), "|")
-' "$OUT/ours.json" | section "Every kernel"
+' "$2" | section "Every kernel, weights in $1"
 }
 
 # TORCH_ARGS="--device cpu --tiny" tries it without a GPU.
