@@ -128,7 +128,9 @@ fn every_kernel_on_a_gpu_is_measured_beside_copies_and_cublas() {
 fn weights_in_fp8_are_measured_by_the_half_of_the_bytes_that_they_take() {
     let machine = Machine::new(&[]);
     let [bf16, fp8] = ["bf16", "fp8"].map(|weights| {
-        let report = found(&machine.bench(&[("ENTENTE_WEIGHTS", weights)]));
+        let report = found(
+            &machine.bench_with(&["--rows", "1", "-o", "json"], &[("ENTENTE_WEIGHTS", weights)]),
+        );
         assert_eq!(report["kernel_class"], format!("{weights}/cuda-sm90/1"));
         let weights = lines(&report).filter(|line| {
             let kernel = line["kernel"].as_str().unwrap();
